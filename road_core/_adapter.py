@@ -1,0 +1,96 @@
+"""`Adapter`: one trained adapter, as arrays."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from road_core._config import RoadConfig
+from road_core._errors import AdapterError
+from road_core._reference import check_group_size, output_size
+
+Array = NDArray[np.generic]
+
+# NumPy has no bfloat16. This two-byte record carries its bits: `array.view(ml_dtypes.bfloat16)` in JAX,
+# `torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)` in PyTorch.
+bfloat16 = np.dtype([("bfloat16", "<u2")])
+
+
+def is_bfloat16(dtype: np.dtype) -> bool:
+    """True for this module's record and for ``ml_dtypes.bfloat16``, without importing the latter."""
+    return dtype == bfloat16 or dtype.name == "bfloat16"
+
+
+def to_float32(array: Array) -> NDArray[np.float32]:
+    """Widens bfloat16 or float16 exactly to float32; float32 is passed on, float64 is rounded."""
+    if is_bfloat16(array.dtype):
+        bits = np.ascontiguousarray(array).view(np.uint16).astype(np.uint32)
+        return (bits << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One adapter: its config, θ and α of each module, and the modules that were trained whole.
+
+    It checks itself when built, so whoever holds one holds finite arrays of shapes that fit each other.
+
+    Attributes:
+        config: how θ and α are read.
+        modules: ``{module path: (theta, alpha)}``. In PyTorch both are 1-D of `parameter_size`; in Flax a stacked
+            layer's have its stack axes too. Any floating dtype.
+        modules_to_save: ``{tensor path: tensor}``, e.g. ``"lm_head.weight"`` (Flax: ``"lm_head.kernel"``).
+        metadata: text that the file carries besides; not part of the function.
+
+    Raises:
+        AdapterError: no modules, or a tensor that is misshapen, not floating or not finite (named by its path).
+    """
+
+    config: RoadConfig
+    modules: Mapping[str, tuple[Array, Array]]
+    modules_to_save: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise AdapterError("adapter: expected at least one module with road_theta and road_alpha, found none")
+        for path, (theta, alpha) in self.modules.items():
+            for name, array in (("road_theta", theta), ("road_alpha", alpha)):
+                _check_tensor(f"{path}.{name}", array)
+            if theta.ndim == 0 or theta.shape != alpha.shape:
+                raise AdapterError(
+                    f"{path}: expected road_theta and road_alpha of one shape, "
+                    f"found {list(theta.shape)} and {list(alpha.shape)}"
+                )
+            # Which axis of a stacked layer is the output's isn't known here: one of them must fit.
+            outs = [output_size(self.config.variant, size) for size in theta.shape]
+            if not any(out and out % self.config.group_size == 0 for out in outs):
+                check_group_size(outs[-1] or 1, self.config.group_size, path)
+        for path, array in self.modules_to_save.items():
+            _check_tensor(path, array)
+
+    def tensors(self) -> dict[str, Array]:
+        """Returns all tensors by their keys in a file, without any prefix."""
+        tensors: dict[str, Array] = {}
+        for path, (theta, alpha) in self.modules.items():
+            tensors[f"{path}.road_theta"], tensors[f"{path}.road_alpha"] = theta, alpha
+        return {**tensors, **self.modules_to_save}
+
+    def digest(self) -> str:
+        """Returns a SHA-256 over what decides the function: variant, group size and every tensor's name and bytes."""
+        sha = hashlib.sha256(f"{self.config.variant} {self.config.group_size}".encode())
+        for key, array in sorted(self.tensors().items()):
+            dtype = "bfloat16" if is_bfloat16(array.dtype) else array.dtype.name
+            sha.update(f"\n{key} {dtype} {list(array.shape)} ".encode())
+            sha.update(np.ascontiguousarray(array).tobytes())
+        return sha.hexdigest()
+
+
+def _check_tensor(path: str, array: Array) -> None:
+    if not (is_bfloat16(array.dtype) or array.dtype.kind == "f"):
+        raise AdapterError(f"{path}: expected floating-point values, found {array.dtype.name}")
+    finite = np.isfinite(to_float32(array) if is_bfloat16(array.dtype) else array)
+    if not finite.all():
+        raise AdapterError(f"{path}: expected finite values, found {int((~finite).sum())} that are NaN or infinite")

@@ -1,0 +1,23 @@
+"""How a command ends: one line for bad input, never a traceback."""
+
+import sys
+from collections.abc import Callable
+
+from road_core._errors import AdapterError
+
+
+def run(command: Callable[[], None]) -> None:
+    """Runs a command; bad input becomes one line on stderr and exit code 2, an interrupt exit code 130."""
+    try:
+        command()
+    except AdapterError as error:
+        sys.exit(_fail(" ".join(str(error).split()), 2))
+    except BrokenPipeError:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return code

@@ -1,0 +1,137 @@
+"""`RoadConfig`: what an adapter is, in PEFT's words."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from road_core._errors import AdapterError
+
+VARIANTS = ("road_1", "road_2", "road_4")
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# PEFT's own RoadConfig lacks these. They are written only when set, so that PEFT reads a plain file without a warning.
+_NOT_IN_PEFT = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoadConfig:
+    """What a RoAd adapter is: the variant of the rotation and the layers that carry it.
+
+    Field names, defaults and meaning are those of PEFT's ``RoadConfig`` and of the target rules that PEFT's tuners
+    share. A config checks itself when it is built.
+
+    Raises:
+        AdapterError: a field has a wrong type or value.
+
+    Example:
+        >>> RoadConfig(variant="road_2", target_modules=["q_proj", "v_proj"]).target_modules
+        ['q_proj', 'v_proj']
+    """
+
+    # road_1 shares θ and α in a pair, road_2 has one of each an element, road_4 two of each.
+    variant: str = "road_1"
+    # Outputs are taken in groups of this many; element i is paired with i + group_size / 2. 2 is the paper's pairing.
+    group_size: int = 64
+    # True starts at the identity (θ = 0, α = 1); False draws θ ~ N(0, 0.5), α ~ N(1, 0.5), for tests.
+    init_weights: bool = True
+    # A list matches the ends of module paths, a string is a regular expression over whole paths, "all-linear" takes
+    # every linear layer but the output head, None asks the table of model types.
+    target_modules: str | list[str] | None = None
+    # Taken out again, by the same rules.
+    exclude_modules: str | list[str] | None = None
+    # Modules that are trained whole and saved with the adapter.
+    modules_to_save: list[str] | None = None
+    # Only the layers with these indices; needs target_modules as a list.
+    layers_to_transform: int | list[int] | None = None
+    # The name that stands before a layer's index, where it isn't the first numbered one.
+    layers_pattern: str | list[str] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    # Fields of a file that PEFT knows and this project does not: carried through a round trip.
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        if isinstance(self.modules_to_save, str):
+            object.__setattr__(self, "modules_to_save", [self.modules_to_save])
+        object.__setattr__(self, "layers_to_transform", _indices(self.layers_to_transform))
+        object.__setattr__(self, "extra", dict(self.extra))
+
+        if self.variant not in VARIANTS:
+            raise AdapterError(f"RoadConfig.variant: expected one of {', '.join(VARIANTS)}, found {self.variant!r}")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise AdapterError(f"RoadConfig.group_size: expected an integer, found {self.group_size!r}")
+        if self.group_size < 2 or self.group_size % 2:
+            raise AdapterError(f"RoadConfig.group_size: expected an even number from 2 up, found {self.group_size}")
+        for name in ("init_weights", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise AdapterError(f"RoadConfig.{name}: expected true or false, found {getattr(self, name)!r}")
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise AdapterError(f"RoadConfig.{name}: expected text or nothing, found {getattr(self, name)!r}")
+        if self.task_type is not None:
+            # PEFT's TaskType is an enum of strings; its plain value is what stands in files.
+            task = getattr(self.task_type, "value", self.task_type)
+            if task not in TASK_TYPES:
+                raise AdapterError(f"RoadConfig.task_type: expected one of {', '.join(TASK_TYPES)}, found {task!r}")
+            object.__setattr__(self, "task_type", str(task))
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise AdapterError(
+                "RoadConfig.layers_to_transform: expected target_modules as a list beside it, "
+                f"found the pattern {self.target_modules!r}"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise AdapterError("RoadConfig.layers_pattern: expected layers_to_transform beside it, found none")
+        known = {field.name for field in dataclasses.fields(self)}
+        if clash := sorted(known.intersection(self.extra)):
+            raise AdapterError(f"RoadConfig.extra: expected names that are no fields, found {', '.join(clash)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as PEFT's ``adapter_config.json`` holds them, ``peft_type`` included."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "extra"}
+        for name in _NOT_IN_PEFT:
+            if fields[name] is None:
+                del fields[name]
+        return dict(sorted({**self.extra, **fields, "peft_type": "ROAD"}.items()))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "RoadConfig":
+        """Builds a config from what stands in a file; fields it doesn't know go to ``extra``.
+
+        Raises:
+            AdapterError: ``peft_type`` is there and isn't ``"ROAD"``, or a field is wrong.
+        """
+        if not isinstance(fields, Mapping):
+            raise AdapterError(f"RoadConfig: expected a JSON object, found {type(fields).__name__}")
+        kind = fields.get("peft_type", "ROAD")
+        if getattr(kind, "value", kind) != "ROAD":
+            raise AdapterError(f"RoadConfig.peft_type: expected 'ROAD', found {kind!r}")
+        known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
+        extra = {name: value for name, value in fields.items() if name not in known and name != "peft_type"}
+        return cls(**{name: value for name, value in fields.items() if name in known}, extra=extra)
+
+
+def _names(field: str, value: object) -> str | list[str] | None:
+    """Text and None as they are; any other collection of text as a list, a set in sorted order."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Iterable) and not isinstance(value, Mapping | bytes):
+        names = list(value)
+        if all(isinstance(name, str) for name in names):
+            return sorted(names) if isinstance(value, set | frozenset) else names
+    raise AdapterError(f"RoadConfig.{field}: expected text or a list of text, found {value!r}")
+
+
+def _indices(value: object) -> int | list[int] | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        indices = list(value)
+        if all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+            return sorted(indices) if isinstance(value, set | frozenset) else indices
+    raise AdapterError(f"RoadConfig.layers_to_transform: expected an integer or a list of them, found {value!r}")

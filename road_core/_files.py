@@ -1,0 +1,203 @@
+"""Reading within a folder, exact bytes, and writing that leaves nothing half done."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from road_core._adapter import Array, bfloat16, is_bfloat16
+from road_core._errors import AdapterError
+
+_DTYPES: dict[str, np.dtype] = {
+    "BF16": bfloat16,
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+def inside(directory: str | os.PathLike, name: str) -> Path:
+    """Returns the path of a file that must exist within a folder.
+
+    A link may leave the folder only as the Hugging Face cache makes it, from ``snapshots/*/`` to its own ``blobs/``.
+
+    Raises:
+        AdapterError: the folder or the file isn't there, or the name leads out of the folder.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: expected a folder, found {'a file' if folder.exists() else 'nothing'}")
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise AdapterError(f"{folder}: expected the name of a file within the folder, found {name!r}")
+    path = folder / name
+    if not path.is_file():
+        raise AdapterError(f"{folder}: expected a file {name}, found none")
+    root, real = folder.resolve(), path.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
+        raise AdapterError(f"{path}: expected a file within the folder, found a link that leaves it")
+    return path
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        AdapterError: the file can't be read or holds something else.
+    """
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdapterError(f"{path}: expected a JSON object, found a file that can't be read ({reason})") from None
+    if not isinstance(fields, dict):
+        raise AdapterError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+def dump_json(fields: Mapping[str, Any]) -> bytes:
+    """Returns JSON with sorted keys, as PEFT writes its configs."""
+    return (json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, str]]:
+    """Reads a safetensors file into memory, bfloat16 bit for bit.
+
+    Returns:
+        The tensors by name, and the file's metadata.
+
+    Raises:
+        AdapterError: the file is truncated, over-long, inconsistent, or holds a dtype that NumPy can't.
+    """
+    try:
+        data = Path(path).read_bytes()
+        entries = safetensors.deserialize(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdapterError(f"{path}: expected a whole safetensors file, found a broken one ({reason})") from None
+    tensors: dict[str, Array] = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _DTYPES:
+            raise AdapterError(f"{path}: expected a plain dtype for {name}, found {entry['dtype']}")
+        tensors[name] = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors, dict(header.get("__metadata__") or {})
+
+
+def dump_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
+    """Returns a safetensors file: the same tensors and metadata give the same bytes, whatever their order.
+
+    (The library's own writer leaves the order of the metadata to chance.)
+
+    Raises:
+        AdapterError: a dtype that safetensors doesn't have.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    little = {
+        name: np.ascontiguousarray(array, array.dtype.newbyteorder("<") if array.dtype.kind in "fiu" else None)
+        for name, array in tensors.items()
+    }
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    # Wide dtypes first keeps every tensor aligned to its own size.
+    order = sorted(little, key=lambda name: (-little[name].dtype.itemsize, name))
+    end = 0
+    for name in order:
+        array = little[name]
+        dtype = "BF16" if is_bfloat16(array.dtype) else names.get(array.dtype)
+        if dtype is None:
+            raise AdapterError(f"{name}: expected a dtype that safetensors has, found {array.dtype}")
+        # ascontiguousarray makes a scalar one-dimensional; the original's shape is what counts.
+        shape = list(np.shape(tensors[name]))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *(little[name].tobytes() for name in order)])
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields an empty folder beside ``path`` that takes its place when the block ends, and is gone if it fails.
+
+    Raises:
+        AdapterError: ``path`` already holds something, or can't be made.
+    """
+    target = Path(path)
+    check_free(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise AdapterError(f"{target}: expected a folder that can be made, found {error.strerror}") from None
+    try:
+        yield draft
+        # mkdtemp makes it private; what is handed over follows the user's umask.
+        umask = os.umask(0)
+        os.umask(umask)
+        draft.chmod(0o777 & ~umask)
+        draft.replace(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def check_free(path: str | os.PathLike) -> None:
+    """Refuses a place for output that already holds something.
+
+    Raises:
+        AdapterError: ``path`` is a file, or a folder that isn't empty.
+    """
+    target = Path(path)
+    if target.is_dir() and any(target.iterdir()):
+        raise AdapterError(f"{target}: expected an empty or new folder, found one that already holds something")
+    if target.exists() and not target.is_dir():
+        raise AdapterError(f"{target}: expected an empty or new folder, found a file")
+
+
+def write_file(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file beside its place and renames it, so that a reader sees the old or the new one whole."""
+    target = Path(path)
+    handle, draft = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(draft, 0o666 & ~umask)
+        os.replace(draft, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
+
+
+def write_files(directory: str | os.PathLike, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    """Writes a folder's files: into a new folder at once, or with ``overwrite`` each in place, others left alone.
+
+    Raises:
+        AdapterError: the folder already holds something and ``overwrite`` isn't set.
+    """
+    target = Path(directory)
+    if overwrite and target.is_dir():
+        for name, data in files.items():
+            write_file(target / name, data)
+        return
+    with new_directory(target) as draft:
+        for name, data in files.items():
+            (draft / name).write_bytes(data)

@@ -1,0 +1,149 @@
+"""The two file formats: PEFT's and the Flax side's. They differ in names and in a prefix.
+
+The specification is in README.md beside this file.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+
+from road_core._adapter import Adapter, Array
+from road_core._config import RoadConfig
+from road_core._errors import AdapterError
+from road_core._files import dump_json, dump_tensors, inside, read_json, read_tensors, write_files
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    config: str
+    tensors: str
+    # Stands before every key.
+    prefix: str
+    # The safetensors metadata's "format", by which other tools know whose layout it is.
+    metadata: str
+
+
+_PEFT = _Format("adapter_config.json", "adapter_model.safetensors", "base_model.model.", "pt")
+_FLAX = _Format("road_config.json", "road_adapter.safetensors", "", "flax")
+
+
+def read_peft(directory: str | os.PathLike) -> Adapter:
+    """Reads a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The adapter, with PyTorch module paths (``"model.layers.0.self_attn.q_proj"``) and arrays in the file's dtype.
+
+    Raises:
+        AdapterError: a file is missing or broken, a key has no partner or isn't the config's, a shape or value is
+            wrong, or the file's metadata contradicts the config.
+    """
+    return _read(directory, _PEFT)
+
+
+def write_peft(directory: str | os.PathLike, adapter: Adapter, *, overwrite: bool = False) -> None:
+    """Writes an adapter so that PEFT loads it.
+
+    Args:
+        directory: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
+        adapter: with PyTorch module paths and 1-D θ and α.
+        overwrite: see ``directory``.
+
+    Raises:
+        AdapterError: the folder already holds something, or θ isn't 1-D.
+    """
+    for path, (theta, _) in adapter.modules.items():
+        if theta.ndim != 1:
+            raise AdapterError(f"{path}.road_theta: expected one axis in PEFT's format, found {list(theta.shape)}")
+    _write(directory, adapter, _PEFT, overwrite)
+
+
+def read_flax(directory: str | os.PathLike) -> Adapter:
+    """Reads a Flax adapter folder: ``road_config.json`` and ``road_adapter.safetensors``.
+
+    Returns:
+        The adapter, with Flax module paths joined by dots; a stacked layer's θ has its stack axes.
+
+    Raises:
+        AdapterError: as `read_peft`.
+    """
+    return _read(directory, _FLAX)
+
+
+def write_flax(directory: str | os.PathLike, adapter: Adapter, *, overwrite: bool = False) -> None:
+    """Writes a Flax adapter folder; arguments and errors as `write_peft`, θ of any number of axes."""
+    _write(directory, adapter, _FLAX, overwrite)
+
+
+def _write(directory: str | os.PathLike, adapter: Adapter, form: _Format, overwrite: bool) -> None:
+    tensors = {form.prefix + key: array for key, array in adapter.tensors().items()}
+    metadata = {
+        **adapter.metadata,
+        "format": form.metadata,
+        "road_variant": adapter.config.variant,
+        "road_group_size": str(adapter.config.group_size),
+        "road_digest": adapter.digest(),
+    }
+    files = {form.tensors: dump_tensors(tensors, metadata), form.config: dump_json(adapter.config.to_dict())}
+    write_files(directory, files, overwrite=overwrite)
+
+
+def _read(directory: str | os.PathLike, form: _Format) -> Adapter:
+    config_path, tensors_path = inside(directory, form.config), inside(directory, form.tensors)
+    try:
+        config = RoadConfig.from_dict(read_json(config_path))
+    except AdapterError as error:
+        raise AdapterError(_with_place(error, config_path)) from None
+    tensors, metadata = read_tensors(tensors_path)
+    for name, value in (("variant", config.variant), ("group_size", str(config.group_size))):
+        written = metadata.get(f"road_{name}", value)
+        if written != value:
+            raise AdapterError(f"{config_path}: expected {name} {written}, as the tensors were written, found {value}")
+    try:
+        modules, saved = _sort_out(tensors, config, form.prefix)
+        carried = {k: v for k, v in metadata.items() if k != "format" and not re.match("road_(variant|group|dig)", k)}
+        adapter = Adapter(config, modules, saved, carried)
+    except AdapterError as error:
+        raise AdapterError(_with_place(error, tensors_path)) from None
+    if metadata.get("road_digest", digest := adapter.digest()) != digest:
+        raise AdapterError(
+            f"{tensors_path}: expected the digest {metadata['road_digest'][:12]}… that was written with the tensors, "
+            f"found {digest[:12]}…"
+        )
+    return adapter
+
+
+def _sort_out(
+    tensors: Mapping[str, Array], config: RoadConfig, prefix: str
+) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
+    """Pairs θ with α and finds the saved modules; every key must be one of them."""
+    modules: dict[str, tuple[Array, Array]] = {}
+    saved: dict[str, Array] = {}
+    wrong = []
+    for key in sorted(tensors):
+        name = key.removeprefix(prefix)
+        path, _, leaf = name.rpartition(".")
+        if not key.startswith(prefix):
+            wrong.append(key)
+        elif path and leaf in ("road_theta", "road_alpha"):
+            both = [f"{prefix}{path}.{part}" for part in ("road_theta", "road_alpha")]
+            if all(part in tensors for part in both):
+                modules[path] = (tensors[both[0]], tensors[both[1]])
+            else:
+                wrong.append(key)
+        elif any(re.search(rf"{re.escape(module)}(\.|$)", path) for module in config.modules_to_save or ()):
+            # As PEFT: a name stands for every module whose path ends with it, "norm" for "input_layernorm" too.
+            saved[name] = tensors[key]
+        else:
+            wrong.append(key)
+    if wrong:
+        listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise AdapterError(
+            f"expected pairs of {prefix}<module>.road_theta and .road_alpha, and tensors of modules_to_save "
+            f"{config.modules_to_save}, found besides {listed}"
+        )
+    return modules, saved
+
+
+def _with_place(error: AdapterError, path: os.PathLike) -> str:
+    return f"{path}: {error}"

@@ -1,0 +1,42 @@
+"""Small random Hugging Face models, the peers that tests compare with."""
+
+import torch
+import transformers
+
+
+def small_config(kind: str = "llama", **changes) -> transformers.PretrainedConfig:
+    """Returns a decoder's config with outputs that 64 divides and grouped-query attention."""
+    classes = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }
+    fields = {
+        "vocab_size": 160,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return classes[kind](**{**fields, **changes})
+
+
+def small_model(kind: str = "llama", *, seed: int = 0, **changes) -> transformers.PreTrainedModel:
+    """Returns a random float32 decoder in eval mode whose logits are far from uniform."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(small_config(kind, **changes), attn_implementation="eager")
+    # Hugging Face starts from std 0.02, norms of 1 and biases of 0: too tame to show a mistake.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.normal_(std=0.5 if "embed" in name else parameter.shape[-1] ** -0.5)
+    return model.eval()

@@ -1,0 +1,132 @@
+"""Which modules are chosen: PEFT's own choice, on real module trees, is the expectation."""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from peft import RoadConfig as PeftRoadConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.pytorch_utils import Conv1D
+
+from road_core import AdapterError, RoadConfig, select_modules
+
+TREES = {
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2
+        )
+    ),
+    "bert": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
+        )
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+    ),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=8
+        )
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=3, n_head=2, n_positions=8)
+    ),
+    "phi": lambda: transformers.PhiForCausalLM(
+        transformers.PhiConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2
+        )
+    ),
+}
+
+CASES = [
+    ("llama", {}),
+    ("llama", {"target_modules": ["q_proj", "o_proj"]}),
+    ("llama", {"target_modules": ["self_attn.q_proj", "model.layers.3.mlp.up_proj"]}),
+    ("llama", {"target_modules": r".*\.(q|k)_proj"}),
+    ("llama", {"target_modules": r"model\.layers\.1\..*_proj"}),
+    ("llama", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": "ALL-LINEAR"}),
+    ("llama", {"target_modules": "all-linear", "exclude_modules": ["q_proj"]}),
+    ("llama", {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"}),
+    ("llama", {"target_modules": "all-linear", "modules_to_save": ["gate_proj"]}),
+    ("llama", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 11]}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": []}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]}),
+    ("bert", {}),
+    ("bert", {"target_modules": "all-linear"}),
+    ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    ("bert", {"target_modules": ["query", "output.dense"]}),
+    ("t5", {}),
+    ("t5", {"target_modules": "all-linear"}),
+    ("t5", {"target_modules": r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$"}),
+    ("t5", {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": "block"}),
+    ("opt", {}),
+    ("opt", {"target_modules": ["fc1"], "layers_to_transform": [2]}),
+    ("gpt2", {}),
+    ("gpt2", {"target_modules": "all-linear"}),
+    ("phi", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def trees():
+    # No weights are needed to look at names.
+    with torch.device("meta"):
+        return {name: build() for name, build in TREES.items()}
+
+
+def names_of(model):
+    """What the select_modules of a framework is given, read off a model as PEFT reads it."""
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)]
+    head = model.get_output_embeddings()
+    heads = [name for name, module in modules.items() if module is head]
+    return [name for name in modules if name], linear, heads
+
+
+@pytest.mark.parametrize(("tree", "fields"), CASES, ids=lambda v: str(v))
+def test_the_choice_is_pefts(tree, fields, trees, recwarn):
+    names, linear, heads = names_of(trees[tree])
+    if fields.get("task_type") == "SEQ_CLS":
+        heads = [*heads, "classifier"]
+    config = RoadConfig(**fields)
+    ours = select_modules(config, names, linear=linear, output_head=heads, model_type=tree)
+    assert set(ours) == set(pefts_choice(tree, fields))
+
+
+def pefts_choice(tree, fields):
+    # PEFT's RoAd takes only nn.Linear and lacks some fields; its LoRA follows the same rules over all layers.
+    own = not {"layers_to_transform", "layers_pattern", "exclude_modules"} & set(fields) and tree != "gpt2"
+    config = PeftRoadConfig(group_size=2, **fields) if own else LoraConfig(r=2, fan_in_fan_out=tree == "gpt2", **fields)
+    with torch.device("meta"):
+        model = get_peft_model(TREES[tree](), config)
+    prefix = "base_model.model."
+    return [n.removeprefix(prefix) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+
+
+def test_the_table_of_model_types_is_pefts():
+    from peft.utils import TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING as THEIRS
+
+    from road_core._targets import MODEL_TARGETS
+
+    assert MODEL_TARGETS == THEIRS
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["q_prj"]}, r"q_prj.*nearest: q_proj"),
+        ({"target_modules": r".*attention"}, "nearest"),
+        ({"target_modules": "(q"}, "regular expression"),
+        ({}, "model type 'unheard-of'"),
+        ({"target_modules": "all-linear", "exclude_modules": r".*"}, "match for 'all-linear'"),
+    ],
+)
+def test_no_match_names_the_nearest(fields, message, trees):
+    names, linear, heads = names_of(trees["llama"])
+    with pytest.raises(AdapterError, match=message):
+        select_modules(RoadConfig(**fields), names, linear=linear, output_head=heads, model_type="unheard-of")
