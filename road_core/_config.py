@@ -1,6 +1,7 @@
 """`RoadConfig`: what an adapter is, in PEFT's words."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -90,6 +91,10 @@ class RoadConfig:
         known = {field.name for field in dataclasses.fields(self)}
         if clash := sorted(known.intersection(self.extra)):
             raise AdapterError(f"RoadConfig.extra: expected names that are no fields, found {', '.join(clash)}")
+
+    def __hash__(self) -> int:
+        # Fields may be lists, so the generated hash would fail; a config is a static argument of jitted functions.
+        return hash(json.dumps(self.to_dict(), default=str))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as PEFT's ``adapter_config.json`` holds them, ``peft_type`` included."""

@@ -46,6 +46,9 @@ def test_collections_become_lists():
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RoadConfig().variant = "road_2"
+    same = [RoadConfig(target_modules=["q"], extra={"a": [1]}) for _ in range(2)]
+    assert hash(same[0]) == hash(same[1])
+    assert len({*same, RoadConfig()}) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,8 @@
+"""RoAd for JAX and Flax: adapt any model functionally, train it through optax, save what PyTorch can load."""
+
+from road_core import AdapterError as AdapterError
+from road_core import RoadConfig as RoadConfig
+from road_jax._io import load_adapter as load_adapter
+from road_jax._io import save_adapter as save_adapter
+from road_jax._transform import Road as Road
+from road_jax._transform import transform as transform

@@ -1,0 +1,59 @@
+"""Adapters on disk: nested dicts of arrays to and from the Flax folder format."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from road_core import Adapter, AdapterError, RoadConfig, bfloat16, read_flax, write_flax
+from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, unflatten
+
+
+def save_adapter(directory: str | os.PathLike, adapter: Tree, config: RoadConfig, *, overwrite: bool = False) -> None:
+    """Writes ``road_adapter.safetensors`` and ``road_config.json``.
+
+    Args:
+        directory: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
+        adapter: as ``Road.init`` gives it; any floating dtypes, kept bit for bit.
+        config: how it was made.
+        overwrite: see ``directory``.
+
+    Raises:
+        AdapterError: the folder already holds something, or the adapter isn't whole and finite.
+    """
+    write_flax(directory, to_record(adapter, config), overwrite=overwrite)
+
+
+def load_adapter(directory: str | os.PathLike) -> tuple[Tree, RoadConfig]:
+    """Reads what `save_adapter` wrote.
+
+    Returns:
+        The adapter as a nested dict of JAX arrays in the file's dtypes, and its config.
+
+    Raises:
+        AdapterError: the folder holds no whole adapter.
+    """
+    record = read_flax(directory)
+    return from_record(record), record.config
+
+
+def to_record(adapter: Tree, config: RoadConfig) -> Adapter:
+    """Returns the framework-free record of an adapter; arrays are fetched to the host."""
+    leaves = {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten(adapter).items()}
+    if bad := [path for path in leaves if any("." in name for name in path)]:
+        raise AdapterError(f"{bad[0]}: expected module names without dots, found one with a dot")
+    modules = {dotted(p): (leaves[(*p, "road_theta")], leaves[(*p, "road_alpha")]) for p in adapted_paths(adapter)}
+    saved = {dotted(path): leaf for path, leaf in leaves.items() if path[-1] not in ROAD_LEAVES}
+    return Adapter(config, modules, saved)
+
+
+def from_record(record: Adapter) -> dict[str, Any]:
+    """Inverts `to_record`."""
+    arrays = {
+        key: jnp.asarray(array.view(ml_dtypes.bfloat16) if array.dtype == bfloat16 else array)
+        for key, array in record.tensors().items()
+    }
+    return unflatten({tuple(key.split(".")): array for key, array in arrays.items()})

@@ -1,0 +1,70 @@
+"""Nested dicts of arrays: how an adapter lies over params."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import traverse_util
+
+from road_core import AdapterError
+
+ROAD_LEAVES = ("road_theta", "road_alpha")
+
+# A nested dict with arrays as leaves. JAX has no narrower type for it.
+Tree = Any
+Path = tuple[str, ...]
+
+
+def to_dict(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns plain nested dicts with the same leaves; a FrozenDict is a Mapping too."""
+    return {k: to_dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
+    """Returns ``{path: leaf}``."""
+    return traverse_util.flatten_dict(to_dict(tree))
+
+
+def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """Inverts `flatten`."""
+    return traverse_util.unflatten_dict(dict(leaves))
+
+
+def adapted_paths(adapter: Mapping[str, Any]) -> list[Path]:
+    """Returns the paths of the modules that carry θ and α.
+
+    Raises:
+        AdapterError: one of the two is missing.
+    """
+    leaves = flatten(adapter)
+    paths = sorted({path[:-1] for path in leaves if path[-1] in ROAD_LEAVES})
+    for path in paths:
+        for name in ROAD_LEAVES:
+            if (*path, name) not in leaves:
+                raise AdapterError(f"{dotted(path)}: expected road_theta and road_alpha, found no {name}")
+    return paths
+
+
+def overlay(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Lays an adapter over params: θ and α beside their kernels, saved modules in place of the base's.
+
+    Raises:
+        AdapterError: the adapter has a module that params hasn't; every such module is listed.
+    """
+    base, leaves = flatten(params), flatten(adapter)
+    folders = {path[:n] for path in base for n in range(len(path))}
+    lost = sorted(
+        {
+            dotted(path[:-1])
+            for path in leaves
+            if (path[:-1] not in folders if path[-1] in ROAD_LEAVES else path not in base)
+        }
+    )
+    if lost:
+        listed = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        raise AdapterError(f"adapter: expected modules of the model's params, found besides {listed}")
+    return unflatten({**base, **leaves})
+
+
+def dotted(path: Path) -> str:
+    """Returns a path's names joined by dots."""
+    return ".".join(path)

@@ -1,0 +1,319 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from _compare import assert_close, named_values
+from flax import linen as nn
+
+import road_core
+import road_jax
+from road_core import AdapterError, RoadConfig
+
+VARIANTS = ["road_1", "road_2", "road_4"]
+GROUP_SIZES = [2, 8, 64]
+LAYERS, WIDTH = 3, 64
+
+
+class Block(nn.Module):
+    """A pre-activation residual block, the body of every stack below."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + nn.Dense(WIDTH, name="down")(nn.gelu(nn.Dense(128, name="up")(x))), None
+
+
+class Stack(nn.Module):
+    """The same blocks in a loop, under scan, or under scan and remat; params on either axis."""
+
+    how: str = "loop"
+
+    @nn.compact
+    def __call__(self, x):
+        if self.how == "loop":
+            for i in range(LAYERS):
+                x, _ = Block(name=f"blocks_{i}")(x)
+        else:
+            body = nn.remat(Block) if "remat" in self.how else Block
+            axis = 1 if "axis1" in self.how else 0
+            scan = nn.scan(body, variable_axes={"params": axis}, split_rngs={"params": True}, length=LAYERS)
+            x, _ = scan(name="blocks")(x, None)
+        return nn.Dense(10, name="lm_head")(x)
+
+
+def stacked(leaves_of_layers, axis):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *leaves_of_layers)
+
+
+def with_values(adapter):
+    """Fills an adapter so that each value tells its path."""
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return jnp.asarray(named_values(name, *leaf.shape, mean=float("alpha" in name)))
+
+    return jax.tree_util.tree_map_with_path(fill, adapter)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jnp.asarray(named_values("x", 2, 5, WIDTH))
+
+
+@pytest.fixture(scope="module")
+def loop(x):
+    """An adapted loop: everything else is compared with it, and it with the reference."""
+    model = Stack()
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    return road, variables, with_values(road.init(jax.random.key(1), variables, x))
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_layer_gives_the_references_rotation(variant, group_size, x):
+    model = nn.Dense(128)
+    variables = {"params": {"kernel": jnp.asarray(named_values("k", WIDTH, 128)), "bias": jnp.ones(128)}}
+    config = RoadConfig(variant=variant, group_size=group_size, target_modules=r".*")
+    road = road_jax.transform(nn.Sequential([model]), config)
+    variables = {"params": {"layers_0": variables["params"]}}
+    adapter = with_values(road.init(jax.random.key(0), variables, x))
+    theta, alpha = (np.asarray(adapter["layers_0"][n]) for n in ("road_theta", "road_alpha"))
+    assert theta.shape == (road_core.parameter_size(variant, 128),)
+    bare = np.asarray(x, np.float64) @ np.asarray(variables["params"]["layers_0"]["kernel"], np.float64) + 1
+    expected = road_core.rotate(bare, theta, alpha, variant=variant, group_size=group_size)
+    assert_close(road.apply(variables, adapter, x), expected, "float32", moved_from=bare)
+    assert_close(jax.jit(road.apply)(variables, adapter, x), expected, "float32")
+    merged = road.merge(variables, adapter)
+    assert_close(road.model.apply(merged, x), expected, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_result_keeps_the_layers_dtype(dtype, x):
+    model = nn.Sequential([nn.Dense(128, dtype=dtype, param_dtype=dtype)])
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules=r".*", group_size=64))
+    adapter = with_values(road.init(jax.random.key(0), variables, x))
+    bare, turned = model.apply(variables, x), road.apply(variables, adapter, x)
+    assert turned.dtype == bare.dtype == jnp.dtype(dtype)
+    arrays = (np.asarray(adapter["layers_0"][n]) for n in ("road_theta", "road_alpha"))
+    expected = road_core.rotate(bare.astype(jnp.float32), *arrays, variant="road_1", group_size=64)
+    assert_close(turned.astype(jnp.float32), expected, dtype, moved_from=bare.astype(jnp.float32))
+
+
+def test_a_fresh_adapter_changes_nothing_and_mirrors_params(x, loop):
+    road, variables, _ = loop
+    adapter = road.init(jax.random.key(1), variables, x)
+    assert sorted(adapter) == ["blocks_0", "blocks_1", "blocks_2"]
+    assert jax.tree.map(jnp.shape, adapter["blocks_1"]["up"]) == {"road_theta": (64,), "road_alpha": (64,)}
+    np.testing.assert_array_equal(road.apply(variables, adapter, x), road.model.apply(variables, x))
+
+
+def test_init_weights_false_draws_by_path(x, loop):
+    road, variables, _ = loop
+    noisy = road_jax.transform(road.model, RoadConfig(target_modules=["up"], group_size=8, init_weights=False))
+    one, same, other = (noisy.init(jax.random.key(seed), variables, x) for seed in (1, 1, 2))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, one, same))
+    assert not any(jax.tree.leaves(jax.tree.map(jnp.array_equal, one, other)))
+    alphas = np.concatenate([one[f"blocks_{i}"]["up"]["road_alpha"] for i in range(LAYERS)])
+    assert abs(alphas.mean() - 1) < 0.15
+    assert abs(alphas.std() - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("how", ["scan", "scan-remat", "scan-axis1", "scan-axis1-remat"])
+def test_a_scanned_stack_is_the_loop(how, x, loop):
+    road, variables, adapter = loop
+    axis = 1 if "axis1" in how else 0
+    scanned = road_jax.transform(Stack(how), road.config)
+    blocks = [variables["params"][f"blocks_{i}"] for i in range(LAYERS)]
+    base = {"params": {"lm_head": variables["params"]["lm_head"], "blocks": stacked(blocks, axis)}}
+    laid = {"blocks": stacked([adapter[f"blocks_{i}"] for i in range(LAYERS)], axis)}
+    fresh = scanned.init(jax.random.key(1), base, x)
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, laid)
+
+    expected = road.apply(variables, adapter, x)
+    assert_close(scanned.apply(base, laid, x), expected, "float32", moved_from=road.model.apply(variables, x))
+    assert_close(scanned.model.apply(scanned.merge(base, laid), x), expected, "float32")
+
+    def loss(adapter, road, variables):
+        return jnp.sum(jnp.square(road.apply(variables, adapter, x)))
+
+    slow = jax.grad(loss)(adapter, road, variables)
+    fast = jax.jit(jax.grad(loss), static_argnums=1)(laid, scanned, base)
+    for i in range(LAYERS):
+        for layer in ("up", "down"):
+            for leaf, gradient in slow[f"blocks_{i}"][layer].items():
+                assert_close(jnp.take(fast["blocks"][layer][leaf], i, axis), gradient, "float32")
+
+
+def test_gradients_are_those_of_the_reference(x):
+    """Finite differences of the float64 reference, through one layer."""
+    rng = np.random.default_rng(0)
+    y, weight = rng.normal(size=(7, 16)), rng.normal(size=(7, 16))
+    for variant in VARIANTS:
+        size = road_core.parameter_size(variant, 16)
+        theta, alpha = rng.normal(size=size), rng.normal(1, 0.5, size)
+
+        def reference(v, variant=variant, size=size, weight=weight):
+            y, theta, alpha = v[: 7 * 16].reshape(7, 16), v[7 * 16 : -size], v[-size:]
+            return float((road_core.rotate(y, theta, alpha, variant=variant, group_size=8) * weight).sum())
+
+        point = np.concatenate([y.ravel(), theta, alpha])
+        steps = np.eye(point.size) * 1e-6
+        expected = np.array([(reference(point + s) - reference(point - s)) / 2e-6 for s in steps])
+
+        def ours(y, theta, alpha, variant=variant, weight=weight):
+            turned = road_jax._rotate.rotate(y, theta, alpha, variant=variant, group_size=8)
+            return jnp.sum(turned * jnp.asarray(weight, jnp.float32))
+
+        arguments = [jnp.asarray(v, jnp.float32) for v in (y, theta, alpha)]
+        found = jax.grad(ours, argnums=(0, 1, 2))(*arguments)
+        assert_close(np.concatenate([np.ravel(g) for g in found]), expected, "float32", moved_from=np.zeros(point.size))
+
+
+def test_the_gradient_computes_no_kernel_gradient(x):
+    model = Stack()
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    adapter = road.init(jax.random.key(1), variables, x)
+
+    def flops(function, *arguments):
+        return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+    forward = flops(lambda a: jnp.sum(road.apply(variables, a, x)), adapter)
+    backward = flops(jax.grad(lambda a: jnp.sum(road.apply(variables, a, x))), adapter)
+    full = flops(jax.grad(lambda v: jnp.sum(model.apply(v, x))), variables)
+    assert backward < 2.3 * forward
+    assert backward < 0.9 * full
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_unmerge_undoes_merge(variant, x, loop):
+    _, variables, _ = loop
+    road = road_jax.transform(Stack(), RoadConfig(variant=variant, group_size=8, target_modules="all-linear"))
+    adapter = with_values(road.init(jax.random.key(1), variables, x))
+    adapter = jax.tree.map(lambda v: 0.2 * v, adapter)
+    adapter = jax.tree_util.tree_map_with_path(lambda p, v: v + ("alpha" in p[-1].key), adapter)
+    merged = jax.jit(road.merge)(variables, adapter)
+    expected = road.apply(variables, adapter, x)
+    assert_close(road.model.apply(merged, x), expected, "float32", moved_from=road.model.apply(variables, x))
+    back = road.unmerge(merged, adapter)
+    assert jax.tree.structure(back) == jax.tree.structure(variables)
+    for old, new in zip(jax.tree.leaves(variables), jax.tree.leaves(back), strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-5)
+
+
+def test_layers_with_several_output_axes_are_flattened(x):
+    class Heads(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            q = nn.DenseGeneral((4, 32), name="q")(x)
+            k = nn.Einsum((WIDTH, 4, 32), "btd,dhk->bthk", name="k")(x)
+            return nn.DenseGeneral(WIDTH, axis=(-2, -1), name="o")(q * k)
+
+    model = Heads()
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=64))
+    adapter = with_values(road.init(jax.random.key(1), variables, x))
+    assert jax.tree.map(jnp.shape, adapter["q"]) == {"road_theta": (64,), "road_alpha": (64,)}
+
+    def turn(y, name):
+        arrays = (np.asarray(adapter[name][n]) for n in ("road_theta", "road_alpha"))
+        flat = np.asarray(y).reshape(2, 5, -1)
+        return road_core.rotate(flat, *arrays, variant="road_1", group_size=64).reshape(y.shape)
+
+    p = jax.tree.map(lambda v: np.asarray(v, np.float64), variables["params"])
+    q, k = (np.einsum("btd,dhk->bthk", np.asarray(x), p[n]["kernel"]) + p[n]["bias"] for n in "qk")
+    o = np.einsum("bthk,hkd->btd", turn(q, "q") * turn(k, "k"), p["o"]["kernel"]) + p["o"]["bias"]
+    assert_close(road.apply(variables, adapter, x), turn(o, "o"), "float32", moved_from=model.apply(variables, x))
+    assert_close(model.apply(road.merge(variables, adapter), x), turn(o, "o"), "float32")
+
+
+def test_modules_to_save_ride_along(x, loop):
+    road, variables, _ = loop
+    config = RoadConfig(target_modules=["up"], group_size=8, modules_to_save=["lm_head"])
+    road = road_jax.transform(road.model, config)
+    adapter = road.init(jax.random.key(1), variables, x)
+    np.testing.assert_array_equal(adapter["lm_head"]["kernel"], variables["params"]["lm_head"]["kernel"])
+    adapter["lm_head"] = jax.tree.map(lambda v: 2 * v, adapter["lm_head"])
+    expected = 2 * road.model.apply(variables, x)
+    assert_close(road.apply(variables, adapter, x), expected, "float32", moved_from=expected / 2)
+    assert_close(road.model.apply(road.merge(variables, adapter), x), expected, "float32")
+    with pytest.raises(AdapterError, match="lm_head"):
+        road.unmerge(variables, adapter)
+
+
+def test_plain_calls_stay_plain(x, loop):
+    road, variables, adapter = loop
+    plain = jax.jit(road.model.apply)
+    expected = road.model.apply(variables, x)
+    road.apply(variables, adapter, x)
+    np.testing.assert_allclose(plain(variables, x), expected, atol=1e-5)
+
+
+def test_one_compilation_serves_every_adapter_of_a_shape(x, loop):
+    road, variables, adapter = loop
+    traces = []
+
+    @jax.jit
+    def apply(variables, adapter, x):
+        traces.append(1)
+        return road.apply(variables, adapter, x)
+
+    apply(variables, adapter, x)
+    apply(variables, jax.tree.map(jnp.zeros_like, adapter), x)
+    assert len(traces) == 1
+
+
+class OneOfTwo(nn.Module):
+    """A model with a layer that only some calls reach."""
+
+    @nn.compact
+    def __call__(self, x, both=True):
+        x = nn.Dense(WIDTH, name="always")(x)
+        return nn.Dense(WIDTH, name="sometimes")(x) if both else x
+
+
+def test_what_does_not_fit_is_refused(x, loop):
+    road, variables, adapter = loop
+
+    def init(**fields):
+        return road_jax.transform(road.model, RoadConfig(**fields)).init(jax.random.key(0), variables, x)
+
+    with pytest.raises(AdapterError, match="nearest: up"):
+        init(target_modules=["upp"])
+    with pytest.raises(
+        AdapterError, match=r"blocks_0\.up: expected a number of outputs that group_size 48 divides, found 128"
+    ):
+        init(target_modules=["up"], group_size=48)
+    with pytest.raises(AdapterError, match="model type None"):
+        init()
+    with pytest.raises(AdapterError, match="blocks_0: expected a Dense"):
+        init(target_modules=["blocks_0"])
+    with pytest.raises(AdapterError, match="no 'tail'"):
+        init(target_modules=["up"], group_size=8, modules_to_save=["tail"])
+
+    with pytest.raises(AdapterError, match="found besides blocks_7"):
+        road.apply(variables, {**adapter, "blocks_7": adapter["blocks_0"]}, x)
+    half = {"blocks_0": {"up": {"road_theta": adapter["blocks_0"]["up"]["road_theta"]}}}
+    with pytest.raises(AdapterError, match=r"blocks_0\.up: expected road_theta and road_alpha, found no road_alpha"):
+        road.apply(variables, half, x)
+    swapped = {"blocks_0": {"up": adapter["blocks_0"]["down"]}}
+    with pytest.raises(
+        AdapterError, match=r"blocks_0\.up\.road_theta: expected \[64\] for road_1 on 128 outputs, found \[32\]"
+    ):
+        road.apply(variables, swapped, x)
+    with pytest.raises(AdapterError, match=r"blocks_0\.up.*found"):
+        road.merge(variables, swapped)
+    flat = jax.tree.map(jnp.zeros_like, adapter)
+    with pytest.raises(AdapterError, match="determinant 0"):
+        road.unmerge(variables, flat)
+
+
+def test_a_part_that_no_layer_used_is_refused(x):
+    model = OneOfTwo()
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear"))
+    adapter = road.init(jax.random.key(0), variables, x)
+    road.apply(variables, adapter, x)
+    with pytest.raises(AdapterError, match="found unused sometimes"):
+        road.apply(variables, adapter, x, both=False)
