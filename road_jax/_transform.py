@@ -125,9 +125,9 @@ class Road:
             theta, alpha = (module.scope.get_variable("params", name) for name in _FILL)
             shape = result.shape
             flat = result.reshape(*shape[: len(shape) - axes], math.prod(shape[-axes:])) if axes > 1 else result
-            how = {"variant": self.config.variant, "group_size": self.config.group_size}
-            check_layer(dotted(module.path), theta, flat.shape[-1], **how)
-            return rotate(flat, theta, alpha, **how).reshape(shape)
+            variant, group_size = self.config.variant, self.config.group_size
+            check_layer(dotted(module.path), theta, flat.shape[-1], variant=variant, group_size=group_size)
+            return rotate(flat, theta, alpha, variant=variant, group_size=group_size).reshape(shape)
 
         merged = {**to_dict(variables), "params": overlay(variables["params"], adapter)}
         # The context stands inside whatever jits this call: a function that was first traced within it from outside

@@ -1,7 +1,15 @@
 """Small random Hugging Face models, the peers that tests compare with."""
 
+from pathlib import Path
+
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+WORDS = [
+    *("<pad>", "[UNK]", "</s>", "<user>", "<assistant>", "<system>"),
+    *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+]
 
 
 def small_config(kind: str = "llama", **changes) -> transformers.PretrainedConfig:
@@ -40,3 +48,24 @@ def small_model(kind: str = "llama", *, seed: int = 0, **changes) -> transformer
             else:
                 parameter.normal_(std=0.5 if "embed" in name else parameter.shape[-1] ** -0.5)
     return model.eval()
+
+
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Returns a tokenizer of a few words with a chat template; its ids fit `small_model`."""
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", unk_token="[UNK]", pad_token="<pad>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    return tokenizer
+
+
+def small_checkpoint(directory: Path, kind: str = "llama", *, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """Writes a `small_model` and its tokenizer as a Hugging Face folder."""
+    small_model(kind, **changes).to(dtype).save_pretrained(directory)
+    word_tokenizer().save_pretrained(directory)
+    return directory

@@ -1,0 +1,87 @@
+"""A picture of an adapter. The only file here that needs matplotlib, which it imports when called."""
+
+import os
+import re
+
+import numpy as np
+
+from road_core._adapter import Adapter, to_float32
+from road_core._reference import coefficients
+
+
+def draw_rotations(adapter: Adapter, path: str | os.PathLike, *, most: int = 12) -> None:
+    """Draws where an adapter sends the unit vector of each output: ``(α cos θ, α sin θ)``, one panel a kind of layer.
+
+    The identity is the point (1, 0); a pure rotation stays on the circle. Colour tells the depth of the layer.
+
+    Args:
+        adapter: with PyTorch or Flax module paths.
+        path: of the PNG.
+        most: how many panels at the most, the first by name.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = _by_kind(adapter)
+    names = sorted(kinds)[:most]
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.1 * columns + 0.9, 3.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    depth = max(layer for points in kinds.values() for layer, _, _ in points)
+    reach = max(
+        float(np.percentile(np.hypot(first - 1, second), 99.9)) for p in kinds.values() for _, first, second in p
+    )
+    reach = 1.15 * max(reach, 0.02)
+    circle = np.linspace(-np.pi, np.pi, 721)
+    shown = None
+    for axis, name in zip(axes.flat, names, strict=False):
+        axis.plot(np.cos(circle), np.sin(circle), color="0.75", linewidth=1, zorder=0)
+        axis.axhline(0, color="0.9", linewidth=0.8, zorder=0)
+        layers = np.concatenate([np.full(first.size, layer) for layer, first, _ in kinds[name]])
+        first = np.concatenate([first.ravel() for _, first, _ in kinds[name]])
+        second = np.concatenate([second.ravel() for _, _, second in kinds[name]])
+        # In a random order, so that the last layers don't hide the first.
+        order = np.random.default_rng(0).permutation(first.size)
+        shown = axis.scatter(
+            first[order],
+            second[order],
+            c=layers[order],
+            s=3,
+            alpha=0.5,
+            linewidths=0,
+            cmap="viridis",
+            vmin=0,
+            vmax=max(depth, 1),
+            rasterized=True,
+        )
+        angle = np.degrees(np.abs(np.arctan2(second, first)).mean())
+        axis.set_title(f"{name}: mean turn {angle:.1f}°", fontsize=9)
+        axis.set_aspect("equal")
+        axis.set_xlim(1 - reach, 1 + reach)
+        axis.set_ylim(-reach, reach)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("α cos θ")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("α sin θ")
+    if shown is not None:
+        figure.colorbar(shown, ax=axes, label="layer", shrink=0.8)
+    figure.savefig(path, dpi=120)
+
+
+def _by_kind(adapter: Adapter) -> dict[str, list[tuple[int, np.ndarray, np.ndarray]]]:
+    """Returns ``{kind of layer: [(depth, first, second)]}``; a stacked layer's first axis is its depth."""
+    kinds: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+    for module, (theta, alpha) in adapter.modules.items():
+        config = adapter.config
+        first, second = coefficients(
+            to_float32(theta), to_float32(alpha), variant=config.variant, group_size=config.group_size
+        )
+        number = re.search(r"\d+", module)
+        points = kinds.setdefault(module.rpartition(".")[2], [])
+        if theta.ndim == 1:
+            points.append((int(number[0]) if number else 0, first, second))
+        else:
+            points.extend((depth, first[depth], second[depth]) for depth in range(len(first)))
+    return kinds

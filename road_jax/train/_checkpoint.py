@@ -1,0 +1,62 @@
+"""Checkpoints of a run: adapter, optimiser, place in the data. orbax writes them."""
+
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import orbax.checkpoint as ocp
+
+from road_core import AdapterError
+from road_jax.train._step import State
+
+# orbax tells of every file at INFO and of its own defaults at WARNING.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The last few checkpoints of a run, each written whole before it counts.
+
+    Args:
+        directory: the run's folder; they go to ``checkpoints`` in it.
+        keep: how many stay.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2) -> None:
+        self._directory = Path(directory).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
+        """Writes a host-side state after ``step`` steps, with JSON beside it."""
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=items)
+        self._manager.wait_until_finished()
+
+    def restore(self, like: State) -> tuple[int, State, dict[str, Any]]:
+        """Returns the last checkpoint: its step, state and JSON.
+
+        Raises:
+            AdapterError: there is none, or it doesn't hold what ``like`` looks like.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise AdapterError(f"{self._directory}: expected a checkpoint to resume from, found none")
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()), meta=ocp.args.JsonRestore())
+        try:
+            found = self._manager.restore(step, args=items)
+        except Exception as error:  # orbax lets errors of several libraries through
+            reason = " ".join(str(error).split())[:200]
+            raise AdapterError(f"{self._directory}/{step}: expected this run's checkpoint, found {reason}") from None
+        return step, State(**found.state), found.meta
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._manager.close()

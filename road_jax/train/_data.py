@@ -1,0 +1,245 @@
+"""From JSONL lines to packed batches: chat template, loss on completions only, one shape."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from road_core import AdapterError
+
+
+class Tokenizer(Protocol):
+    """What is asked of a Hugging Face tokenizer."""
+
+    chat_template: Any
+    eos_token_id: int | None
+    eos_token: str | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
+        """Returns a mapping with ``input_ids``."""
+
+    def apply_chat_template(self, messages: list[dict], *, tokenize: bool, add_generation_prompt: bool) -> Any:
+        """Returns the conversation as text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One line, tokenised.
+
+    Attributes:
+        line: its number in the file, from 1.
+        input_ids: int32 ``[length]``.
+        is_target: int32 ``[length]``, 1 where a token belongs to a completion and is learned.
+    """
+
+    line: int
+    input_ids: np.ndarray
+    is_target: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows. Tokens of one example share a segment number in their row; 0 is padding.
+
+    Attributes:
+        input_ids: int32 ``[rows, length]``.
+        segments: int32 ``[rows, length]``.
+        logits_at: int32 ``[rows, n]``, the positions whose next token is learned.
+        targets: int32 ``[rows, n]``, those next tokens.
+        weights: float32 ``[rows, n]``, 1 for a target and 0 for filling.
+    """
+
+    input_ids: np.ndarray
+    segments: np.ndarray
+    logits_at: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that are no padding."""
+        return int((self.segments > 0).sum())
+
+
+def read_lines(path: str | os.PathLike) -> list[tuple[int, list[dict[str, str]]]]:
+    """Reads ``{"prompt", "completion"}`` or ``{"messages"}`` lines as conversations; empty lines are passed over.
+
+    Returns:
+        ``(line number, messages)``, each conversation ending with the assistant.
+
+    Raises:
+        AdapterError: the file can't be read or holds no lines, or a line isn't of these forms (by its number).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: expected a file of JSON lines, found one that can't be read ({error})") from None
+    found = [
+        (n, _conversation(line, f"{path}, line {n}")) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+    ]
+    if not found:
+        raise AdapterError(f"{path}: expected at least one line, found none")
+    return found
+
+
+def _conversation(line: str, where: str) -> list[dict[str, str]]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{where}: expected JSON, found {line[:40]!r} ({error})") from None
+    if not isinstance(fields, dict):
+        raise AdapterError(f"{where}: expected a JSON object, found {type(fields).__name__}")
+    if "messages" in fields:
+        messages = fields["messages"]
+        whole = isinstance(messages, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        if not whole or not messages or messages[-1]["role"] != "assistant":
+            raise AdapterError(
+                f"{where}: expected messages with role and content that end with the assistant's, "
+                f"found {json.dumps(messages)[:60]}"
+            )
+        return messages
+    for name in ("prompt", "completion"):
+        if not isinstance(fields.get(name), str):
+            found = "no such field" if name not in fields else type(fields[name]).__name__
+            raise AdapterError(f"{where}: expected text in the field {name!r} (or a field 'messages'), found {found}")
+    return [{"role": "user", "content": fields["prompt"]}, {"role": "assistant", "content": fields["completion"]}]
+
+
+def tokenize(lines: Sequence[tuple[int, list[dict[str, str]]]], tokenizer: Tokenizer, where: str) -> list[Example]:
+    """Tokenises conversations through the model's own chat template.
+
+    Every turn of the assistant is learned, up to and including its end token. A tokenizer without a chat template
+    gets the contents one after the other, and its end-of-text token after each of the assistant's.
+
+    Raises:
+        AdapterError: the template refuses a conversation, or doesn't extend what it gave for the turns before.
+    """
+    return [_tokenize_one(number, messages, tokenizer, f"{where}, line {number}") for number, messages in lines]
+
+
+def _tokenize_one(number: int, messages: list[dict[str, str]], tokenizer: Tokenizer, where: str) -> Example:
+    ids: list[int] = []
+    targets: list[int] = []
+    done = ""
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(tokenizer, messages[:turn], where, prompt=True)
+        after = render(tokenizer, messages[: turn + 1], where, prompt=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise AdapterError(f"{where}: expected a chat template that extends its own prompt, found one that doesn't")
+        # Prompt and completion are tokenised apart, as they are when the model generates.
+        prompt = tokenizer(before[len(done) :], add_special_tokens=False)["input_ids"]
+        completion = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
+        # What a template puts after the end token (a newline) isn't the model's to say.
+        ends = [i for i, token in enumerate(completion) if token == tokenizer.eos_token_id]
+        learned = ends[-1] + 1 if ends else len(completion)
+        ids += [*prompt, *completion]
+        targets += [0] * len(prompt) + [1] * learned + [0] * (len(completion) - learned)
+        done = after
+    return Example(number, np.asarray(ids, np.int32), np.asarray(targets, np.int32))
+
+
+def render(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, *, prompt: bool) -> str:
+    """Returns a conversation as text, with ``prompt`` up to where the assistant answers."""
+    if not tokenizer.chat_template:
+        end = tokenizer.eos_token or ""
+        return "".join(m["content"] + (end if m["role"] == "assistant" else "") for m in messages)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # templates raise whatever they like
+        reason = " ".join(str(error).split())
+        raise AdapterError(f"{where}: expected a conversation that the chat template takes, found {reason}") from None
+
+
+def check_lengths(examples: list[Example], max_length: int, where: str, *, skip_long: bool) -> list[Example]:
+    """Refuses, or with ``skip_long`` leaves out, lines of more than ``max_length`` tokens.
+
+    Raises:
+        AdapterError: a line is too long, or none is left.
+    """
+    short = [example for example in examples if len(example.input_ids) <= max_length]
+    if len(short) < len(examples) and not skip_long:
+        first = next(example for example in examples if len(example.input_ids) > max_length)
+        raise AdapterError(
+            f"{where}, line {first.line}: expected at most {max_length} tokens, found {len(first.input_ids)} "
+            f"({len(examples) - len(short)} such lines; see --max-length and --skip-long)"
+        )
+    if not short:
+        raise AdapterError(f"{where}: expected lines of at most {max_length} tokens, found none")
+    return short
+
+
+def packed(
+    examples: Sequence[Example], *, rows: int, length: int, seed: int | None, epochs: int | None
+) -> grain.DatasetIterator:
+    """Packs examples into rows, first fit, in batches of one shape.
+
+    Args:
+        examples: none longer than ``length``.
+        rows: rows in a batch.
+        length: tokens in a row.
+        seed: of the shuffle, another order in each epoch; None keeps the order.
+        epochs: how often the examples are gone through; None for ever.
+
+    Returns:
+        An iterator whose ``get_state`` and ``set_state`` hold its place. With ``epochs`` the last batch may have fewer
+        rows. Turn what it gives into a `Batch` with `to_batch`.
+    """
+    elements = [
+        {
+            "input_ids": example.input_ids,
+            "is_target": example.is_target,
+            "example": np.full(len(example.input_ids), index, np.int32),
+        }
+        for index, example in enumerate(examples)
+    ]
+    data = grain.MapDataset.source(elements)
+    if seed is not None:
+        data = data.seed(seed).shuffle()
+    rows_of = grain.experimental.FirstFitPackIterDataset(
+        data.repeat(epochs).to_iter_dataset(),
+        num_packing_bins=rows,
+        length_struct=dict.fromkeys(elements[0], length),
+        seed=seed or 0,
+        shuffle_bins=seed is not None,
+    )
+    return iter(rows_of.batch(rows, drop_remainder=False))
+
+
+def to_batch(element: dict[str, np.ndarray], rows: int) -> Batch:
+    """Makes a `Batch` of a packed element, filled up to ``rows`` rows."""
+    fill = rows - len(element["input_ids"])
+    ids, targets, segments = (
+        np.pad(element[name], ((0, fill), (0, 0))) for name in ("input_ids", "is_target", "input_ids_segment_ids")
+    )
+    # A token is predicted one place before it stands; a segment's first token is no target of the one before.
+    learned = (targets[:, 1:] == 1) & (segments[:, 1:] == segments[:, :-1])
+    # A power of two keeps the number of compiled shapes small.
+    n = max(16, 1 << int(learned.sum(axis=1).max() - 1).bit_length())
+    logits_at = np.zeros((rows, n), np.int32)
+    weights = np.zeros((rows, n), np.float32)
+    for row in range(rows):
+        places = np.flatnonzero(learned[row])
+        logits_at[row, : len(places)] = places
+        weights[row, : len(places)] = 1
+    return Batch(ids, segments, logits_at, np.take_along_axis(ids, logits_at + 1, axis=1), weights)
+
+
+def examples_at(element: dict[str, np.ndarray], batch: Batch) -> np.ndarray:
+    """Returns which example each of a batch's targets belongs to, ``[rows, n]``."""
+    examples = np.pad(element["example"], ((0, len(batch.input_ids) - len(element["example"])), (0, 0)))
+    return np.take_along_axis(examples, batch.logits_at, axis=1)
+
+
+def count(iterator: Iterator) -> int:
+    """Returns how many batches a finite iterator gives."""
+    return sum(1 for _ in iterator)

@@ -1,0 +1,428 @@
+"""A training run from options to files: `train`."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from road_core import AdapterError, RoadConfig
+from road_core._files import check_free, dump_json, read_json, write_file
+from road_core._picture import draw_rotations
+from road_jax import models
+from road_jax._io import save_adapter, to_record
+from road_jax._transform import transform
+from road_jax.train import _data, _step
+from road_jax.train._checkpoint import Checkpoints
+from road_jax.train._plots import draw_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Supervised fine-tuning of RoAd on a Hugging Face decoder, in Flax.
+
+    Defaults follow the paper's recipe (arXiv 2409.00119, appendix): AdamW without weight decay, a linear schedule with
+    10 % warm-up, a learning rate about ten times LoRA's.
+    """
+
+    base: Path
+    """Folder of the Hugging Face checkpoint: config.json, safetensors, tokenizer."""
+    data: Path
+    """JSONL with {"prompt", "completion"} or {"messages"} lines."""
+    out: Path
+    """New folder for the adapter, metrics, pictures and checkpoints."""
+    eval_data: Path | None = None
+    """JSONL of held-out lines. Without it, --eval-lines are taken from the data."""
+    eval_lines: int = 64
+    """How many lines of the data are held out when there is no --eval-data; 0 for none."""
+    eval_every: int | None = None
+    """Evaluate every so many steps, besides before the first and after the last."""
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    """Parameters for a pair of outputs: one θ and α, two, or four."""
+    group_size: int = 64
+    """Outputs are paired within groups of this many."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of layers, or all-linear."""
+    steps: int | None = None
+    """Optimiser steps. Without it, --epochs decide."""
+    epochs: int = 3
+    """How often the data is gone through, when there are no --steps."""
+    batch_size: int = 8
+    """Rows in a batch. Lines are packed into rows."""
+    max_length: int = 512
+    """Tokens in a row; no line may be longer."""
+    skip_long: bool = False
+    """Leave lines out that are longer than --max-length, instead of refusing them."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    warmup: float = 0.1
+    """Fraction of the steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay on θ and α."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the base and its activations. θ, α and the optimiser are float32."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How the devices share a batch."""
+    scan: bool = True
+    """Compile one layer and scan it; --no-scan unrolls (slower to compile, another adapter layout)."""
+    remat: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, more time."""
+    seed: int = 0
+    """Of the order of the data."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out, as if the run had not been stopped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with.
+
+    Attributes:
+        out: the folder.
+        steps: optimiser steps taken in all.
+        parameters: trained parameters.
+        seconds: time spent training, over all resumes; compilation included.
+        tokens: tokens seen, padding not counted.
+        before: evaluation of the base, empty without held-out lines; see `train`.
+        after: evaluation of the adapter.
+    """
+
+    out: Path
+    steps: int
+    parameters: int
+    seconds: float
+    tokens: int
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+# What may differ between a run and its resumption.
+_FREE = ("out", "resume", "checkpoint_every")
+
+
+def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
+    """Runs or resumes a training run.
+
+    Writes to ``options.out``: ``road_adapter.safetensors`` and ``road_config.json``, ``metrics.jsonl`` (a line a step:
+    ``step, loss, learning_rate, gradient_norm, tokens, seconds``; a line an evaluation: ``step, eval_loss,
+    eval_token_accuracy, eval_exact, eval_lines``), ``loss.png``, ``rotations.png``, ``options.json`` and
+    ``checkpoints``. ``eval_exact`` is the share of held-out lines whose every completion token is the model's first
+    choice given those before, so that greedy generation gives the line.
+
+    An interrupt (SIGINT or SIGTERM) ends the run after the step under way, with a checkpoint.
+
+    Args:
+        options: see `TrainOptions`.
+        console: for the progress bar; stderr by default.
+
+    Raises:
+        AdapterError: bad input, found before anything is written; or a loss that isn't finite.
+        KeyboardInterrupt: the run was interrupted.
+    """
+    console = console or Console(stderr=True)
+    _check(options)
+    with console.status(f"reading {options.data}"):
+        tokenizer = load_tokenizer(options.base)
+        examples, held_out = _examples(options, tokenizer)
+        total = options.steps or _count_steps(options, examples)
+    with console.status(f"loading {options.base}"):
+        dtype = jnp.dtype(options.dtype)
+        module, variables = models.load(options.base, dtype=dtype, scan=options.scan, remat=options.remat)
+        targets = options.target_modules
+        config = RoadConfig(
+            variant=options.variant,
+            group_size=options.group_size,
+            target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+            base_model_name_or_path=str(options.base),
+            task_type="CAUSAL_LM",
+        )
+        road = transform(module, config)
+        sample = jnp.zeros((1, 8), jnp.int32)
+        adapter = road.init(jax.random.key(options.seed), variables, sample)
+        tx, schedule = _step.optimizer(
+            options.learning_rate, total, warmup=options.warmup, weight_decay=options.weight_decay
+        )
+        state = _step.State(adapter, tx.init(adapter))
+        program = _step.make_program(road, tx, options.parallel)
+        variables = program.place(variables)
+
+    run = _Run(options, examples, total)
+    with run.open(state) as (checkpoints, state, step):
+        state = program.place(state)
+
+        def evaluate(step: int) -> dict[str, float]:
+            if not held_out:
+                return {}
+            record = _evaluate(program, state.adapter, variables, held_out, options)
+            run.log({"step": step, **record})
+            return record
+
+        def checkpoint(step: int) -> None:
+            checkpoints.save(step, program.fetch(state), run.meta())
+
+        with _bar(console) as progress, _interruptible() as interrupted:
+            if step == 0:
+                with console.status("evaluating the base"):
+                    evaluate(0)
+            task = progress.add_task("training", total=total, completed=step, loss=float("nan"), rate=0.0)
+            while step < total:
+                started = time.perf_counter()
+                batch = run.next_batch()
+                rate = float(schedule(step))
+                state, metrics = program.train(state, variables, batch)
+                step, loss = step + 1, float(metrics.loss)
+                if not np.isfinite(loss):
+                    raise AdapterError(
+                        f"step {step}: expected a finite loss, found {loss} (a lower --learning-rate may help)"
+                    )
+                seconds = time.perf_counter() - started
+                run.log_step(step, loss, rate, float(metrics.gradient_norm), batch.tokens, seconds)
+                progress.update(task, completed=step, loss=loss, rate=batch.tokens / seconds)
+                if interrupted.is_set():
+                    checkpoint(step)
+                    raise KeyboardInterrupt
+                if options.eval_every and step % options.eval_every == 0 and step < total:
+                    evaluate(step)
+                if step % options.checkpoint_every == 0 or step == total:
+                    checkpoint(step)
+        if not any("eval_loss" in record and record["step"] == total for record in run.records):
+            with console.status("evaluating the adapter"):
+                evaluate(total)
+        adapter = program.fetch(state).adapter
+        save_adapter(options.out, adapter, config, overwrite=True)
+        draw_loss(run.records, options.out / "loss.png")
+        draw_rotations(to_record(adapter, config), options.out / "rotations.png")
+    return run.result(sum(leaf.size for leaf in jax.tree.leaves(adapter)))
+
+
+def load_tokenizer(base: Path) -> Any:
+    """Loads a checkpoint's tokenizer from its folder alone.
+
+    Raises:
+        AdapterError: there is no folder, or no tokenizer in it.
+    """
+    if not base.is_dir():
+        raise AdapterError(
+            f"{base}: expected a folder with a checkpoint, found {'a file' if base.exists() else 'nothing'}"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base, local_files_only=True)
+    except Exception as error:  # whatever the tokenizer's files make it raise
+        reason = " ".join(str(error).split())[:160]
+        raise AdapterError(f"{base}: expected a tokenizer, found none that can be loaded ({reason})") from None
+
+
+class _Run:
+    """The folder of a run: its log, its place in the data, and what a resumption takes up again."""
+
+    def __init__(self, options: TrainOptions, examples: list[_data.Example], total: int) -> None:
+        self.options, self.total = options, total
+        self.records: list[dict[str, Any]] = []
+        epochs = None if options.steps else options.epochs
+        self._batches = _data.packed(
+            examples, rows=options.batch_size, length=options.max_length, seed=options.seed, epochs=epochs
+        )
+        self._metrics = options.out / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def open(self, state: _step.State) -> Iterator[tuple[Checkpoints, _step.State, int]]:
+        """Makes or reopens the folder; yields its checkpoints, the state to go on from and its step."""
+        options = self.options
+        if not options.resume:
+            options.out.mkdir(parents=True, exist_ok=True)
+            write_file(options.out / "options.json", dump_json(_fingerprint(options)))
+        with Checkpoints(options.out) as checkpoints:
+            step = 0
+            if options.resume:
+                step, state, meta = checkpoints.restore(state)
+                self._batches.set_state(meta["data"])
+                lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
+                # What was logged after the checkpoint is done again.
+                self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
+                write_file(self._metrics, b"".join(_line(record) for record in self.records))
+            yield checkpoints, state, step
+
+    def next_batch(self) -> _data.Batch:
+        return _data.to_batch(next(self._batches), self.options.batch_size)
+
+    def meta(self) -> dict[str, Any]:
+        return {"data": self._batches.get_state()}
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        with open(self._metrics, "ab") as file:
+            file.write(_line(record))
+
+    def log_step(self, step: int, loss: float, rate: float, gradient_norm: float, tokens: int, seconds: float) -> None:
+        self.log(
+            {
+                "step": step,
+                "loss": loss,
+                "learning_rate": rate,
+                "gradient_norm": gradient_norm,
+                "tokens": tokens,
+                "seconds": round(seconds, 4),
+            }
+        )
+
+    def result(self, parameters: int) -> TrainResult:
+        evals = [
+            {k.removeprefix("eval_"): v for k, v in r.items() if k != "step"} for r in self.records if "eval_loss" in r
+        ]
+        steps = [record for record in self.records if "loss" in record]
+        return TrainResult(
+            out=self.options.out,
+            steps=self.total,
+            parameters=parameters,
+            seconds=sum(record["seconds"] for record in steps),
+            tokens=sum(record["tokens"] for record in steps),
+            before=evals[0] if evals else {},
+            after=evals[-1] if evals else {},
+        )
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record) + "\n").encode()
+
+
+def _check(options: TrainOptions) -> None:
+    """Everything that can be known to be wrong before anything is loaded."""
+    for name, least in (
+        ("batch_size", 1),
+        ("max_length", 2),
+        ("epochs", 1),
+        ("checkpoint_every", 1),
+        ("eval_lines", 0),
+    ):
+        if getattr(options, name) < least:
+            raise AdapterError(f"{name}: expected a number from {least} up, found {getattr(options, name)}")
+    for name in ("steps", "eval_every"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise AdapterError(f"{name}: expected a number from 1 up, found {getattr(options, name)}")
+    if not 0 <= options.warmup <= 1:
+        raise AdapterError(f"warmup: expected a fraction of the steps, found {options.warmup}")
+    if not (options.learning_rate > 0 and np.isfinite(options.learning_rate)):
+        raise AdapterError(f"learning_rate: expected a positive number, found {options.learning_rate}")
+    _step.check_rows(options.batch_size)
+    RoadConfig(variant=options.variant, group_size=options.group_size)
+    if not options.resume:
+        check_free(options.out)
+        return
+    if not (options.out / "options.json").is_file():
+        raise AdapterError(f"{options.out}: expected a run to resume, found no options.json")
+    begun, now = read_json(options.out / "options.json"), _fingerprint(options)
+    changed = sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name))
+    if changed:
+        name = changed[0]
+        raise AdapterError(
+            f"{options.out}: expected the options that the run began with, "
+            f"found {name} {now.get(name)!r} instead of {begun.get(name)!r}"
+        )
+
+
+def _fingerprint(options: TrainOptions) -> dict[str, Any]:
+    """The options that decide a run's result, and the data's digests."""
+    fields = {name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE}
+    fields = json.loads(json.dumps(fields, default=str))
+    for name in ("data", "eval_data"):
+        path = getattr(options, name)
+        if path is not None and Path(path).is_file():
+            fields[f"{name}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return fields
+
+
+def _examples(options: TrainOptions, tokenizer: Any) -> tuple[list[_data.Example], list[_data.Example]]:
+    """Returns what is trained on and what is held out."""
+
+    def read(path: Path) -> list[_data.Example]:
+        examples = _data.tokenize(_data.read_lines(path), tokenizer, str(path))
+        return _data.check_lengths(examples, options.max_length, str(path), skip_long=options.skip_long)
+
+    examples = read(options.data)
+    if options.eval_data:
+        return examples, read(options.eval_data)
+    if options.eval_lines >= len(examples):
+        raise AdapterError(
+            f"{options.data}: expected more than the {options.eval_lines} lines that are held out, "
+            f"found {len(examples)} (see --eval-lines)"
+        )
+    order = np.random.default_rng(options.seed).permutation(len(examples))
+    held, kept = order[: options.eval_lines], order[options.eval_lines :]
+    return [examples[i] for i in sorted(kept)], [examples[i] for i in sorted(held)]
+
+
+def _count_steps(options: TrainOptions, examples: list[_data.Example]) -> int:
+    return _data.count(
+        _data.packed(
+            examples, rows=options.batch_size, length=options.max_length, seed=options.seed, epochs=options.epochs
+        )
+    )
+
+
+def _evaluate(
+    program: _step.Program, adapter: Any, variables: Any, examples: list[_data.Example], options: TrainOptions
+) -> dict[str, float]:
+    rows = options.batch_size
+    loss = right_tokens = tokens = 0.0
+    all_right = np.ones(len(examples), bool)
+    for element in _data.packed(examples, rows=rows, length=options.max_length, seed=None, epochs=1):
+        batch = _data.to_batch(element, rows)
+        total, right = program.evaluate(adapter, variables, batch)
+        targets = batch.weights > 0
+        loss, tokens = loss + total, tokens + float(targets.sum())
+        right_tokens += float((right & targets).sum())
+        all_right[_data.examples_at(element, batch)[targets & ~right]] = False
+    return {
+        "eval_loss": loss / tokens,
+        "eval_token_accuracy": right_tokens / tokens,
+        "eval_exact": float(all_right.mean()),
+        "eval_lines": len(examples),
+    }
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turns the first SIGINT or SIGTERM into an event, so that no step is cut in two; a second one acts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def first(number: int, _: Any) -> None:
+        event.set()
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,182 @@
+"""One training step and one evaluation step: pure functions, compiled for one device or many."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import jax_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from road_core import AdapterError
+from road_jax._transform import Road
+from road_jax._tree import Tree
+from road_jax.train._data import Batch
+
+AXIS = "data"
+
+
+class State(NamedTuple):
+    """What training changes: the adapter, the optimiser's state, and nothing of the base."""
+
+    adapter: Tree
+    opt_state: optax.OptState
+
+
+class Metrics(NamedTuple):
+    """Of one step: mean loss in nats a target token, and the gradient's Euclidean norm."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+
+
+def optimizer(
+    learning_rate: float, steps: int, *, warmup: float, weight_decay: float
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW under the paper's schedule: up in a straight line for ``warmup`` of the steps, then down to 0."""
+    up = max(1, round(steps * warmup)) if warmup else 0
+    # join_schedules counts the second from its own start; step 0 already takes a step up.
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(learning_rate / max(up, 1), learning_rate, max(up - 1, 1)),
+            optax.linear_schedule(learning_rate, 0.0, max(steps - up, 1)),
+        ],
+        [up],
+    )
+    return optax.adamw(schedule, weight_decay=weight_decay), schedule
+
+
+def summed_loss(
+    road: Road, adapter: Tree, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the summed cross-entropy over a batch's targets (float32), and which were right, ``[rows, n]``.
+
+    Logits are computed at targets only.
+    """
+    logits = road.apply(
+        variables,
+        adapter,
+        batch["input_ids"],
+        attention_mask=batch["segments"],
+        logits_at=batch["logits_at"],
+    ).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    right = jnp.argmax(logits, axis=-1) == batch["targets"]
+    return jnp.sum(losses * batch["weights"]), right
+
+
+class Program(NamedTuple):
+    """A training program for a set of devices.
+
+    Attributes:
+        place: puts a host tree (variables, state) onto the devices.
+        fetch: brings a state back to the host.
+        train: ``(state, variables, batch) -> (state, metrics)``; the state is donated.
+        evaluate: ``(adapter, variables, batch) -> (summed loss, right [rows, n])``, on the host.
+    """
+
+    place: Callable[[Any], Any]
+    fetch: Callable[[Any], Any]
+    train: Callable[[State, Any, Batch], tuple[State, Metrics]]
+    evaluate: Callable[[Tree, Any, Batch], tuple[float, np.ndarray]]
+
+
+def make_program(road: Road, tx: optax.GradientTransformation, parallel: str) -> Program:
+    """Compiles the step for all devices: ``"jit"`` with shardings, or ``"pmap"``.
+
+    Both give every device its share of a batch's rows and sum the gradients of θ and α alone.
+    """
+    return {"jit": _jit_program, "pmap": _pmap_program}[parallel](road, tx)
+
+
+def check_rows(rows: int) -> None:
+    """Refuses a batch that can't be dealt evenly.
+
+    Raises:
+        AdapterError: the devices don't divide the rows.
+    """
+    if rows % jax.device_count():
+        raise AdapterError(
+            f"batch_size: expected a multiple of the {jax.device_count()} devices, so that each has its share, "
+            f"found {rows}"
+        )
+
+
+def _arrays(batch: Batch) -> dict[str, np.ndarray]:
+    return {name: getattr(batch, name) for name in ("input_ids", "segments", "logits_at", "targets", "weights")}
+
+
+def _update(tx: optax.GradientTransformation, state: State, loss: jax.Array, gradients: Tree) -> tuple[State, Metrics]:
+    updates, opt_state = tx.update(gradients, state.opt_state, state.adapter)
+    adapter = optax.apply_updates(state.adapter, updates)
+    return State(adapter, opt_state), Metrics(loss, optax.tree.norm(gradients))
+
+
+def _jit_program(road: Road, tx: optax.GradientTransformation) -> Program:
+    mesh = Mesh(np.asarray(jax.devices()), (AXIS,))
+    everywhere, dealt = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+
+    def train(state: State, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
+        def loss(adapter: Tree) -> jax.Array:
+            return summed_loss(road, adapter, variables, batch)[0] / jnp.maximum(jnp.sum(batch["weights"]), 1)
+
+        return _update(tx, state, *jax.value_and_grad(loss)(state.adapter))
+
+    def evaluate(adapter: Tree, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return summed_loss(road, adapter, variables, batch)
+
+    train_jit = jax.jit(train, donate_argnums=0, out_shardings=everywhere)
+    evaluate_jit = jax.jit(evaluate, out_shardings=everywhere)
+
+    def deal(batch: Batch) -> Any:
+        return jax.device_put(_arrays(batch), dealt)
+
+    def run_evaluate(adapter: Tree, variables: Any, batch: Batch) -> tuple[float, np.ndarray]:
+        total, right = evaluate_jit(adapter, variables, deal(batch))
+        return float(total), np.asarray(right)
+
+    return Program(
+        place=lambda tree: jax.device_put(tree, everywhere),
+        fetch=jax.device_get,
+        train=lambda state, variables, batch: train_jit(state, variables, deal(batch)),
+        evaluate=run_evaluate,
+    )
+
+
+def _pmap_program(road: Road, tx: optax.GradientTransformation) -> Program:
+    def train(state: State, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
+        count = jnp.maximum(jax.lax.psum(jnp.sum(batch["weights"]), AXIS), 1)
+
+        def loss(adapter: Tree) -> jax.Array:
+            return summed_loss(road, adapter, variables, batch)[0] / count
+
+        return _update(tx, state, *jax.lax.psum(jax.value_and_grad(loss)(state.adapter), AXIS))
+
+    def evaluate(adapter: Tree, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, right = summed_loss(road, adapter, variables, batch)
+        return jax.lax.psum(total, AXIS), right
+
+    train_pmap = jax.pmap(train, axis_name=AXIS, donate_argnums=0)
+    evaluate_pmap = jax.pmap(evaluate, axis_name=AXIS)
+
+    def deal(batch: Batch) -> Any:
+        n = jax.local_device_count()
+        return {name: v.reshape(n, len(v) // n, *v.shape[1:]) for name, v in _arrays(batch).items()}
+
+    def run_train(state: State, variables: Any, batch: Batch) -> tuple[State, Metrics]:
+        state, metrics = train_pmap(state, variables, deal(batch))
+        return state, Metrics(*(value[0] for value in metrics))
+
+    def run_evaluate(adapter: Tree, variables: Any, batch: Batch) -> tuple[float, np.ndarray]:
+        total, right = evaluate_pmap(adapter, variables, deal(batch))
+        return float(total[0]), np.asarray(right).reshape(batch.targets.shape)
+
+    return Program(
+        place=jax_utils.replicate,
+        fetch=lambda state: jax.device_get(jax_utils.unreplicate(state)),
+        train=run_train,
+        evaluate=run_evaluate,
+    )

@@ -1,0 +1,304 @@
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from _compare import assert_close
+from _models import small_checkpoint
+from rich.console import Console
+
+import road_jax
+from road_core import AdapterError, read_flax
+from road_jax.train import TrainOptions, train
+
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small_checkpoint(tmp_path_factory.mktemp("base"), num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Counting on: 'three four' is answered 'five six'."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rng = np.random.default_rng(0)
+    lines = []
+    for _ in range(160):
+        start, length = rng.integers(0, 6), rng.integers(1, 3)
+        said, answer = NUMBERS[start : start + length], NUMBERS[start + length : start + length + 2]
+        lines.append(json.dumps({"prompt": " ".join(said), "completion": " ".join(answer)}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def options(base, data, tmp_path):
+    return TrainOptions(
+        base=base,
+        data=data,
+        out=tmp_path / "run",
+        batch_size=8,
+        max_length=32,
+        steps=12,
+        learning_rate=3e-2,
+        dtype="float32",
+        eval_lines=32,
+        checkpoint_every=4,
+    )
+
+
+def run(options):
+    return train(options, console=Console(file=open(os.devnull, "w"), stderr=True))
+
+
+def log(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_everything_it_promises(options):
+    result = run(options)
+    assert result.after["loss"] < 0.7 * result.before["loss"]
+    assert result.after["token_accuracy"] > result.before["token_accuracy"]
+    adapter, config = road_jax.load_adapter(options.out)
+    assert config.target_modules == "all-linear"
+    assert result.parameters == sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    assert np.abs(adapter["model"]["layers"]["mlp"]["up_proj"]["road_theta"]).max() > 1e-2
+    for picture in ("loss.png", "rotations.png"):
+        assert (options.out / picture).read_bytes().startswith(b"\x89PNG")
+    records = log(options.out)
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    rates = [record["learning_rate"] for record in steps]
+    assert rates[0] == max(rates) == pytest.approx(3e-2)
+    assert rates[-1] == pytest.approx(3e-2 / 11, rel=1e-3)
+    assert [record["step"] for record in records if "eval_loss" in record] == [0, 12]
+
+
+def test_the_evaluation_is_what_the_model_says_line_by_line(options, base):
+    """Packed and masked as it is, the evaluation gives each line's own loss and greedy answer."""
+    import torch
+    import transformers
+
+    from road_jax.train import _data
+
+    result = run(dataclasses.replace(options, steps=1, eval_data=options.data))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    losses, exact = [], []
+    for example in _data.tokenize(_data.read_lines(options.data), tokenizer, "f"):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(example.input_ids).long()[None]).logits[0, :-1]
+        targets, learned = torch.from_numpy(example.input_ids).long()[1:], example.is_target[1:] == 1
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")[learned]
+        losses += loss.tolist()
+        exact.append(bool((logits.argmax(-1) == targets)[learned].all()))
+    assert result.before["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert result.before["exact"] == pytest.approx(np.mean(exact))
+
+
+def contents(directory):
+    names = ("road_adapter.safetensors", "road_config.json")
+    return {name: (directory / name).read_bytes() for name in names}
+
+
+def same_but_for_times(records):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_resuming_is_as_if_never_stopped(parallel, options, tmp_path, monkeypatch):
+    options = dataclasses.replace(options, parallel=parallel)
+    run(options)
+    stopped = dataclasses.replace(options, out=tmp_path / "stopped")
+
+    from road_jax.train import _run
+
+    whole = _run._Run.next_batch
+
+    def failing(self):
+        if len([r for r in self.records if "loss" in r]) == 6:
+            raise RuntimeError("the power went")
+        return whole(self)
+
+    monkeypatch.setattr(_run._Run, "next_batch", failing)
+    with pytest.raises(RuntimeError, match="the power went"):
+        run(stopped)
+    assert log(stopped.out)[-1]["step"] == 6
+    monkeypatch.undo()
+    run(dataclasses.replace(stopped, resume=True))
+    assert contents(stopped.out) == contents(options.out)
+    assert same_but_for_times(log(stopped.out)) == same_but_for_times(log(options.out))
+
+
+def test_every_way_of_running_learns_the_same(options, tmp_path):
+    """jit, pmap, unrolled and with remat: the same adapter up to rounding, and gradients that agree."""
+    result = {}
+    for name, changes in {
+        "jit": {},
+        "pmap": {"parallel": "pmap"},
+        "unrolled": {"scan": False},
+        "remat": {"remat": True},
+    }.items():
+        out = tmp_path / name
+        run(dataclasses.replace(options, out=out, steps=3, eval_lines=0, **changes))
+        result[name] = read_flax(out)
+        norms = [record["gradient_norm"] for record in log(out)]
+        result.setdefault("norms", norms)
+        np.testing.assert_allclose(norms, result["norms"], rtol=1e-4)
+    expected = result["jit"].tensors()
+    start = {key: float("alpha" in key) for key in expected}
+    for name in ("pmap", "remat"):
+        for key, array in result[name].tensors().items():
+            np.testing.assert_allclose(array, expected[key], atol=2e-4)
+    for key, array in result["unrolled"].tensors().items():
+        layer = int(re.search(r"layers\.(\d+)\.", key)[1])
+        stacked = expected[re.sub(r"layers\.\d+\.", "layers.", key)]
+        np.testing.assert_allclose(array, stacked[layer], atol=2e-4)
+    assert max(np.abs(array - start[key]).max() for key, array in expected.items()) > 2e-2
+
+
+def test_bfloat16_bases_train_float32_adapters(options):
+    result = run(dataclasses.replace(options, dtype="bfloat16"))
+    assert result.after["loss"] < 0.8 * result.before["loss"]
+    assert {array.dtype.name for array in read_flax(options.out).tensors().values()} == {"float32"}
+
+
+def test_epochs_go_through_the_data(options):
+    result = run(dataclasses.replace(options, steps=None, epochs=2, eval_lines=0))
+    lengths = [record["tokens"] for record in log(options.out)]
+    assert sum(lengths) == result.tokens
+    lines = [json.loads(line) for line in options.data.read_text().splitlines()]
+    expected = sum(5 + len(line["prompt"].split()) - 1 + len(line["completion"].split()) for line in lines)
+    assert result.tokens == 2 * expected
+
+
+def test_few_compilations(options):
+    """Rows are packed to one shape; only the number of targets may round up to another power of two."""
+    from road_jax.train import _step
+
+    traces = []
+    whole = _step.summed_loss
+
+    def counted(*arguments):
+        traces.append(1)
+        return whole(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_step, "summed_loss", counted)
+        run(options)
+    # Train and evaluate, each once.
+    assert len(traces) <= 3
+
+
+BAD = {
+    "no base": (lambda o, t: {"base": t / "none"}, "none: expected a folder with a checkpoint, found nothing"),
+    "no data": (lambda o, t: {"data": t / "none.jsonl"}, r"none\.jsonl: expected a file of JSON lines"),
+    "steps": (lambda o, t: {"steps": 0}, "steps: expected a number from 1 up, found 0"),
+    "rate": (lambda o, t: {"learning_rate": -1.0}, "learning_rate: expected a positive number"),
+    "rows": (lambda o, t: {"batch_size": 3}, "batch_size: expected a multiple of the 8 devices"),
+    "group size": (
+        lambda o, t: {"group_size": 96},
+        r"self_attn\.q_proj: expected a number of outputs that group_size 96 divides, found 128",
+    ),
+    "targets": (lambda o, t: {"target_modules": ("q_prj",)}, "q_prj.*nearest: q_proj"),
+    "held out": (lambda o, t: {"eval_lines": 1000}, "expected more than the 1000 lines"),
+    "long": (lambda o, t: {"max_length": 4}, "line 1: expected at most 4 tokens"),
+    "nothing to resume": (lambda o, t: {"resume": True}, "expected a run to resume"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_is_written(name, options, tmp_path):
+    changes, message = BAD[name]
+    with pytest.raises(AdapterError, match=message):
+        run(dataclasses.replace(options, **changes(options, tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_folder_is_left_alone(options):
+    options.out.mkdir()
+    (options.out / "mine").write_text("mine")
+    with pytest.raises(AdapterError, match="already holds something"):
+        run(options)
+    assert [path.name for path in options.out.iterdir()] == ["mine"]
+
+
+def test_another_runs_options_are_not_resumed(options):
+    run(dataclasses.replace(options, steps=2))
+    with pytest.raises(AdapterError, match=r"found learning_rate 0\.5 instead of 0\.03"):
+        run(dataclasses.replace(options, steps=2, resume=True, learning_rate=0.5))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(options):
+    with pytest.raises(AdapterError, match=r"step \d+: expected a finite loss, found (nan|inf)"):
+        run(dataclasses.replace(options, learning_rate=1e30))
+
+
+def command(options, *more):
+    names = ("base", "data", "out", "batch_size", "max_length", "dtype", "eval_lines", "checkpoint_every")
+    arguments = [part for n in names for part in (f"--{n.replace('_', '-')}", str(getattr(options, n)))]
+    return [sys.executable, "-m", "road_jax.train", *arguments, *more]
+
+
+def test_the_command_is_interrupted_and_resumed(options):
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        command(options, "--steps", "100000"), cwd=root, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (options.out / "metrics.jsonl").exists() and len(log(options.out)) > 3:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.rstrip().endswith("error: interrupted")
+    last = log(options.out)[-1]["step"]
+    assert (options.out / "checkpoints" / str(last)).is_dir()
+
+
+def test_the_command_gives_one_line_and_exit_code_2(options, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "one", "completion": "two"}\n{"prompt": "one"}\n')
+    done = subprocess.run(
+        command(dataclasses.replace(options, data=bad)),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "line 2" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not options.out.exists()
+
+
+def test_losses_agree_between_devices_and_one(options):
+    """The same rows on eight devices and on one: the summed gradient is not n times too large."""
+    assert jax.device_count() == 8
+    run(dataclasses.replace(options, steps=2, eval_lines=0))
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    one = dataclasses.replace(options, out=options.out.parent / "one", eval_lines=0)
+    subprocess.run(
+        command(one, "--steps", "2", "--learning-rate", "0.03"),
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    for eight, alone in zip(log(options.out), log(one.out), strict=True):
+        assert_close(eight["loss"], alone["loss"], "float32")
+        np.testing.assert_allclose(eight["gradient_norm"], alone["gradient_norm"], rtol=1e-4)
