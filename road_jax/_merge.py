@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, output_size
-from road_jax._rotate import apply_coefficients, coefficients, inverse_coefficients
+from road_jax._rotate import coefficients, determinants, inverse_coefficients, rotate
 from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, overlay, unflatten
 
 
@@ -50,7 +50,7 @@ def _rotate_outputs(
         if invert:
             first, second = inverse_coefficients(first, second)
         flat = array.reshape(*array.shape[: array.ndim - axes], out).astype(first.dtype)
-        return apply_coefficients(flat, first, second).reshape(array.shape).astype(array.dtype)
+        return rotate(flat, first, second).reshape(array.shape).astype(array.dtype)
 
     function = rotate_one
     for kernel_axis, theta_axis in reversed(stack):
@@ -83,7 +83,7 @@ def _check_invertible(path: str, theta: jax.Array, alpha: jax.Array, config: Roa
     axis = next((a for a, n in reversed(list(enumerate(theta.shape))) if _divides(config, n)), -1)
     theta, alpha = (jnp.moveaxis(v, axis, -1) for v in (theta, alpha))
     first, second = coefficients(theta, alpha, variant=config.variant, group_size=config.group_size)
-    determinant = first[..., 0, :] * first[..., 1, :] + second[..., 0, :] * second[..., 1, :]
+    determinant = determinants(first, second)
     if singular := int((np.asarray(determinant) == 0).sum()):
         raise AdapterError(f"{path}: expected 2x2 blocks that have an inverse, found {singular} with determinant 0")
 

@@ -1,4 +1,8 @@
-"""The rotation in JAX: pure functions on arrays."""
+"""The rotation in JAX: pure functions on arrays.
+
+A layer's coefficients stand as ``[groups, 1 or 2, half]`` with ``half = group_size / 2``: for each group those of its
+first half and those of its second, or one row where both halves share them (road_1).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,80 +10,114 @@ import jax.numpy as jnp
 from road_core import AdapterError, check_group_size, parameter_size
 
 
-def coefficients(theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int) -> tuple[jax.Array, jax.Array]:
-    """Forms ``first = α cos θ`` and ``second = α sin θ`` in float32 or wider.
+def polar(theta: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns ``α cos θ`` and ``α sin θ``, element by element, in float32 or wider.
 
-    Args:
-        theta: angles in radians, ``[..., out/2]``, ``[..., out]`` or ``[..., 2·out]`` for road_1, road_2, road_4.
-        alpha: scales, of the same shape.
-        variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
-        group_size: even; divides ``out``.
-
-    Returns:
-        ``first`` and ``second``, each ``[..., groups, 2, group_size / 2]``: axis -2 is the half of a group.
+    Form them once for a whole stack, outside the loop over its layers: XLA fuses what it finds beside a product into
+    that product, and would take a cosine anew for every row of the batch.
     """
     wide = jnp.promote_types(theta.dtype, jnp.float32)
     theta, alpha = theta.astype(wide), alpha.astype(wide)
-    lead, half = theta.shape[:-1], group_size // 2
-    if variant == "road_1":
-        first, second = alpha * jnp.cos(theta), alpha * jnp.sin(theta)
-        pairs = (*lead, theta.shape[-1] // half, 1, half)
-        both = (*lead, theta.shape[-1] // half, 2, half)
-        return jnp.broadcast_to(first.reshape(pairs), both), jnp.broadcast_to(second.reshape(pairs), both)
-    if variant == "road_2":
-        first, second = alpha * jnp.cos(theta), alpha * jnp.sin(theta)
-    else:
-        halves = (*lead, -1, 2, group_size)
-        theta, alpha = theta.reshape(halves), alpha.reshape(halves)
-        first = alpha[..., 0, :] * jnp.cos(theta[..., 0, :])
-        second = alpha[..., 1, :] * jnp.sin(theta[..., 1, :])
-    return first.reshape(*lead, -1, 2, half), second.reshape(*lead, -1, 2, half)
+    return alpha * jnp.cos(theta), alpha * jnp.sin(theta)
 
 
-def rotate(y: jax.Array, theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int) -> jax.Array:
-    """Rotates and scales the pairs of a layer's output (`road_core.rotate` is the definition).
+def blocks(cosines: jax.Array, sines: jax.Array, *, variant: str, group_size: int) -> tuple[jax.Array, jax.Array]:
+    """Lays what `polar` gives out as ``first`` and ``second``.
 
     Args:
-        y: ``[..., out]``, any floating dtype.
-        theta: ``[parameter_size(variant, out)]``.
-        alpha: of the same shape.
+        cosines: ``[..., out/2]``, ``[..., out]`` or ``[..., 2·out]`` for road_1, road_2, road_4.
+        sines: of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
 
     Returns:
-        The shape and dtype of ``y``; the coefficients are formed in float32 and rounded once.
+        ``first`` and ``second``, each ``[..., groups, 1 or 2, half]``.
     """
-    first, second = coefficients(theta, alpha, variant=variant, group_size=group_size)
-    return apply_coefficients(y, first, second)
+    lead, half = cosines.shape[:-1], group_size // 2
+    if variant == "road_4":
+        quarters = (*lead, -1, 2, 2, half)
+        return cosines.reshape(quarters)[..., 0, :, :], sines.reshape(quarters)[..., 1, :, :]
+    shape = (*lead, -1, 1 if variant == "road_1" else 2, half)
+    return cosines.reshape(shape), sines.reshape(shape)
 
 
-def apply_coefficients(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """Applies ``[groups, 2, half]`` coefficients to the last axis of ``y``, in the dtype of ``y``."""
+def coefficients(theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int) -> tuple[jax.Array, jax.Array]:
+    """Forms ``first`` and ``second`` of a layer, float32 or wider; see `blocks` and `road_core.coefficients`."""
+    return blocks(*polar(theta, alpha), variant=variant, group_size=group_size)
+
+
+@jax.custom_vjp
+def rotate(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Rotates and scales the pairs of a layer's output (`road_core.rotate` is the definition).
+
+    ``y'0 = first0 y0 − second0 y1`` and ``y'1 = first1 y1 + second1 y0``, for the halves y0 and y1 of each group.
+    Differentiable in reverse mode. The one residual besides the coefficients is ``y``, which is also what a plain
+    layer's successor would keep.
+
+    Args:
+        y: ``[..., out]``, any floating dtype.
+        first: ``[groups, 1 or 2, half]``, float32.
+        second: of the same shape.
+
+    Returns:
+        The shape and dtype of ``y``; the coefficients are rounded to it once.
+    """
     # Leading axes of one: the caller may have made rank promotion an error.
-    blocks = (1,) * (y.ndim - 1) + first.shape
-    first, second = first.astype(y.dtype).reshape(blocks), second.astype(y.dtype).reshape(blocks)
-    halves = y.reshape(*y.shape[:-1], *first.shape[-3:])
-    y0, y1 = halves[..., 0, :], halves[..., 1, :]
+    shape = (1,) * (y.ndim - 1) + first.shape
+    first, second = first.astype(y.dtype).reshape(shape), second.astype(y.dtype).reshape(shape)
+    y0, y1 = _halves(y, first)
     upper = y0 * first[..., 0, :] - y1 * second[..., 0, :]
-    lower = y1 * first[..., 1, :] + y0 * second[..., 1, :]
+    lower = y1 * first[..., -1, :] + y0 * second[..., -1, :]
     return jnp.stack([upper, lower], axis=-2).reshape(y.shape)
+
+
+def _forward(y: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return rotate(y, first, second), (y, first, second)
+
+
+def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    y, first, second = residuals
+    # The transpose of [[f0, −s0], [s1, f1]] is the rotation with f and the other half's s, turned back.
+    dy = rotate(d, first, -second[..., ::-1, :])
+    (y0, y1), (d0, d1) = _halves(y, first), _halves(d, first)
+    y0, y1, d0, d1 = (v.astype(first.dtype) for v in (y0, y1, d0, d1))
+    rows = tuple(range(y.ndim - 1))
+    # Complex numbers let XLA on CPU do two sums in one pass over contiguous pairs: 2.5x faster than two plain ones.
+    if first.shape[-2] == 1:
+        total = jnp.sum(jax.lax.complex(d0, d1) * jax.lax.complex(y0, -y1), axis=rows)
+        return dy, jnp.real(total)[..., None, :], jnp.imag(total)[..., None, :]
+    by_first = jnp.sum(jax.lax.complex(d0 * y0, d1 * y1), axis=rows)
+    by_second = jnp.sum(jax.lax.complex(-d0 * y1, d1 * y0), axis=rows)
+    return dy, *(jnp.stack([jnp.real(v), jnp.imag(v)], axis=-2) for v in (by_first, by_second))
+
+
+rotate.defvjp(_forward, _backward)
+
+
+def _halves(y: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+    groups, _, half = first.shape[-3:]
+    pairs = y.reshape(*y.shape[:-1], groups, 2, half)
+    return pairs[..., 0, :], pairs[..., 1, :]
 
 
 def inverse_coefficients(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the coefficients of the inverse rotation: each block ``[[f0, −s0], [s1, f1]]`` inverted."""
-    determinant = first[..., :1, :] * first[..., 1:, :] + second[..., :1, :] * second[..., 1:, :]
+    determinant = determinants(first, second)
     return first[..., ::-1, :] / determinant, -second / determinant
 
 
-def check_layer(path: str, theta: jax.Array, out: int, *, variant: str, group_size: int) -> None:
-    """Refuses θ that isn't made for a layer with ``out`` outputs.
+def determinants(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Returns the determinant of each block, ``[..., groups, 1, half]``."""
+    return first[..., :1, :] * first[..., -1:, :] + second[..., :1, :] * second[..., -1:, :]
+
+
+def check_layer(path: str, size: int, out: int, *, variant: str, group_size: int) -> None:
+    """Refuses θ of a size that isn't made for a layer with ``out`` outputs.
 
     Raises:
         AdapterError: the group size doesn't divide ``out``, or θ has another size.
     """
     check_group_size(out, group_size, path)
     expected = parameter_size(variant, out)
-    if theta.shape != (expected,):
-        raise AdapterError(
-            f"{path}.road_theta: expected [{expected}] for {variant} on {out} outputs, found {list(theta.shape)}"
-        )
+    if size != expected:
+        raise AdapterError(f"{path}.road_theta: expected [{expected}] for {variant} on {out} outputs, found [{size}]")

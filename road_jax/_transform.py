@@ -13,8 +13,8 @@ from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules
 from road_jax import _merge
-from road_jax._rotate import check_layer, rotate
-from road_jax._tree import Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unflatten
+from road_jax._rotate import blocks, check_layer, polar, rotate
+from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unflatten
 
 # The usual names of the layer that "all-linear" leaves out: PEFT asks the model for it, a Linen module can't be asked.
 OUTPUT_HEADS = ("lm_head", "output_head", "embed_out", "logits_dense", "classifier", "score")
@@ -122,14 +122,20 @@ class Road:
             if axes is None or not module.scope.has_variable("params", "road_theta"):
                 return result
             used.add(module.path)
-            theta, alpha = (module.scope.get_variable("params", name) for name in _FILL)
+            cosines, sines = (module.scope.get_variable("params", name) for name in ROAD_LEAVES)
             shape = result.shape
             flat = result.reshape(*shape[: len(shape) - axes], math.prod(shape[-axes:])) if axes > 1 else result
             variant, group_size = self.config.variant, self.config.group_size
-            check_layer(dotted(module.path), theta, flat.shape[-1], variant=variant, group_size=group_size)
-            return rotate(flat, theta, alpha, variant=variant, group_size=group_size).reshape(shape)
+            check_layer(dotted(module.path), cosines.shape[-1], flat.shape[-1], variant=variant, group_size=group_size)
+            first, second = blocks(cosines, sines, variant=variant, group_size=group_size)
+            return rotate(flat, first, second).reshape(shape)
 
-        merged = {**to_dict(variables), "params": overlay(variables["params"], adapter)}
+        params = flatten(overlay(variables["params"], adapter))
+        for path in expected:
+            theta, alpha = ((*path, name) for name in ROAD_LEAVES)
+            # From here on the two names hold α cos θ and α sin θ, formed once for all layers of a stack.
+            params[theta], params[alpha] = polar(params[theta], params[alpha])
+        merged = {**to_dict(variables), "params": unflatten(params)}
         # The context stands inside whatever jits this call: a function that was first traced within it from outside
         # would stay adapted.
         with nn.intercept_methods(turn):

@@ -8,6 +8,7 @@ from flax import linen as nn
 import road_core
 import road_jax
 from road_core import AdapterError, RoadConfig
+from road_jax._rotate import coefficients, rotate
 
 VARIANTS = ["road_1", "road_2", "road_4"]
 GROUP_SIZES = [2, 8, 64]
@@ -162,7 +163,7 @@ def test_gradients_are_those_of_the_reference(x):
         expected = np.array([(reference(point + s) - reference(point - s)) / 2e-6 for s in steps])
 
         def ours(y, theta, alpha, variant=variant, weight=weight):
-            turned = road_jax._rotate.rotate(y, theta, alpha, variant=variant, group_size=8)
+            turned = rotate(y, *coefficients(theta, alpha, variant=variant, group_size=8))
             return jnp.sum(turned * jnp.asarray(weight, jnp.float32))
 
         arguments = [jnp.asarray(v, jnp.float32) for v in (y, theta, alpha)]
