@@ -231,11 +231,16 @@ def _output_axes(context: nn.module.InterceptorContext) -> int | None:
     if isinstance(module, nn.DenseGeneral):
         return None if module.batch_dims else len(_as_tuple(module.features))
     if isinstance(module, nn.Einsum):
-        # nn.Einsum's kernel has the shape it was given; its outputs are the axes that x hasn't.
-        x, kernel, result = (module.einsum_str or "").replace("->", ",").replace(" ", "").split(",")
-        outputs = [axis for axis in result if axis in kernel and axis not in x]
-        return len(outputs) if outputs and result.endswith("".join(outputs)) else None
+        outputs = einsum_outputs(module.einsum_str or "")
+        return len(outputs) if outputs else None
     return None
+
+
+def einsum_outputs(einsum_str: str) -> str | None:
+    """Returns the axes of an einsum layer's result that come from its kernel, where they trail; else None."""
+    x, kernel, result = einsum_str.replace("->", ",").replace(" ", "").split(",")
+    outputs = "".join(axis for axis in result if axis in kernel and axis not in x)
+    return outputs if outputs and result.endswith(outputs) else None
 
 
 def _as_tuple(features: int | Collection[int]) -> tuple[int, ...]:
