@@ -1,0 +1,247 @@
+"""Two real tasks with lines to train on, lines held out, and how answers are scored.
+
+- ``sentiment``: is a sentence from a film review positive or negative? The people who rated it decide.
+- ``address``: the city, state and ZIP code of a US address, as it was typed somewhere, as a JSON object.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from rich.console import Console
+
+from examples.demo.packages import USADDRESS, VADER, Package, fetch
+
+Messages = list[dict[str, str]]
+Scores = dict[str, float]
+
+_REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+_ADDRESSES = ("labeled.xml", "us50_messiest_manual_label.xml", "us50_train_tagged.xml")
+_STATES = re.findall(
+    r"\w\w",
+    "AK AL AR AZ CA CO CT DC DE FL GA HI IA ID IL IN KS KY LA MA MD ME MI MN MO MS MT NC ND NE NH NJ NM NV NY OH OK OR "
+    "PA PR RI SC SD TN TX UT VA VT WA WI WV WY",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A question and the answer that is right."""
+
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task for the model.
+
+    Attributes:
+        name: of its adapter and files.
+        summary: what is asked, for the report.
+        package: where the data come from.
+        instruction: the system message of every line.
+        labels: the answers to choose from; none where the answer is free text.
+        answer_tokens: an upper bound on an answer's tokens, with the end token.
+        steps: optimiser steps that are enough, at about 850 tokens each.
+        learning_rate: the peak, with road-train's schedule.
+        train: lines to train on.
+        held_out: lines to score, of which no question (``sentiment``) or answer (``address``) is in ``train``.
+        scorer: see `score`.
+    """
+
+    name: str
+    summary: str
+    package: Package
+    instruction: str
+    labels: tuple[str, ...]
+    answer_tokens: int
+    steps: int
+    learning_rate: float
+    train: Sequence[Line]
+    held_out: Sequence[Line]
+    scorer: Callable[[Sequence[str], Sequence[str]], Scores]
+
+    def prompt(self, line: Line, examples: int = 0) -> Messages:
+        """Returns the conversation up to the answer, after so many answered lines of ``train``."""
+        messages = [{"role": "system", "content": self.instruction}]
+        for shown in self.train[:examples]:
+            messages += [{"role": "user", "content": shown.question}, {"role": "assistant", "content": shown.answer}]
+        return [*messages, {"role": "user", "content": line.question}]
+
+    def score(self, answers: Sequence[str]) -> Scores:
+        """Scores one answer for each held-out line.
+
+        Returns:
+            Shares of the lines between 0 and 1: ``"exact"``, and for ``address`` also each field's.
+
+        Raises:
+            ValueError: there is another number of answers than of held-out lines.
+        """
+        if len(answers) != len(self.held_out):
+            raise ValueError(f"{self.name}: expected {len(self.held_out)} answers, found {len(answers)}")
+        return self.scorer(answers, [line.answer for line in self.held_out])
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """Writes ``<name>.train.jsonl`` and ``<name>.held_out.jsonl`` with ``{"messages": [...]}`` lines."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = (folder / f"{self.name}.train.jsonl", folder / f"{self.name}.held_out.jsonl")
+        for path, lines in zip(paths, (self.train, self.held_out), strict=True):
+            path.write_text("".join(self._json(line) for line in lines), encoding="utf-8")
+        return paths
+
+    def _json(self, line: Line) -> str:
+        answer = {"role": "assistant", "content": line.answer}
+        return json.dumps({"messages": [*self.prompt(line), answer]}, ensure_ascii=False) + "\n"
+
+
+def sentiment(cache: Path, console: Console | None = None, *, train: int = 1024, held_out: int = 200) -> Task:
+    """Returns the task of telling a film review's sentiment from one sentence.
+
+    The sentences are Pang and Lee's snippets from rotten.tomatoes.com with the mean rating, from −4 to 4, that people
+    gave them for VADER (Hutto and Gilbert, ICWSM 2014). Kept are those of 30 to 100 characters that more than half a
+    point separates from neutral.
+
+    Raises:
+        AdapterError: the package can't be fetched.
+    """
+    with zipfile.ZipFile(fetch(VADER, cache, console)) as archive:
+        inner = io.BytesIO(archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"))
+    text = _member(inner, _REVIEWS).decode("utf-8")
+    lines: dict[str, Line] = {}
+    for row in text.splitlines():
+        _, rating, review = row.split("\t")
+        review = " ".join(review.split())
+        if abs(float(rating)) > 0.5 and 30 <= len(review) <= 100:
+            lines.setdefault(_letters(review), Line(review, "positive" if float(rating) > 0 else "negative"))
+    chosen = [lines[key] for key in sorted(lines, key=_digest)][: train + held_out]
+    return Task(
+        name="sentiment",
+        summary="Is a sentence from a film review positive or negative?",
+        package=VADER,
+        instruction="Is the review positive or negative? Answer with one word.",
+        labels=("positive", "negative"),
+        answer_tokens=4,
+        steps=28,
+        learning_rate=3e-3,
+        train=chosen[held_out:],
+        held_out=chosen[:held_out],
+        scorer=score_labels,
+    )
+
+
+def address(cache: Path, console: Console | None = None, *, held_out: int = 128) -> Task:
+    """Returns the task of reading city, state and ZIP code off a US address.
+
+    The addresses are the ones, labelled by hand, that usaddress is trained on: typed in many ways, often in lower case
+    and without commas. Kept are those that end with a city, a two-letter state and a ZIP code. The answer has the city
+    in capitalised words where it was typed in one case, the state in capitals, and the ZIP code's first five digits.
+    The held-out lines have different answers, none of which is in ``train``.
+
+    Raises:
+        AdapterError: the package can't be fetched.
+    """
+    archive = fetch(USADDRESS, cache, console).read_bytes()
+    lines: dict[str, Line] = {}
+    for name in _ADDRESSES:
+        root = ElementTree.fromstring(_member(io.BytesIO(archive), f"usaddress-0.5.16/training/{name}"))
+        for element in root:
+            line = _address([((part.text or "").strip(), part.tag) for part in element])
+            if line:
+                lines.setdefault(_letters(line.question), line)
+    same: dict[str, list[Line]] = {}
+    for key in sorted(lines, key=_digest):
+        same.setdefault(lines[key].answer, []).append(lines[key])
+    answers = sorted(same, key=_digest)
+    kept = [line for answer in answers[held_out:] for line in same[answer]]
+    return Task(
+        name="address",
+        summary="The city, state and ZIP code of a US address, as a JSON object.",
+        package=USADDRESS,
+        instruction="Extract JSON with the keys city, state and zip.",
+        labels=(),
+        answer_tokens=40,
+        steps=40,
+        learning_rate=8e-3,
+        train=sorted(kept, key=lambda line: _digest(line.question)),
+        held_out=[same[answer][0] for answer in answers[:held_out]],
+        scorer=score_addresses,
+    )
+
+
+def score_labels(answers: Sequence[str], expected: Sequence[str]) -> Scores:
+    """Returns the share of answers that are the expected word, whatever stands around it that isn't a letter."""
+    right = [_letters(answer) == _letters(want) for answer, want in zip(answers, expected, strict=True)]
+    return {"exact": sum(right) / len(right)}
+
+
+def score_addresses(answers: Sequence[str], expected: Sequence[str]) -> Scores:
+    """Returns the share of answers whose first JSON object has the expected values, together and field by field.
+
+    Text around the object, its layout and further keys don't count against an answer; the case of the letters does.
+    """
+    wanted = [json.loads(want) for want in expected]
+    found = [_first_object(answer) for answer in answers]
+    fields = {
+        key: [_text(got.get(key)) == want[key] for got, want in zip(found, wanted, strict=True)] for key in wanted[0]
+    }
+    right = [all(row) for row in zip(*fields.values(), strict=True)]
+    return {key: sum(hits) / len(hits) for key, hits in {"exact": right, **fields}.items()}
+
+
+def _first_object(answer: str) -> Mapping[str, object]:
+    decoder = json.JSONDecoder()
+    for start in (match.start() for match in re.finditer(r"\{", answer)):
+        try:
+            value, _ = decoder.raw_decode(answer, start)
+        except (ValueError, RecursionError):
+            continue
+        return value
+    return {}
+
+
+def _text(value: object) -> str:
+    return str(value).strip() if isinstance(value, str | int) else ""
+
+
+def _address(parts: Sequence[tuple[str, str]]) -> Line | None:
+    """Returns the line for labelled words, or None for an address of another form."""
+    runs = [tag for i, (_, tag) in enumerate(parts) if i == 0 or parts[i - 1][1] != tag]
+    if runs[-3:] != ["PlaceName", "StateName", "ZipCode"] or len(set(runs)) < len(runs):
+        return None
+    # People's names are none of this task's business, and two addresses joined have no one answer.
+    if {"Recipient", "NotAddress", "IntersectionSeparator"} & set(runs):
+        return None
+    city, state, digits = (" ".join(word for word, tag in parts if tag == wanted).strip(" ,.;") for wanted in runs[-3:])
+    zip_code = re.fullmatch(r"(\d{5})(-\d{4})?", digits)
+    if not city or state.upper() not in _STATES or not zip_code:
+        return None
+    city = " ".join(word.capitalize() if word.islower() or word.isupper() else word for word in city.split())
+    answer = json.dumps({"city": city, "state": state.upper(), "zip": zip_code[1]}, ensure_ascii=False)
+    return Line(" ".join(word for word, _ in parts), answer)
+
+
+def _member(archive: io.BytesIO, name: str) -> bytes:
+    """Returns a file of a tar archive, read in memory."""
+    with tarfile.open(fileobj=archive, mode="r:gz") as tar:
+        file = tar.extractfile(name)
+        if file is None:
+            raise FileNotFoundError(name)
+        return file.read()
+
+
+def _letters(text: str) -> str:
+    """What two texts share when they differ in case, spaces and punctuation alone."""
+    return "".join(re.findall(r"\w", text.lower()))
+
+
+def _digest(text: str) -> str:
+    """An order that has nothing to do with the text, and is the same on every machine."""
+    return hashlib.sha256(text.encode()).hexdigest()
