@@ -1,0 +1,320 @@
+"""Text from lines that each name their adapter, all in one mixed batch; and the ``road-generate`` command behind it."""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import transformers
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from road_core import AdapterError
+from road_core._files import inside, read_json, write_file
+from road_torch._bank import BASE
+from road_torch._model import RoadModel
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Generates text with RoAd adapters, another one for each line, in mixed batches."""
+
+    # Folder of a Hugging Face checkpoint.
+    base: Path
+    # Adapters in PEFT's format, as NAME=FOLDER.
+    adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    # JSONL: {"prompt": ...} or {"messages": [...]} a line, with "adapter": NAME; without it the base model answers.
+    prompts: Path
+    # JSONL with the lines' fields and "completion"; standard output if not given.
+    out: Path | None = None
+    # The base model's weights: 4 bits, 8 bits, or as they are.
+    quantize: Literal["nf4", "int8", "none"] = "none"
+    # Of the computation; "auto" is the checkpoint's.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # Tokens of an answer at most.
+    max_new_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 128
+    # Lines that are answered at once.
+    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32
+    # 0 takes the likeliest token; above, tokens are drawn.
+    temperature: float = 0.0
+    # Of what is drawn.
+    seed: int = 0
+
+
+def generate(
+    model: RoadModel,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    console: Console | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Answers prompts in mixed batches, each with its own adapter.
+
+    Args:
+        model: on a Hugging Face decoder.
+        tokenizer: the decoder's; conversations go through its chat template, and so do prompts where it has one.
+        rows: ``{"prompt": text}`` or ``{"messages": [...]}``, with ``"adapter"``: a name, ``"__base__"`` or nothing.
+        max_new_tokens: of an answer, at most.
+        batch_size: rows that are answered at once.
+        console: where a progress bar is drawn; without it there is none.
+        **options: for the model's ``generate``; without any the likeliest token is taken each time.
+
+    Returns:
+        The rows' fields, with ``"adapter"`` and ``"completion"``.
+
+    Raises:
+        AdapterError: a row isn't of this form or names an unknown adapter (by its number, from 1).
+    """
+    return _generate(model, tokenizer, rows, max_new_tokens, batch_size, console, options, _row_place)
+
+
+def command(options: GenerateOptions) -> None:
+    """Runs ``road-generate``.
+
+    Raises:
+        AdapterError: something that was given is wrong; nothing is written.
+    """
+    # Everything that is quick to look at comes before the model is loaded.
+    if options.max_new_tokens < 1 or options.batch_size < 1:
+        raise AdapterError(
+            "--max-new-tokens and --batch-size: expected numbers from 1 up, "
+            f"found {options.max_new_tokens} and {options.batch_size}"
+        )
+    if options.temperature < 0:
+        raise AdapterError(f"--temperature: expected 0 or more, found {options.temperature}")
+    adapters = _adapters([argument for several in options.adapter for argument in several])
+    if options.out is not None and options.out.exists():
+        raise AdapterError(f"{options.out}: expected a new file, found one that is there already")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        raise AdapterError(f"{options.out}: expected a file in a folder that is there")
+    lines = _read_lines(options.prompts)
+    rows = [row for _, row in lines]
+
+    def place(i: int) -> str:
+        return f"{options.prompts}, line {lines[i][0]}"
+
+    _check_rows(rows, adapters, place)
+    console = Console(stderr=True)
+    base, tokenizer = load(options.base, quantize=options.quantize, dtype=options.dtype)
+    model = RoadModel(base)
+    for name, directory in adapters.items():
+        model.load_adapter(directory, name)
+    model.eval()
+    drawn: dict[str, Any] = {}
+    if options.temperature > 0:
+        torch.manual_seed(options.seed)
+        drawn = {"do_sample": True, "temperature": options.temperature}
+    answers = _generate(model, tokenizer, rows, options.max_new_tokens, options.batch_size, console, drawn, place)
+    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    if options.out is None:
+        print(text, end="")
+    else:
+        write_file(options.out, text.encode())
+        console.print(f"{len(answers)} lines: {options.out}")
+
+
+def load(directory: str | os.PathLike, *, quantize: str = "none", dtype: str = "auto") -> tuple[Any, Any]:
+    """Loads a decoder and its tokenizer from a Hugging Face folder: local files, safetensors, no code of its own.
+
+    Args:
+        directory: the folder.
+        quantize: ``"nf4"``, ``"int8"`` or ``"none"``.
+        dtype: of the computation: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+
+    Returns:
+        ``(model, tokenizer)``, the model in eval mode and on a GPU if there is one.
+
+    Raises:
+        AdapterError: something is missing, broken or of an unknown kind.
+    """
+    fields = read_json(inside(directory, "config.json"))
+    kind = fields.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise AdapterError(f"{directory}: expected a model type that transformers knows, found {kind!r}")
+    where = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    kwargs: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "output_loading_info": True, **where}
+    if quantize != "none":
+        # What it says about its missing kernels and its casts at every call is not the user's to mend.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        stored = fields.get("dtype", fields.get("torch_dtype")) or "float32"
+        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=quantize == "nf4",
+            load_in_8bit=quantize == "int8",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, stored) if dtype == "auto" else chosen,
+        )
+    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **kwargs)
+    except Exception as error:  # a broken file can raise nearly anything in there
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise AdapterError(
+            f"{directory}: expected a whole Hugging Face checkpoint, found one that can't be loaded ({reason[0]})"
+        ) from None
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if wrong:
+        raise AdapterError(
+            f"{directory}: expected a tensor of the right shape for every weight, found none for {', '.join(wrong[:3])}"
+            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
+    return model.eval(), tokenizer
+
+
+def _generate(
+    model: RoadModel,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    batch_size: int,
+    console: Console | None,
+    options: Mapping[str, Any],
+    place: Callable[[int], str],
+) -> list[dict[str, Any]]:
+    _check_rows(rows, model.adapter_names, place)
+    prompts = [_tokenize(tokenizer, row, place(i)) for i, row in enumerate(rows)]
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or None, "pad_token_id": pad}
+    if not options:
+        # A checkpoint's own generation config may ask for sampling.
+        settings |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    answers: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console, disable=console is None) as bar, torch.inference_mode():
+        task = bar.add_task("Generating", total=len(rows))
+        for start in range(0, len(rows), batch_size):
+            batch, ids = rows[start : start + batch_size], prompts[start : start + batch_size]
+            names = [row.get("adapter") or BASE for row in batch]
+            longest = max(map(len, ids))
+            input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=model.device)
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=model.device)
+
+            def step(
+                tokens: torch.Tensor,
+                _scores: Any,
+                start: int = start,
+                n: int = len(batch),
+                longest: int = longest,
+                **_: Any,
+            ) -> Any:
+                share = (tokens.shape[1] - longest) / max_new_tokens
+                bar.update(task, completed=round(start + n * min(share, 0.99)))
+                return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+            given = model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                adapter_names=names,
+                stopping_criteria=transformers.StoppingCriteriaList([step]),
+                **{**settings, **options},
+            )
+            texts = tokenizer.batch_decode(given[:, longest:], skip_special_tokens=True)
+            for row, name, text in zip(batch, names, texts, strict=True):
+                answers.append({**row, "adapter": name, "completion": text})
+            bar.update(task, completed=start + len(batch))
+    return answers
+
+
+def _check_rows(rows: Sequence[Row], adapters: Any, place: Callable[[int], str]) -> None:
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise AdapterError(f"{place(i)}: expected a JSON object, found {type(row).__name__}")
+        if "messages" in row:
+            messages = row["messages"]
+            whole = isinstance(messages, Sequence) and all(
+                isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in messages
+            )
+            if not whole or not messages or messages[-1]["role"] == "assistant":
+                raise AdapterError(
+                    f"{place(i)}: expected messages with role and content, the last one not the assistant's, "
+                    f"found {json.dumps(messages, default=str)[:60]}"
+                )
+        elif not isinstance(row.get("prompt"), str):
+            found = type(row["prompt"]).__name__ if "prompt" in row else "no such field"
+            raise AdapterError(
+                f"{place(i)}: expected text in the field 'prompt' (or a field 'messages'), found {found}"
+            )
+        name = row.get("adapter")
+        if name is not None and name != BASE and name not in adapters:
+            there = ", ".join([*adapters, BASE])
+            raise AdapterError(f"{place(i)}: expected an adapter out of {there}, found {name!r}")
+
+
+def _tokenize(tokenizer: Any, row: Row, where: str) -> list[int]:
+    """A prompt's token ids; one without chat template in the tokenizer stays the text that it is."""
+    if "messages" not in row and not tokenizer.chat_template:
+        ids = tokenizer(row["prompt"])["input_ids"]
+    else:
+        messages = list(row["messages"]) if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+        if not tokenizer.chat_template:
+            raise AdapterError(f"{where}: expected a field 'prompt', for the tokenizer has no chat template")
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like
+            raise AdapterError(f"{where}: expected messages that the chat template takes, found {error}") from None
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise AdapterError(f"{where}: expected a prompt of at least one token, found none")
+    return ids
+
+
+def _end_tokens(model: RoadModel, tokenizer: Any) -> list[int]:
+    """What ends an answer: the model's end tokens and the tokenizer's, which may be the end of a turn."""
+    configured = model.generation_config.eos_token_id
+    ends = list(configured) if isinstance(configured, Sequence) else [configured]
+    return [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+
+
+def _adapters(arguments: Sequence[str]) -> dict[str, Path]:
+    adapters: dict[str, Path] = {}
+    for argument in arguments:
+        name, sign, directory = argument.partition("=")
+        if not (name and sign and directory):
+            raise AdapterError(f"--adapter: expected NAME=FOLDER, found {argument!r}")
+        if name in adapters or name == BASE:
+            raise AdapterError(f"--adapter: expected each name once and none to be {BASE}, found {name!r}")
+        inside(directory, "adapter_config.json")
+        adapters[name] = Path(directory)
+    return adapters
+
+
+def _read_lines(path: Path) -> list[tuple[int, Any]]:
+    """Returns ``(line number, value)`` for each line that isn't empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: expected a file of JSON lines, found one that can't be read ({error})") from None
+    lines = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                lines.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise AdapterError(f"{path}, line {number}: expected JSON, found {line[:40]!r} ({error})") from None
+    if not lines:
+        raise AdapterError(f"{path}: expected at least one line, found none")
+    return lines
+
+
+def _row_place(i: int) -> str:
+    return f"row {i + 1}"

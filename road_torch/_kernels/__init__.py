@@ -1,0 +1,1 @@
+"""Implementations of the rotation, one file each, all with the same signatures."""

@@ -1,0 +1,95 @@
+"""The rotation in plain PyTorch: any device, any floating dtype, and what inductor fuses.
+
+Here the second coefficient carries the sign of its half, so that one product serves both:
+
+    y' = y * first + partner(y) * cross,    cross = concat(-second[:g/2], second[g/2:]) in each group of g
+
+with ``partner(y) = concat(y[g/2:], y[:g/2])``. It is ``y * first + rotate_half(y) * second``, term by term.
+"""
+
+import torch
+from torch import Tensor
+
+# Up to this many elements a call costs more than its arithmetic, and gathering by an index is the cheapest way to
+# swap halves; beyond, copying whole slices is.
+SMALL = 1 << 15
+
+_SWAP: dict[torch.device, Tensor] = {}
+
+
+def coefficients(theta: Tensor, alpha: Tensor, variant: str, group_size: int) -> tuple[Tensor, Tensor]:
+    """Forms ``first = α cos θ`` and ``cross = ∓α sin θ`` in float32.
+
+    Args:
+        theta: ``[..., out/2]``, ``[..., out]`` or ``[..., 2·out]`` for road_1, road_2, road_4; any floating dtype.
+        alpha: of the same shape.
+        variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
+        group_size: even; divides ``out``.
+
+    Returns:
+        ``first`` and ``cross``, each float32 ``[..., out]``.
+    """
+    lead, half = theta.shape[:-1], group_size // 2
+    theta, alpha = theta.float(), alpha.float()
+    if variant == "road_4":
+        # [..., groups, cosine or sine coefficients, half of the group, element]
+        theta, alpha = (v.reshape(*lead, -1, 2, 2, half) for v in (theta, alpha))
+        first = alpha[..., 0, :, :] * theta[..., 0, :, :].cos()
+        second = alpha[..., 1, :, :] * theta[..., 1, :, :].sin()
+    else:
+        # road_1 has one θ a pair, the same for both halves.
+        theta, alpha = (v.reshape(*lead, -1, 1 if variant == "road_1" else 2, half) for v in (theta, alpha))
+        first, second = alpha * theta.cos(), alpha * theta.sin()
+        if variant == "road_1":
+            first, second = (v.expand(*v.shape[:-2], 2, half) for v in (first, second))
+    cross = torch.stack((-second[..., 0, :], second[..., 1, :]), dim=-2)
+    return first.reshape(*lead, -1), cross.reshape(*lead, -1)
+
+
+def partner(y: Tensor, group_size: int) -> Tensor:
+    """Swaps the halves of each group: ``y`` is ``[..., out]``, and so is the result."""
+    return y.reshape(-1, 2, group_size // 2).roll(1, 1).view(y.shape)
+
+
+def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int) -> Tensor:
+    """Returns ``y * first + partner(y) * cross``.
+
+    Args:
+        y: ``[..., out]``.
+        first: broadcasts against ``y``, and has its dtype.
+        cross: as ``first``.
+        group_size: even; divides ``out``.
+    """
+    return torch.addcmul(y * first, partner(y, group_size), cross)
+
+
+def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, scratch: Tensor | None = None) -> Tensor:
+    """As `rotate`, but overwrites ``y``, which must be contiguous; ``scratch`` is memory of its shape and dtype."""
+    if scratch is None and y.numel() > SMALL:
+        other = partner(y, group_size)
+        return y.mul_(first).addcmul_(other, cross)
+    swap = _SWAP.get(y.device)
+    if swap is None:
+        with torch.inference_mode(False):
+            swap = _SWAP[y.device] = torch.tensor([1, 0], device=y.device)
+    pairs = y.view(-1, 2, group_size // 2)
+    if scratch is None:
+        scratch = torch.index_select(pairs, 1, swap).view(y.shape)
+    else:
+        torch.index_select(pairs, 1, swap, out=scratch.view(pairs.shape))
+    return y.mul_(first).addcmul_(scratch, cross)
+
+
+def compose(first: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], group_size: int) -> tuple[Tensor, Tensor]:
+    """Returns the coefficients of one rotation after another of the same group size, in closed form."""
+    (f, c), (g, d) = first, then
+    return g * f + d * partner(c, group_size), g * c + d * partner(f, group_size)
+
+
+def inverse(first: Tensor, cross: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Returns the coefficients of the inverse; where a block is singular they are not finite.
+
+    A block ``[[f0, c0], [c1, f1]]`` has the inverse ``[[f1, -c0], [-c1, f0]] / (f0 f1 - c0 c1)``.
+    """
+    determinant = first * partner(first, group_size) - cross * partner(cross, group_size)
+    return partner(first, group_size) / determinant, -cross / determinant

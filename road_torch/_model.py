@@ -1,0 +1,553 @@
+"""`RoadModel`: a base model with RoAd adapters, in PEFT's vocabulary."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, read_peft, select_modules, write_peft
+from road_core._files import check_free, new_directory
+from road_torch import _merge
+from road_torch._bank import BASE
+from road_torch._io import to_adapter, to_tensor
+from road_torch._layer import RoadLayer, Routing, Shared, features, is_conv1d, layers, routed
+
+_Parameters = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class RoadModel(nn.Module):
+    """A model whose linear layers carry RoAd adapters: one, several, or another one for each row of a batch.
+
+    The base model is changed in place, as PEFT does it: targeted layers are wrapped, its own parameters frozen.
+    ``merge_and_unload`` and ``unload`` give it back.
+
+    Args:
+        base: any ``nn.Module``; for ``generate`` a Hugging Face model.
+        config: of a first adapter, which is made new, active and trainable. Without one there is no adapter yet.
+        adapter_name: its name.
+
+    Raises:
+        AdapterError: nothing is targeted, or a targeted module can't be adapted; the base is as it was.
+
+    Example:
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        >>> model = RoadModel(base, RoadConfig(target_modules=["0", "2"], group_size=4))
+        >>> model.print_trainable_parameters()
+        trainable params: 12 || all params: 88 || trainable%: 13.6364
+    """
+
+    base_model: Any
+
+    def __init__(self, base: nn.Module, config: RoadConfig | None = None, adapter_name: str = "default") -> None:
+        super().__init__()
+        if isinstance(base, RoadModel) or next(layers(base), None) is not None:
+            raise AdapterError(
+                f"RoadModel: expected a base model without RoAd layers, found {type(base).__name__} with some; "
+                "add adapters to the RoadModel that wraps it"
+            )
+        self._shared = Shared()
+        self.base_model = base
+        if config is not None:
+            self.add_adapter(adapter_name, config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: nn.Module,
+        directory: str | os.PathLike,
+        adapter_name: str = "default",
+        *,
+        is_trainable: bool = False,
+    ) -> "RoadModel":
+        """Returns a model with the adapter of a PEFT folder, active.
+
+        Raises:
+            AdapterError: the folder is broken, or is for another model; the base is as it was.
+        """
+        model = cls(base)
+        model.load_adapter(directory, adapter_name, is_trainable=is_trainable)
+        return model
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that a plain call applies, one after the other."""
+        return list(self._shared.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name; a list where there are several, or none."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """All adapters, in the order in which they came."""
+        return list(self._shared.rows)
+
+    @property
+    def road_configs(self) -> dict[str, RoadConfig]:
+        """The config of each adapter."""
+        return dict(self._shared.configs)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters that now stand in the base's weights."""
+        return list(self._shared.merged)
+
+    def get_base_model(self) -> nn.Module:
+        """Returns the base model, with its layers wrapped."""
+        return self.base_model
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Calls the base model.
+
+        Args:
+            *args: for the base model.
+            adapter_names: for each row of the batch an adapter's name, or ``"__base__"`` for none; without them all
+                rows get the active adapters.
+            **kwargs: for the base model.
+
+        Raises:
+            AdapterError: an unknown name, or another number of names than of rows.
+        """
+        if adapter_names is None:
+            return self.base_model(*args, **kwargs)
+        with self._routed(adapter_names, args, kwargs):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Calls the base model's ``generate``; arguments and errors as `forward`."""
+        generate = self.base_model.generate
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        with self._routed(adapter_names, args, kwargs):
+            return generate(*args, **kwargs)
+
+    def add_adapter(self, adapter_name: str, config: RoadConfig) -> None:
+        """Makes a new adapter; the model's first one becomes active, and with it trainable.
+
+        Raises:
+            AdapterError: the name is taken or can't be used, or the config doesn't fit the model; nothing has changed.
+        """
+        self._check_new(adapter_name)
+        chosen = self._select(config)
+        parameters = {}
+        for path, module in chosen.items():
+            size = parameter_size(config.variant, self._check_layer(path, module, config))
+            if config.init_weights:
+                parameters[path] = (torch.zeros(size), torch.ones(size))
+            else:
+                parameters[path] = (torch.randn(size) * 0.5, 1 + torch.randn(size) * 0.5)
+        self._install(adapter_name, config, parameters)
+
+    def load_adapter(
+        self, directory: str | os.PathLike, adapter_name: str = "default", *, is_trainable: bool = False
+    ) -> None:
+        """Reads an adapter from a PEFT folder; the model's first one becomes active.
+
+        Raises:
+            AdapterError: the name is taken or can't be used, the folder is broken, or its adapter is for another model
+                (by module and sizes); nothing has changed.
+        """
+        self._check_new(adapter_name)
+        adapter = read_peft(directory)
+        config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
+        if adapter.modules_to_save or config.modules_to_save:
+            raise AdapterError(
+                f"{directory}: expected an adapter without modules_to_save, found {config.modules_to_save}"
+            )
+        modules = self._modules_by_path()
+        for path, (theta, _) in adapter.modules.items():
+            if path not in modules:
+                raise AdapterError(
+                    f"{directory}: expected modules of {type(self.base_model).__name__}, found {path}, which it lacks"
+                )
+            out = self._check_layer(path, modules[path], config)
+            size = parameter_size(config.variant, out)
+            if theta.shape != (size,):
+                raise AdapterError(
+                    f"{directory}: expected {size} θ for {path} with {out} outputs ({config.variant}), "
+                    f"found shape {list(theta.shape)}"
+                )
+        chosen = self._select(config)
+        if missing := [path for path in chosen if path not in adapter.modules]:
+            raise AdapterError(
+                f"{directory}: expected θ and α for every module that target_modules selects, found none for "
+                f"{_listed(missing)}"
+            )
+        if extra := [path for path in adapter.modules if path not in chosen]:
+            raise AdapterError(
+                f"{directory}: expected θ and α only for modules that target_modules selects, found {_listed(extra)}"
+            )
+        tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
+        self._install(adapter_name, config, tensors)
+
+    def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Makes these adapters, applied one after the other, the ones that plain calls use.
+
+        Those that were not loaded for inference become trainable, all others frozen.
+
+        Raises:
+            AdapterError: an unknown or repeated name, or adapters are merged; nothing has changed.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_known(names)
+        if len(set(names)) < len(names):
+            raise AdapterError(f"set_adapter: expected each name once, found {', '.join(names)}")
+        self._check_unmerged("set_adapter")
+        self._shared.active = tuple(names)
+        for layer in layers(self):
+            layer.forget()
+            for name in layer.adapters:
+                trainable = name in names and not self._shared.configs[name].inference_mode
+                layer.road_theta[name].requires_grad_(trainable)
+                layer.road_alpha[name].requires_grad_(trainable)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter. Layers that have none left are unwrapped.
+
+        Raises:
+            AdapterError: the name is unknown, active or merged; nothing has changed.
+        """
+        self._check_known([adapter_name])
+        if adapter_name in self._shared.active:
+            raise AdapterError(f"delete_adapter: expected an adapter that is not active, found {adapter_name!r}")
+        if adapter_name in self.merged_adapters:
+            raise AdapterError(f"delete_adapter: expected an adapter that is not merged, found {adapter_name!r}")
+        for layer in list(layers(self)):
+            layer.remove(adapter_name)
+        self._unwrap(lambda layer: not layer.adapters)
+        del self._shared.rows[adapter_name], self._shared.configs[adapter_name]
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """While open, the model computes as the base did; merged adapters are unmerged and merged again after."""
+        before, merged = self._shared.off, self.merged_adapters
+        if merged:
+            self.unmerge_adapter()
+        self._shared.off = True
+        try:
+            yield
+        finally:
+            self._shared.off = before
+            if merged:
+                self.merge_adapter(merged)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> dict[str, float]:
+        """Rotates the base's weights and biases themselves, in float32 and rounded once.
+
+        The old weights are kept, so that `unmerge_adapter` puts them back bit for bit.
+
+        Args:
+            adapter_names: applied one after the other; the active ones if not given.
+            safe_merge: whether to refuse weights that aren't finite.
+
+        Returns:
+            For each layer with a quantised base, how far its weight moved by being quantised anew, relative to its
+            norm.
+
+        Raises:
+            AdapterError: an unknown name, something is merged already, or a layer can't be merged; nothing has changed.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._check_known(names)
+        self._check_unmerged("merge_adapter")
+        errors = {}
+        done = []
+        try:
+            for layer in layers(self):
+                error = _merge.merge(layer, names, check=safe_merge)
+                done.append(layer)
+                if error is not None:
+                    errors[layer.module_path] = error
+        except BaseException:
+            for layer in done:
+                _merge.unmerge(layer)
+            raise
+        self._shared.merged = tuple(names)
+        return errors
+
+    def unmerge_adapter(self) -> None:
+        """Puts back the weights that `merge_adapter` replaced, bit for bit.
+
+        Raises:
+            AdapterError: nothing is merged.
+        """
+        if not self.merged_adapters:
+            raise AdapterError("unmerge_adapter: expected merged adapters, found none")
+        for layer in layers(self):
+            _merge.unmerge(layer)
+        self._shared.merged = ()
+
+    def merge_and_unload(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> nn.Module:
+        """Merges adapters for good and returns the plain base model, without any wrapped layer.
+
+        Raises:
+            AdapterError: as `merge_adapter`.
+        """
+        if not self.merged_adapters:
+            self.merge_adapter(adapter_names, safe_merge)
+        elif adapter_names is not None and list(adapter_names) != self.merged_adapters:
+            raise AdapterError(
+                f"merge_and_unload: expected the merged adapters {self.merged_adapters}, found {list(adapter_names)}"
+            )
+        self._untie()
+        return self._give_back()
+
+    def unload(self) -> nn.Module:
+        """Returns the plain base model as it was before, without adapters."""
+        if self.merged_adapters:
+            self.unmerge_adapter()
+        return self._give_back()
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike,
+        selected_adapters: Sequence[str] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes adapters in PEFT's format: ``"default"`` into the folder itself, others into a folder of their name.
+
+        Args:
+            directory: a new or empty folder.
+            selected_adapters: all of them if not given.
+            overwrite: whether to replace adapter files that the folder already holds.
+
+        Raises:
+            AdapterError: an unknown name, there is no adapter, or the folder holds something; nothing is written.
+        """
+        names = self.adapter_names if selected_adapters is None else list(selected_adapters)
+        self._check_known(names)
+        if not names:
+            raise AdapterError("save_pretrained: expected at least one adapter, found none")
+        source = getattr(self.base_model, "name_or_path", None) or None
+        adapters = {}
+        for name in names:
+            config = self._shared.configs[name]
+            config = dataclasses.replace(
+                config, inference_mode=True, base_model_name_or_path=config.base_model_name_or_path or source
+            )
+            adapters[name] = to_adapter(layers(self), name, config)
+        target = Path(directory)
+        if overwrite:
+            for name, adapter in adapters.items():
+                write_peft(target if name == "default" else target / name, adapter, overwrite=True)
+            return
+        check_free(target)
+        with new_directory(target) as draft:
+            for name, adapter in adapters.items():
+                write_peft(draft if name == "default" else draft / name, adapter, overwrite=True)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Returns how many parameters are trainable, and how many there are; one of 4 bits counts as one."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel()
+            if type(parameter).__name__ == "Params4bit":
+                count *= 2 * parameter.element_size()
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trainable, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Looks in the base model for what isn't here: ``config``, ``device``, ``generation_config``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Before __init__ has run there is no base model to ask.
+            if name in ("base_model", "_shared") or "base_model" not in self._modules:
+                raise
+            return getattr(self._modules["base_model"], name)
+
+    @contextlib.contextmanager
+    def _routed(self, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        if isinstance(names, str):
+            raise AdapterError(f"adapter_names: expected a list with one name a row, found the text {names!r}")
+        names = list(names)
+        self._check_known([name for name in names if name != BASE])
+        rows = _batch_size(args, kwargs)
+        if not names or (rows is not None and rows != len(names)):
+            raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(names)}")
+        self._check_unmerged("adapter_names")
+        if self._shared.off:
+            yield
+            return
+        if torch.is_grad_enabled() and self.training and _checkpoints(self.base_model):
+            raise AdapterError(
+                "adapter_names: expected a model without gradient checkpointing, found one that would compute its "
+                "layers a second time after the call"
+            )
+        with routed(Routing(self._shared, names)):
+            yield
+
+    def _select(self, config: RoadConfig) -> dict[str, nn.Module]:
+        """Returns the targeted modules by path, by PEFT's rules."""
+        modules = self._modules_by_path()
+        linear = {path for path, module in modules.items() if _is_plain_linear(_unwrapped(module))}
+        chosen = select_modules(
+            config,
+            list(modules),
+            linear=linear,
+            output_head=_output_head(self.base_model, modules, config),
+            model_type=getattr(getattr(self.base_model, "config", None), "model_type", None),
+        )
+        return {path: modules[path] for path in chosen}
+
+    def _modules_by_path(self) -> dict[str, nn.Module]:
+        """All modules by their path in the base model as it came: what is inside a wrapped layer isn't there."""
+        found: dict[str, nn.Module] = {}
+        seen: set[int] = set()
+
+        def walk(module: nn.Module, path: str) -> None:
+            if id(module) in seen:
+                return
+            seen.add(id(module))
+            found[path] = module
+            if not isinstance(module, RoadLayer):
+                for name, child in module._modules.items():
+                    if child is not None:
+                        walk(child, f"{path}.{name}" if path else name)
+
+        walk(self.base_model, "")
+        return found
+
+    def _check_layer(self, path: str, module: nn.Module, config: RoadConfig) -> int:
+        """Returns a layer's number of outputs if it can carry an adapter of this config."""
+        if not path:
+            raise AdapterError("target_modules: expected modules within the model, found the model itself")
+        module = _unwrapped(module)
+        try:
+            _, out = features(module)
+        except TypeError:
+            raise AdapterError(
+                f"{path}: expected a linear layer, found {type(module).__name__}, which has no in_features and "
+                "out_features"
+            ) from None
+        parent = self.base_model.get_submodule(path.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            raise AdapterError(
+                f"{path}: expected a layer that is called, found one in {type(parent).__name__}, which reads its "
+                "weight and would leave the adapter without effect"
+            )
+        check_group_size(out, config.group_size, path)
+        return out
+
+    def _install(self, name: str, config: RoadConfig, parameters: _Parameters) -> None:
+        """Wraps the layers that aren't yet and hands out θ and α. Everything is known to fit."""
+        modules = self._modules_by_path()
+        wrapped = {}
+        for path, (theta, alpha) in parameters.items():
+            module = modules[path]
+            layer = module if isinstance(module, RoadLayer) else RoadLayer(module, path, self._shared)
+            layer.add(name, theta, alpha)
+            if layer is not module:
+                wrapped[module] = layer
+        first = not self._shared.rows
+        self._shared.rows[name] = self._shared.new_row()
+        self._shared.configs[name] = config
+        # Wherever a shared module stands, its wrapper takes its place.
+        for parent in list(self.base_model.modules()):
+            for key, child in list(parent._modules.items()):
+                if child in wrapped and not isinstance(parent, RoadLayer):
+                    setattr(parent, key, wrapped[child])
+        if first:
+            for parameter_name, parameter in self.base_model.named_parameters():
+                if ".road_" not in parameter_name:
+                    parameter.requires_grad_(False)
+            self.set_adapter(name)
+
+    def _give_back(self) -> nn.Module:
+        for layer in layers(self):
+            layer.unmerged = None
+        self._unwrap(lambda layer: True)
+        # The layers are gone; what they looked at must not say that there are adapters.
+        self._shared.active, self._shared.merged, self._shared.rows, self._shared.configs = (), (), {}, {}
+        return self.base_model
+
+    def _unwrap(self, which: Callable[[RoadLayer], bool]) -> None:
+        for parent in list(self.base_model.modules()):
+            for key, child in list(parent._modules.items()):
+                if isinstance(child, RoadLayer) and which(child):
+                    setattr(parent, key, child.base_layer)
+
+    def _untie(self) -> None:
+        """Merging gave a tied head a weight of its own; a config that says otherwise would tie it again on loading."""
+        base = self.base_model
+        config = getattr(base, "config", None)
+        if not getattr(config, "tie_word_embeddings", False) or not hasattr(base, "get_output_embeddings"):
+            return
+        head = base.get_output_embeddings()
+        if isinstance(head, RoadLayer) and head.merged_adapters:
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+            if hasattr(base, "all_tied_weights_keys"):
+                base.all_tied_weights_keys = {}
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name or name == BASE:
+            raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {name!r}")
+        # The name becomes part of parameters' paths and a folder's name.
+        if any(sign in name for sign in "./\\") or hasattr(nn.ParameterDict, name):
+            raise AdapterError(
+                f"adapter_name: expected a name without '.', '/' and '\\' that Python leaves free, found {name!r}"
+            )
+        if name in self._shared.rows:
+            raise AdapterError(f"adapter_name: expected a new name, found {name!r}, which is there already")
+        self._check_unmerged(f"adapter {name!r}")
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        unknown = [name for name in dict.fromkeys(names) if name not in self._shared.rows]
+        if unknown:
+            there = ", ".join(map(repr, self.adapter_names)) or "none"
+            raise AdapterError(f"adapter: expected one of {there}, found {', '.join(map(repr, unknown))}")
+
+    def _check_unmerged(self, what: str) -> None:
+        if merged := self.merged_adapters:
+            raise AdapterError(f"{what}: expected no merged adapters, found {', '.join(merged)}; unmerge them first")
+
+
+def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """The number of rows that a model is called with, None if no tensor tells."""
+    named = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "pixel_values", "input_values")
+    for value in (*args, *(kwargs.get(name) for name in named), *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return len(value)
+    return None
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, RoadLayer) else module
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """What ``"all-linear"`` means to PEFT."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _output_head(model: Any, modules: Mapping[str, nn.Module], config: RoadConfig) -> list[str]:
+    """What ``"all-linear"`` leaves out: a language model's head, or a classifier's."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    if head is None and get is not None and config.task_type == "SEQ_CLS":
+        head = next((found for name in ("score", "classifier") if (found := getattr(model, name, None))), None)
+    return [path for path, module in modules.items() if head is not None and module is head]
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

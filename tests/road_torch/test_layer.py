@@ -1,0 +1,313 @@
+"""Layer kind × dtype × variant × group size × (single, mixed, merged, disabled), against road_core's float64."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from _compare import assert_close, named_values
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import road_core
+from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
+
+IN, OUT = 64, 128
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VARIANTS = ("road_1", "road_2", "road_4")
+
+
+class Doubled(nn.Module):
+    """Linear in its own way, and gives back memory that it keeps."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.inner = nn.Linear(in_features, out_features)
+
+    def forward(self, x):
+        self.kept = 2 * self.inner(x)
+        return self.kept
+
+
+def make_base(kind, dtype):
+    torch.manual_seed(0)
+    if kind == "conv1d":
+        layer = Conv1D(OUT, IN)
+        nn.init.normal_(layer.weight, std=0.2)
+    elif kind == "other":
+        layer = Doubled(IN, OUT)
+    else:
+        layer = nn.Linear(IN, OUT, bias=kind == "linear")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_()
+    return nn.ModuleDict({"proj": layer}).to(dtype).eval().requires_grad_(False)
+
+
+class Model(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner["proj"](x)
+
+
+def adapters(variant, group_size, names="ab", *, train=False):
+    size = road_core.parameter_size(variant, OUT)
+    config = RoadConfig(variant=variant, group_size=group_size, target_modules=["proj"], inference_mode=not train)
+    return {
+        name: (config, named_values(f"{name} theta", size), named_values(f"{name} alpha", size, mean=1.0))
+        for name in names
+    }
+
+
+def fill(model, parameters):
+    for name, (config, theta, alpha) in parameters.items():
+        model.add_adapter(name, config)
+        for layer in model.modules():
+            if isinstance(layer, RoadLayer):
+                with torch.no_grad():
+                    layer.road_theta[name].copy_(torch.from_numpy(theta))
+                    layer.road_alpha[name].copy_(torch.from_numpy(alpha))
+    return model
+
+
+def reference(y, parameters, name):
+    config, theta, alpha = parameters[name]
+    return road_core.rotate(y.double(), theta, alpha, variant=config.variant, group_size=config.group_size)
+
+
+@pytest.mark.parametrize("group_size", [2, 8, 64])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["linear", "no_bias", "conv1d", "other"])
+def test_parity(kind, dtype, variant, group_size):
+    base = Model(make_base(kind, DTYPES[dtype]))
+    x = torch.from_numpy(named_values("x", 4, 3, IN)).to(DTYPES[dtype])
+    y = base(x).detach().clone()
+    parameters = adapters(variant, group_size)
+    model = fill(RoadModel(base), parameters)
+
+    single = model(x)
+    assert single.dtype == y.dtype
+    assert_close(single.double(), reference(y, parameters, "a"), dtype, moved_from=y.double())
+    model.set_adapter("b")
+    assert_close(model(x).double(), reference(y, parameters, "b"), dtype, moved_from=single.double())
+
+    mixed = model(x, adapter_names=["b", "__base__", "a", "b"])
+    assert mixed.dtype == y.dtype
+    for row, name in enumerate(["b", None, "a", "b"]):
+        if name is None:
+            assert torch.equal(mixed[row], y[row])
+        else:
+            assert_close(mixed[row].double(), reference(y[row], parameters, name), dtype, moved_from=y[row].double())
+
+    with model.disable_adapter():
+        assert torch.equal(model(x), y)
+    assert_close(model(x).double(), reference(y, parameters, "b"), dtype)
+
+    if kind != "other":
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        assert model.merge_adapter(["a"]) == {}
+        merged = model(x)
+        assert merged.dtype == y.dtype
+        # Rounding the weight once is as good as rounding the output.
+        assert_close(merged.double(), reference(y, parameters, "a"), dtype, moved_from=y.double())
+        with model.disable_adapter():
+            assert torch.equal(model(x), y)
+        assert torch.equal(model(x), merged)
+        model.unmerge_adapter()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_of_several_variants_and_group_sizes_in_one_batch(dtype):
+    base = Model(make_base("linear", DTYPES[dtype]))
+    x = torch.from_numpy(named_values("x", 5, IN)).to(DTYPES[dtype])
+    y = base(x)
+    parameters = {**adapters("road_1", 64, "a"), **adapters("road_2", 2, "b"), **adapters("road_4", 8, "c")}
+    parameters |= adapters("road_2", 64, "d")
+    model = fill(RoadModel(base), parameters)
+    names = ["b", "a", "__base__", "d", "c"]
+    mixed = model(x, adapter_names=names)
+    for row, name in enumerate(names):
+        if name == "__base__":
+            assert torch.equal(mixed[row], y[row])
+        else:
+            assert_close(mixed[row].double(), reference(y[row], parameters, name), dtype, moved_from=y[row].double())
+
+
+def test_several_active_adapters_are_applied_one_after_the_other():
+    base = Model(make_base("linear", torch.float32))
+    x = torch.from_numpy(named_values("x", 5, IN))
+    y = base(x)
+    parameters = {**adapters("road_4", 64, "a"), **adapters("road_2", 64, "b"), **adapters("road_2", 8, "c")}
+    model = fill(RoadModel(base), parameters)
+    for names in (["a", "b"], ["b", "a"], ["a", "c", "b"]):
+        model.set_adapter(names)
+        assert model.active_adapter == model.active_adapters == names
+        expected = y
+        for name in names:
+            expected = torch.from_numpy(reference(expected, parameters, name))
+        assert_close(model(x), expected, "float32", moved_from=y)
+        model.merge_adapter()
+        assert_close(model(x), expected, "float32", moved_from=y)
+        model.unmerge_adapter()
+
+
+def test_an_output_that_the_base_keeps_is_not_overwritten():
+    base = Model(make_base("other", torch.float32))
+    model = fill(RoadModel(base), adapters("road_1", 8, "a"))
+    x = torch.randn(2, IN)
+    out = model(x)
+    kept = base.inner["proj"].base_layer.kept
+    torch.testing.assert_close(kept, 2 * base.inner["proj"].base_layer.inner(x))
+    assert not torch.allclose(out, kept)
+
+
+def test_an_output_that_a_hook_keeps_is_not_overwritten():
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "a"))
+    linear = model.base_model.inner["proj"].base_layer
+    kept = []
+    linear.register_forward_hook(lambda module, args, output: kept.append(output))
+    x = torch.randn(2, IN)
+    model(x)
+    torch.testing.assert_close(kept[0], nn.functional.linear(x, linear.weight, linear.bias))
+
+
+@pytest.mark.parametrize("way", ["in place", "replaced", "load_state_dict", "assigned"])
+def test_a_change_of_parameters_shows_at_once(way):
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_2", 8, "ab"))
+    x = torch.randn(2, IN)
+    layer = model.base_model.inner["proj"]
+    plain, mixed = model(x), model(x, adapter_names=["b", "a"])
+    with torch.no_grad():
+        if way == "in place":
+            layer.road_theta["a"].add_(0.5)
+        elif way == "replaced":
+            layer.road_theta["a"] = nn.Parameter(layer.road_theta["a"] + 0.5)
+        else:
+            state = copy.deepcopy(layer.state_dict())
+            state["road_theta.a"] += 0.5
+            layer.load_state_dict(state, assign=way == "assigned")
+    assert not torch.allclose(model(x), plain)
+    again = model(x, adapter_names=["b", "a"])
+    assert torch.equal(again[0], mixed[0])
+    assert not torch.allclose(again[1], mixed[1])
+    assert torch.equal(again[1], model(x)[1])
+
+
+def test_adapters_stay_in_float32_when_the_model_is_cast():
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "a"))
+    x = torch.randn(2, IN)
+    model(x, adapter_names=["a", "a"])
+    before = model.base_model.inner["proj"].road_theta["a"].clone()
+    model.to(torch.bfloat16)
+    layer = model.base_model.inner["proj"]
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.road_theta["a"].dtype == torch.float32
+    assert torch.equal(layer.road_theta["a"], before)
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_training_gives_the_gradient_of_the_formula():
+    base = Model(make_base("linear", torch.float32))
+    x = torch.from_numpy(named_values("x", 4, IN))
+    y = base(x).detach()
+    parameters = adapters("road_4", 8, "ab", train=True)
+    model = fill(RoadModel(base), parameters)
+    model.set_adapter("a")
+    layer = base.inner["proj"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        "base_model.inner.proj.road_theta.a",
+        "base_model.inner.proj.road_alpha.a",
+    ]
+    weights = torch.from_numpy(named_values("weights", 4, OUT))
+    for mixed in (None, ["a", "b", "__base__", "a"]):
+        layer.zero_grad()
+        (model(x, adapter_names=mixed) * weights).sum().backward()
+        _config, theta, alpha = parameters["a"]
+        rows = [0, 1, 2, 3] if mixed is None else [0, 3]
+        for i in (0, 100, 255):
+            step = np.zeros_like(theta)
+            step[i] = 1e-6
+            up, down = (
+                road_core.rotate(y.double(), theta + s * step.astype(float), alpha, variant="road_4", group_size=8)
+                for s in (1, -1)
+            )
+            expected = ((up - down)[rows] * weights.numpy()[rows]).sum() / 2e-6
+            assert float(layer.road_theta["a"].grad[i]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        assert layer.road_theta["b"].grad is None
+
+
+def test_gradients_flow_through_a_frozen_adapter():
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "ab"))
+    x = torch.randn(2, 3, IN, requires_grad=True)
+    for names in (None, ["b", "a"]):
+        (grad,) = torch.autograd.grad(model(x, adapter_names=names)[1, 0, 5], x)
+        model.merge_adapter(["a"])
+        (expected,) = torch.autograd.grad(model(x)[1, 0, 5], x)
+        model.unmerge_adapter()
+        torch.testing.assert_close(grad, expected)
+
+
+def test_coefficients_are_formed_once_a_change(monkeypatch):
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "ab"))
+    from road_torch._kernels import default
+
+    calls = []
+    form = default.coefficients
+    monkeypatch.setattr(default, "coefficients", lambda *args: calls.append(args) or form(*args))
+    x = torch.randn(2, IN)
+    for _ in range(3):
+        model(x)
+    assert len(calls) == 1
+    for _ in range(3):
+        model(x, adapter_names=["a", "b"])
+    assert len(calls) == 3
+    model.set_adapter("b")
+    model(x)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_rows_that_the_model_multiplies(repeats):
+    """Beams, returned sequences and flattened tokens: neighbours belong to one row."""
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "ab"))
+    layer = model.base_model.inner["proj"]
+    x = torch.randn(2 * repeats, IN)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model.base_model
+
+        def forward(self, x):
+            return self.inner(x.repeat_interleave(repeats, 0))
+
+    model.base_model = Outer()
+    given = model(x[:2], adapter_names=["b", "a"])
+    for i, name in enumerate(["b", "a"]):
+        model.set_adapter(name)
+        rows = given[i * repeats : (i + 1) * repeats]
+        torch.testing.assert_close(rows, layer(x[i : i + 1]).expand_as(rows))
+
+
+def test_a_batch_that_is_no_multiple_names_the_layer():
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "ab"))
+
+    class Outer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x[:3])
+
+    model.base_model = Outer(model.base_model)
+    with pytest.raises(AdapterError, match=r"inner\.proj: expected a multiple of the 4 rows .* found .* \[3, 128\]"):
+        model(torch.randn(4, IN), adapter_names=["a", "b", "a", "b"])

@@ -1,0 +1,104 @@
+"""The rotation's kernels and its op, against road_core's float64."""
+
+import numpy as np
+import pytest
+import torch
+from _compare import assert_close, named_values
+
+import road_core
+from road_torch import _ops
+from road_torch._kernels import default
+
+VARIANTS = ("road_1", "road_2", "road_4")
+OUT = 128
+
+
+def parameters(variant, out=OUT):
+    size = road_core.parameter_size(variant, out)
+    return named_values("theta", size), named_values("alpha", size, mean=1.0)
+
+
+@pytest.mark.parametrize("group_size", [2, 8, 64])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(OUT,), (3, OUT), (2, 5, OUT), (40, 16, OUT)])
+def test_rotate_against_the_reference(shape, dtype, variant, group_size):
+    theta, alpha = parameters(variant)
+    y = torch.from_numpy(named_values("y", *shape)).to(getattr(torch, dtype))
+    expected = road_core.rotate(y.double(), theta, alpha, variant=variant, group_size=group_size)
+    first, cross = default.coefficients(torch.from_numpy(theta), torch.from_numpy(alpha), variant, group_size)
+    assert first.dtype == cross.dtype == torch.float32
+    first, cross = first.to(y.dtype), cross.to(y.dtype)
+    before = y.clone()
+    given = default.rotate(y, first, cross, group_size)
+    assert given.dtype == y.dtype
+    assert_close(given.double(), expected, dtype, moved_from=y.double())
+    assert torch.equal(y, before)
+    scratch = torch.empty_like(y)
+    for place in (None, scratch):
+        over = before.clone()
+        assert default.rotate_(over, first, cross, group_size, place) is over
+        assert torch.equal(over, given)
+
+
+def test_a_row_of_a_batch_has_its_own_coefficients():
+    y = torch.from_numpy(named_values("y", 3, 5, OUT))
+    sets = [[named_values(f"{name}{i}", OUT) for name in ("theta", "alpha")] for i in range(3)]
+    pairs = [default.coefficients(*map(torch.from_numpy, pair), "road_2", 8) for pair in sets]
+    first, cross = (torch.stack(tables)[:, None] for tables in zip(*pairs, strict=True))
+    given = default.rotate(y, first, cross, 8)
+    for row, (theta, alpha) in enumerate(sets):
+        expected = road_core.rotate(y[row], theta, alpha, variant="road_2", group_size=8)
+        assert_close(given[row], expected, "float32", moved_from=y[row])
+
+
+@pytest.mark.parametrize("group_size", [2, 64])
+def test_compose_and_inverse(group_size):
+    y = torch.from_numpy(named_values("y", 4, OUT)).double()
+    one, two = (
+        default.coefficients(*(torch.from_numpy(named_values(f"{n}{i}", 2 * OUT)) for n in "ta"), "road_4", group_size)
+        for i in range(2)
+    )
+    one, two = (tuple(v.double() for v in pair) for pair in (one, two))
+    expected = default.rotate(default.rotate(y, *one, group_size), *two, group_size)
+    both = default.compose(one, two, group_size)
+    assert_close(default.rotate(y, *both, group_size), expected, "float64", moved_from=y)
+    back = default.rotate(expected, *default.inverse(*both, group_size), group_size)
+    np.testing.assert_allclose(back, y, atol=1e-6)
+
+
+def samples():
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in ((), (2, 1)):
+            y = torch.randn(2, 3, 16, dtype=dtype, requires_grad=True)
+            first, cross = (torch.randn(*rows, 16, requires_grad=True) for _ in range(2))
+            yield pytest.param((y, first, cross, 8), id=f"{dtype}-{rows}".replace("torch.", ""))
+
+
+@pytest.mark.parametrize("args", samples())
+def test_opcheck(args):
+    torch.library.opcheck(torch.ops.road.rotate.default, args)
+
+
+@pytest.mark.parametrize("rows", [(), (3, 1)])
+def test_gradients(rows):
+    torch.manual_seed(0)
+    y = torch.randn(3, 2, 8, dtype=torch.float64, requires_grad=True)
+    first, cross = (torch.randn(*rows, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    g = torch.randn(3, 2, 8, dtype=torch.float64)
+    given = torch.autograd.grad((_ops.rotate(y, first, cross, 4) * g).sum(), (y, first, cross))
+    expected = torch.autograd.grad((default.rotate(y, first, cross, 4) * g).sum(), (y, first, cross))
+    for a, b in zip(given, expected, strict=True):
+        # Sums over rows are kept in float32.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_in_bfloat16_reach_float32_coefficients():
+    y = torch.randn(64, 8, dtype=torch.bfloat16, requires_grad=True)
+    first, cross = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    out = _ops.rotate(y, first, cross, 8)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert first.grad.dtype == torch.float32
+    torch.testing.assert_close(first.grad, y.float().sum(0))
+    assert y.grad.dtype == torch.bfloat16
