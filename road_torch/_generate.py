@@ -144,6 +144,8 @@ def load(directory: str | os.PathLike, *, quantize: str = "none", dtype: str = "
     where = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     kwargs: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "output_loading_info": True, **where}
+    # Reported below by name; transformers prints a table.
+    kwargs["ignore_mismatched_sizes"] = True
     if quantize != "none":
         # What it says about its missing kernels and its casts at every call is not the user's to mend.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -255,7 +257,7 @@ def _check_rows(rows: Sequence[Row], adapters: Any, place: Callable[[int], str])
                 f"{place(i)}: expected text in the field 'prompt' (or a field 'messages'), found {found}"
             )
         name = row.get("adapter")
-        if name is not None and name != BASE and name not in adapters:
+        if name is not None and (not isinstance(name, str) or (name != BASE and name not in adapters)):
             there = ", ".join([*adapters, BASE])
             raise AdapterError(f"{place(i)}: expected an adapter out of {there}, found {name!r}")
 

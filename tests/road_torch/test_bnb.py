@@ -1,0 +1,163 @@
+"""Layers of bitsandbytes: their own output rotated, in its dtype; merging before and after the CPU repacks weights."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from _compare import TOLERANCE, assert_close, named_values
+from torch import nn
+
+import road_core
+from road_torch import RoadConfig, RoadLayer, RoadModel, _bnb
+
+IN, OUT = 64, 128
+KINDS = {
+    "nf4": {"quant_type": "nf4", "compress_statistics": False},
+    "nf4-double": {"quant_type": "nf4", "compress_statistics": True},
+    "fp4": {"quant_type": "fp4", "compress_statistics": False},
+    "int8": {},
+    "int8-threshold": {"threshold": 6.0},
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+X = torch.from_numpy(named_values("x", 4, 3, IN))
+pytestmark = pytest.mark.filterwarnings("ignore:.*inputs will be cast")
+
+
+def make(kind, dtype):
+    """A quantised layer and the weight that went in."""
+    weight = torch.from_numpy(named_values("weight", OUT, IN)).to(dtype)
+    bias = torch.from_numpy(named_values("bias", OUT)).to(dtype)
+    if kind.startswith("int8"):
+        layer = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False, **KINDS[kind])
+        layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(IN, OUT, compute_dtype=dtype, **KINDS[kind])
+        layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, module=layer, **KINDS[kind])
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    return nn.ModuleDict({"proj": layer.to("cpu")}).eval(), weight
+
+
+class Model(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner["proj"](x)
+
+
+def road(base, variant="road_2", group_size=8):
+    model = RoadModel(base)
+    for name in "ab":
+        model.add_adapter(
+            name, RoadConfig(variant=variant, group_size=group_size, target_modules=["proj"], inference_mode=True)
+        )
+        layer = next(m for m in model.modules() if isinstance(m, RoadLayer))
+        size = road_core.parameter_size(variant, OUT)
+        with torch.no_grad():
+            layer.road_theta[name].copy_(torch.from_numpy(named_values(f"{name} theta", size)))
+            layer.road_alpha[name].copy_(torch.from_numpy(named_values(f"{name} alpha", size, mean=1.0)))
+    return model, layer
+
+
+def reference(y, layer, name, variant="road_2", group_size=8):
+    theta, alpha = layer.road_theta[name].detach(), layer.road_alpha[name].detach()
+    return road_core.rotate(y.double(), theta, alpha, variant=variant, group_size=group_size)
+
+
+@pytest.mark.parametrize("group_size", [2, 64])
+@pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward(kind, dtype, variant, group_size):
+    inner, _ = make(kind, DTYPES[dtype])
+    base = Model(inner)
+    x = X.to(DTYPES[dtype])
+    y = base(x).clone()
+    model, layer = road(base, variant, group_size)
+    given = model(x)
+    assert given.dtype == y.dtype == DTYPES[dtype]
+    assert_close(given.double(), reference(y, layer, "a", variant, group_size), dtype, moved_from=y.double())
+    mixed = model(x, adapter_names=["b", "__base__", "a", "b"])
+    assert mixed.dtype == y.dtype
+    for row, name in enumerate(["b", None, "a", "b"]):
+        if name is None:
+            assert torch.equal(mixed[row], y[row])
+        else:
+            expected = reference(y[row], layer, name, variant, group_size)
+            assert_close(mixed[row].double(), expected, dtype, moved_from=y[row].double())
+    with model.disable_adapter():
+        assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("forward_first", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantize_is_what_the_layer_computes_with(kind, dtype, forward_first):
+    inner, weight = make(kind, DTYPES[dtype])
+    layer = inner["proj"]
+    if forward_first:
+        layer(X.to(DTYPES[dtype]))
+    given = _bnb.dequantize(layer)
+    assert given.dtype == torch.float32
+    assert given.shape == (OUT, IN)
+    plain = (given - weight.float()).norm() / weight.float().norm()
+    assert plain < (0.02 if kind.startswith("int8") else 0.15)
+    y = layer(X.to(DTYPES[dtype])).float()
+    expected = nn.functional.linear(X.to(DTYPES[dtype]).float(), given, layer.bias.float())
+    # The CPU's 4-bit product computes in bfloat16, the 8-bit one rounds its input to 8 bits.
+    torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE["bfloat16"] * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("forward_first", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_and_unmerge(kind, forward_first):
+    inner, _ = make(kind, torch.float32)
+    base = Model(inner)
+    model, layer = road(base)
+    quantized = base.inner["proj"].base_layer
+    if forward_first:
+        model(X)
+    weight, bias = _bnb.dequantize(quantized), quantized.bias.clone()
+    theta, alpha = layer.road_theta["a"], layer.road_alpha["a"]
+    expected = road_core.merge(weight, theta, alpha, variant="road_2", group_size=8)
+    expected_bias = road_core.merge(bias, theta, alpha, variant="road_2", group_size=8)
+    with model.disable_adapter():
+        y = model(X).clone()
+    errors = model.merge_adapter(["a"])
+    merged = _bnb.dequantize(quantized)
+    error = float((merged - torch.from_numpy(expected)).norm() / torch.from_numpy(expected).norm())
+    assert errors == {"inner.proj": pytest.approx(error, rel=1e-3)}
+    assert error < (0.02 if kind.startswith("int8") else 0.15)
+    assert_close(quantized.bias, expected_bias, "float32", moved_from=bias)
+    moved = float((model(X).double() - torch.from_numpy(reference(y, layer, "a"))).norm() / y.double().norm())
+    assert moved < (0.05 if kind.startswith("int8") else 0.2)
+    with model.disable_adapter():
+        assert torch.equal(model(X), y)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(X), y)
+    assert torch.equal(quantized.bias, bias)
+
+
+@pytest.mark.parametrize("kind", ["nf4-double", "int8"])
+def test_training_on_a_quantised_base(kind):
+    inner, _ = make(kind, torch.float32)
+    model = RoadModel(Model(inner), RoadConfig(target_modules=["proj"], group_size=8)).train()
+    layer = next(m for m in model.modules() if isinstance(m, RoadLayer))
+    target = torch.randn(4, 3, OUT)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = (model(X) - target).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    assert layer.road_theta["default"].abs().max().item() > 0
+
+
+def test_counting_4_bit_parameters():
+    inner, _ = make("nf4", torch.float32)
+    model = RoadModel(Model(inner), RoadConfig(target_modules=["proj"], group_size=8))
+    assert model.get_nb_trainable_parameters() == (OUT, IN * OUT + OUT + OUT)

@@ -1,0 +1,286 @@
+"""Generation in mixed batches, and the road-generate command."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from _models import small_checkpoint, small_model, word_tokenizer
+
+import road_torch
+from road_torch import AdapterError, RoadConfig, RoadModel
+from road_torch import __main__ as cli
+
+IDS = torch.tensor([[0, 0, 6, 7, 8], [0, 9, 10, 11, 12], [6, 8, 10, 12, 14], [0, 0, 0, 15, 6]])
+MASK = (IDS != 0).long()
+GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+ADAPTERS = {
+    "a": {"variant": "road_1", "group_size": 64, "target_modules": "all-linear"},
+    "b": {"variant": "road_4", "group_size": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "c": {"variant": "road_2", "group_size": 8, "target_modules": ["gate_proj"]},
+}
+
+
+def with_adapters(base=None):
+    torch.manual_seed(4)
+    model = RoadModel(small_model() if base is None else base)
+    for name, fields in ADAPTERS.items():
+        model.add_adapter(name, RoadConfig(**fields, init_weights=False, inference_mode=True))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return small_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters") / "all"
+    with_adapters().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams", "sequences", "no_cache", "static"])
+def test_a_row_of_a_mixed_batch_is_what_it_is_alone(way):
+    model = with_adapters()
+    kwargs = {
+        "greedy": {},
+        "beams": {"num_beams": 3, "num_return_sequences": 2},
+        "sequences": {"do_sample": True, "top_k": 1, "num_return_sequences": 3},
+        "no_cache": {"use_cache": False},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+    }[way]
+    kwargs = {**GREEDY, **kwargs}
+    names = ["b", "__base__", "a", "c"]
+    mixed = model.generate(IDS, attention_mask=MASK, adapter_names=names, **kwargs).reshape(4, -1, 15)
+    texts = []
+    for row, name in enumerate(names):
+        model.set_adapter([] if name == "__base__" else name)
+        alone = model.generate(IDS[row : row + 1], attention_mask=MASK[row : row + 1], **kwargs)
+        assert torch.equal(mixed[row], alone), name
+        plain = small_model().generate(IDS[row : row + 1], attention_mask=MASK[row : row + 1], **kwargs)
+        texts.append(torch.equal(alone, plain))
+    assert texts == [False, True, False, False]
+
+
+def test_assisted_generation_with_an_adapted_assistant():
+    model, assistant = with_adapters(), with_adapters(small_model(seed=1))
+    assistant.set_adapter("b")
+    expected = model.generate(IDS[2:3], adapter_names=["b"], **GREEDY)
+    given = model.generate(IDS[2:3], adapter_names=["b"], assistant_model=assistant.base_model, **GREEDY)
+    assert torch.equal(given, expected)
+
+
+def test_a_gather_serves_a_whole_call(monkeypatch):
+    from road_torch._layer import RoadLayer
+
+    model = with_adapters()
+    made = []
+    plan = RoadLayer._plan_routed
+    monkeypatch.setattr(RoadLayer, "_plan_routed", lambda self, *args: made.append(self) or plan(self, *args))
+    model.generate(IDS, attention_mask=MASK, adapter_names=["a", "b", "c", "a"], **GREEDY)
+    assert len(made) == len(set(made)) == 21
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype"),
+    [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16"), ("nf4", "float32"), ("int8", "bfloat16")],
+)
+def test_token_for_token_on_every_kind_of_base(quantize, dtype, checkpoint):
+    """In a batch of the same shape, so that not even the order of a sum differs."""
+    base, _ = road_torch.load(checkpoint, quantize=quantize, dtype=dtype)
+    model = with_adapters(base)
+    names = ["a", "b", "__base__", "c", "b", "a", "c", "a"]
+    ids, mask = (torch.cat([v, v.flip(0)]) for v in (IDS, MASK))
+    kwargs = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    mixed = model.generate(ids, attention_mask=mask, adapter_names=names, **kwargs)
+    assert mixed.logits[0].dtype == getattr(torch, dtype) or mixed.logits[0].dtype == torch.float32
+    for name in dict.fromkeys(names):
+        model.set_adapter([] if name == "__base__" else name)
+        alone = model.generate(ids, attention_mask=mask, **kwargs)
+        rows = [i for i, other in enumerate(names) if other == name]
+        assert torch.equal(mixed.sequences[rows], alone.sequences[rows])
+        assert torch.equal(mixed.logits[0][rows], alone.logits[0][rows])
+    assert len({tuple(row.tolist()) for row in mixed.sequences[:, 5:]}) > 4
+
+
+ROWS = [
+    {"prompt": "one two three", "adapter": "a", "id": 7},
+    {"messages": [{"role": "system", "content": "ten"}, {"role": "user", "content": "two"}], "adapter": "b"},
+    {"prompt": "four five", "adapter": "__base__"},
+    {"prompt": "four five"},
+    {"prompt": "four five", "adapter": "c", "completion": "what was here before"},
+]
+
+
+def test_generate_in_batches():
+    model, tokenizer = with_adapters(), word_tokenizer()
+    given = road_torch.generate(model, tokenizer, ROWS, max_new_tokens=6)
+    assert [row["adapter"] for row in given] == ["a", "b", "__base__", "__base__", "c"]
+    assert given[0]["prompt"] == "one two three"
+    assert given[0]["id"] == 7
+    assert given[1]["messages"] == ROWS[1]["messages"]
+    assert given[2]["completion"] == given[3]["completion"]
+    assert len({row["completion"] for row in given}) == 4
+    assert road_torch.generate(model, tokenizer, ROWS, max_new_tokens=6, batch_size=2) == given
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "four five"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    out = small_model().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert given[2]["completion"] == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert model.active_adapters != []
+    with pytest.raises(AdapterError, match=r"row 2: expected an adapter out of a, b, c, __base__, found 'z'"):
+        road_torch.generate(model, tokenizer, [ROWS[0], {"prompt": "one", "adapter": "z"}])
+
+
+def call(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["road-generate", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as done:
+        code = done.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def lines(path, rows):
+    path.write_text("\n\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+def test_the_command(quantize, checkpoint, adapter_folder, tmp_path, monkeypatch, capsys):
+    prompts = lines(tmp_path / "prompts.jsonl", ROWS)
+    given = ["--base", checkpoint, "--prompts", prompts, "--quantize", quantize, "--max-new-tokens", 6]
+    given += [
+        "--adapter",
+        f"a={adapter_folder / 'a'}",
+        f"b={adapter_folder / 'b'}",
+        "--adapter",
+        f"c={adapter_folder / 'c'}",
+    ]
+    code, out, err = call(monkeypatch, capsys, *given)
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["adapter"] for row in rows] == ["a", "b", "__base__", "__base__", "c"]
+    if quantize == "none":
+        expected = road_torch.generate(with_adapters(), word_tokenizer(), ROWS, max_new_tokens=6)
+        assert rows == expected
+    assert "5/5" in err
+    assert "cast" not in err
+    target = tmp_path / "out.jsonl"
+    code, again, _ = call(monkeypatch, capsys, *given, "--out", target, "--batch-size", 3)
+    assert code == 0
+    assert again == ""
+    assert len(target.read_text().splitlines()) == 5
+    before = target.read_text()
+    code, out, err = call(monkeypatch, capsys, *given, "--out", target)
+    assert (code, out) == (2, "")
+    assert "expected a new file" in err
+    assert target.read_text() == before
+    code, drawn, _ = call(monkeypatch, capsys, *given, "--temperature", 2.0, "--seed", 3)
+    assert code == 0
+    assert drawn == call(monkeypatch, capsys, *given, "--temperature", 2.0, "--seed", 3)[1]
+    assert drawn != call(monkeypatch, capsys, *given, "--temperature", 2.0, "--seed", 4)[1]
+
+
+BAD_LINES = {
+    "no json": ('{"prompt": "one"', "line 3: expected JSON"),
+    "no object": ("[1]", "line 3: expected a JSON object, found list"),
+    "no prompt": ('{"text": "one"}', "line 3: expected text in the field 'prompt' .* found no such field"),
+    "a number": ('{"prompt": 1}', "line 3: expected text in the field 'prompt' .* found int"),
+    "no messages": ('{"messages": []}', "line 3: expected messages"),
+    "an answer": ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 3: .* not the assistant's"),
+    "an adapter": ('{"prompt": "one", "adapter": "z"}', "line 3: expected an adapter out of a, __base__, found 'z'"),
+    "an odd adapter": ('{"prompt": "one", "adapter": ["a"]}', "line 3: expected an adapter"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_lines_are_named(case, checkpoint, adapter_folder, tmp_path, monkeypatch, capsys):
+    line, message = BAD_LINES[case]
+    prompts = lines(tmp_path / "prompts.jsonl", [ROWS[0], line])
+    target = tmp_path / "out.jsonl"
+    code, out, err = call(
+        monkeypatch,
+        capsys,
+        "--base",
+        checkpoint,
+        "--prompts",
+        prompts,
+        "--adapter",
+        f"a={adapter_folder / 'a'}",
+        "--out",
+        target,
+    )
+    check_refused(code, out, err, message)
+    assert not target.exists()
+
+
+def check_refused(code, out, err, message):
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"error: .*{message}.*\n", err), err
+
+
+def broken_checkpoint(checkpoint, folder, how):
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "model type":
+        config.write_text(config.read_text().replace('"llama"', '"lama"'))
+    elif how == "wrong size":
+        config.write_text(config.read_text().replace('"intermediate_size": 192', '"intermediate_size": 256'))
+    elif how == "more layers":
+        config.write_text(config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "expected a whole Hugging Face checkpoint"),
+        ("no weights", "expected a whole Hugging Face checkpoint"),
+        ("model type", "expected a model type that transformers knows, found 'lama'"),
+        ("wrong size", "for every weight, found none for .*mlp.* and 6 more"),
+        ("more layers", "found none for model.layers.3"),
+    ],
+)
+def test_a_broken_checkpoint(how, message, checkpoint, tmp_path, monkeypatch, capsys):
+    base = broken_checkpoint(checkpoint, tmp_path / "base", how)
+    prompts = lines(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
+    check_refused(*call(monkeypatch, capsys, "--base", base, "--prompts", prompts), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "a"], "expected NAME=FOLDER, found 'a'"),
+        (["--adapter", "a=/nowhere"], "/nowhere: expected a folder, found nothing"),
+        (["--batch-size", "0"], "expected numbers from 1 up"),
+        (["--temperature", "-1"], "expected 0 or more"),
+        (["--base", "/nowhere"], "/nowhere: expected a folder, found nothing"),
+        (["--prompts", "/nowhere.jsonl"], "expected a file of JSON lines"),
+        (["--out", "/nowhere/out.jsonl"], "expected a file in a folder that is there"),
+    ],
+)
+def test_bad_arguments(arguments, message, checkpoint, tmp_path, monkeypatch, capsys):
+    prompts = lines(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
+    given = {"--base": checkpoint, "--prompts": prompts, arguments[0]: arguments[1]}
+    check_refused(*call(monkeypatch, capsys, *(part for pair in given.items() for part in pair)), message)
+
+
+def test_an_adapter_for_another_model_names_module_and_sizes(adapter_folder, tmp_path, monkeypatch, capsys):
+    base = small_checkpoint(tmp_path / "other", intermediate_size=256)
+    capsys.readouterr()
+    prompts = lines(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
+    given = ["--base", base, "--prompts", prompts, "--adapter", f"a={adapter_folder / 'a'}"]
+    check_refused(*call(monkeypatch, capsys, *given), r"expected 128 θ for .* with 256 outputs .* found shape \[96\]")

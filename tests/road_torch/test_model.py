@@ -1,0 +1,424 @@
+"""RoadModel's surface: what each call does, and that a refused one changes nothing."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from _compare import assert_close
+from _models import small_config, small_model
+from torch import nn
+
+from road_core import Adapter, read_peft, write_peft
+from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
+
+IDS = torch.arange(3, 31).reshape(4, 7)
+
+
+def config(**changes):
+    fields = {"target_modules": "all-linear", "group_size": 8, "init_weights": False, "inference_mode": True}
+    return RoadConfig(**{**fields, **changes})
+
+
+def with_adapters(names="ab", **changes):
+    torch.manual_seed(1)
+    model = RoadModel(small_model())
+    for name in names:
+        model.add_adapter(name, config(**changes))
+    return model
+
+
+@torch.no_grad()
+def logits(model, **kwargs):
+    return model(IDS, **kwargs).logits
+
+
+def state(model):
+    """All that a refused call must leave alone."""
+    return (
+        {name: (id(module), type(module), module.training) for name, module in model.named_modules()},
+        {name: (id(p), p._version, p.requires_grad, p.clone()) for name, p in model.named_parameters()},
+        copy.deepcopy(dict(vars(model._shared).items())) if isinstance(model, RoadModel) else None,
+    )
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    assert before[2] == after[2]
+    assert before[1].keys() == after[1].keys()
+    for name, (*facts, value) in before[1].items():
+        assert facts == list(after[1][name][:3]), name
+        assert torch.equal(value, after[1][name][3]), name
+
+
+def saved(tmp_path, name="saved", **changes):
+    """A folder with an adapter for `small_model`."""
+    folder = tmp_path / name
+    with_adapters(["default"], **changes).save_pretrained(folder)
+    return folder
+
+
+def test_a_new_adapter_is_the_identity_and_trainable():
+    base = small_model()
+    expected = logits(base)
+    model = RoadModel(base, RoadConfig(target_modules=["q_proj"], group_size=8))
+    assert torch.equal(logits(model), expected)
+    assert model.active_adapter == "default"
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 6
+    assert all("q_proj.road_" in name for name in trainable)
+
+
+def test_plain_calls_follow_set_adapter():
+    model = with_adapters("abc")
+    base = logits(small_model())
+    by_name = {}
+    for name in "abc":
+        model.set_adapter(name)
+        assert model.active_adapters == [name]
+        by_name[name] = logits(model)
+        assert_close(by_name[name], by_name[name], "float32", moved_from=base)
+    assert not torch.allclose(by_name["a"], by_name["b"], atol=1e-2)
+    mixed = logits(model, adapter_names=["c", "__base__", "a", "b"])
+    for row, name in enumerate(["c", None, "a", "b"]):
+        torch.testing.assert_close(mixed[row], by_name[name][row] if name else base[row], rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(model), by_name["c"])
+    model.set_adapter([])
+    assert torch.equal(logits(model), base)
+
+
+def test_disable_adapter_nests_and_ends_with_an_exception():
+    model = with_adapters()
+    base, adapted = logits(small_model()), logits(model)
+
+    def failing():
+        with model.disable_adapter(), model.disable_adapter():
+            assert torch.equal(logits(model), base)
+            assert torch.equal(logits(model, adapter_names=list("abab")), base)
+            raise RuntimeError("within")
+
+    with pytest.raises(RuntimeError, match="within"):
+        failing()
+    assert torch.equal(logits(model), adapted)
+
+
+def test_delete_adapter_unwraps_layers_and_frees_its_row():
+    model = with_adapters("a", target_modules=["q_proj"])
+    model.add_adapter("b", config(target_modules=["q_proj", "v_proj"]))
+    alone = logits(model, adapter_names=["a"] * 4)
+    model.delete_adapter("b")
+    assert model.adapter_names == ["a"]
+    assert sum(isinstance(m, RoadLayer) for m in model.modules()) == 3
+    model.add_adapter("c", config(target_modules=["v_proj"]))
+    assert torch.equal(logits(model, adapter_names=["a"] * 4), alone)
+    c = logits(model, adapter_names=["c"] * 4)
+    assert not torch.allclose(c, alone, atol=1e-2)
+    model.delete_adapter("c")
+    assert torch.equal(logits(model), alone)
+
+
+def test_unload_gives_the_base_back():
+    base = small_model()
+    modules, expected = dict(base.named_modules()), logits(base)
+    model = RoadModel(base, config())
+    assert not torch.allclose(logits(model), expected, atol=1e-2)
+    assert model.unload() is base
+    assert dict(base.named_modules()) == modules
+    assert torch.equal(logits(base), expected)
+
+
+def test_merge_and_unload_leaves_a_plain_model(tmp_path):
+    model = with_adapters()
+    expected = logits(model)
+    base = model.merge_and_unload()
+    assert not any(isinstance(m, RoadLayer) for m in base.modules())
+    assert_close(logits(base), expected, "float32", moved_from=logits(small_model()))
+    base.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    torch.testing.assert_close(logits(again), logits(base))
+
+
+def test_a_tied_head_is_merged_without_its_embedding(tmp_path):
+    base = small_model(tie_word_embeddings=True)
+    embedding = base.model.embed_tokens.weight.clone()
+    model = RoadModel(base, config(target_modules=["lm_head"]))
+    expected = logits(model)
+    model.merge_adapter()
+    assert torch.equal(base.model.embed_tokens.weight, embedding)
+    assert_close(logits(model), expected, "float32")
+    model.unmerge_adapter()
+    assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    torch.testing.assert_close(logits(again), logits(merged))
+    torch.testing.assert_close(again.model.embed_tokens.weight, embedding)
+
+
+def test_save_and_load(tmp_path):
+    model = with_adapters(["default", "other"], variant="road_4")
+    model.save_pretrained(tmp_path / "both")
+    again = RoadModel.from_pretrained(small_model(), tmp_path / "both", "x")
+    again.load_adapter(tmp_path / "both" / "other", "y")
+    assert again.active_adapter == "x"
+    assert not any(p.requires_grad for p in again.parameters())
+    names = ["default", "other", "__base__", "default"]
+    new = {"default": "x", "other": "y"}
+    expected = logits(model, adapter_names=names)
+    assert torch.equal(logits(again, adapter_names=[new.get(n, n) for n in names]), expected)
+    with pytest.raises(AdapterError, match="already holds something"):
+        model.save_pretrained(tmp_path / "both")
+    model.save_pretrained(tmp_path / "both", ["other"], overwrite=True)
+    trainable = RoadModel.from_pretrained(small_model(), tmp_path / "both", is_trainable=True)
+    assert sum(p.requires_grad for p in trainable.parameters()) == 2 * 7 * 3
+
+
+def test_counting_parameters(capsys):
+    model = RoadModel(small_model(), RoadConfig(target_modules=["q_proj", "v_proj"], group_size=8))
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == 3 * (128 + 64)
+    assert total == sum(p.numel() for p in small_model().parameters()) + trainable
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out == (
+        f"trainable params: 576 || all params: {total:,} || trainable%: {57600 / total:.4f}\n"
+    )
+
+
+def test_a_model_can_be_copied_and_pickled_state_loaded():
+    model = with_adapters()
+    twin = copy.deepcopy(model)
+    twin.set_adapter("b")
+    assert model.active_adapter == "a"
+    assert torch.equal(logits(twin), logits(model, adapter_names=["b"] * 4))
+    model.load_state_dict(twin.state_dict())
+
+
+def test_a_module_that_stands_in_two_places_is_adapted_in_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(8, 8)
+            self.two = self.one
+
+        def forward(self, x):
+            return self.two(self.one(x))
+
+    base = Twice()
+    model = RoadModel(base, config(target_modules=["one"]))
+    assert base.one is base.two
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(model(x), base.one(base.one(x)))
+    assert isinstance(base.two, RoadLayer)
+
+
+def test_two_models_do_not_disturb_each_other():
+    one, two = with_adapters("a"), with_adapters("b")
+    plain = logits(two)
+
+    class Both(nn.Module):
+        def forward(self, x):
+            return one.base_model(x).logits, two.base_model(x).logits
+
+    outer = copy.copy(one)
+    outer._modules = {"base_model": Both()}
+    given = outer(IDS, adapter_names=["a", "__base__", "a", "a"])
+    assert torch.equal(given[0][1], logits(small_model())[1])
+    assert torch.equal(given[1], plain)
+
+
+def test_nothing_leaks_after_an_exception():
+    model = with_adapters()
+    model.set_adapter("b")
+    plain = logits(model)
+    with pytest.raises(IndexError):
+        model(torch.full((2, 3), 10**6), adapter_names=["a", "__base__"])
+    assert torch.equal(logits(model), plain)
+    with pytest.raises(IndexError):
+        model.generate(torch.full((2, 3), 10**6), adapter_names=["a", "__base__"], max_new_tokens=2)
+    assert torch.equal(logits(model), plain)
+
+
+REFUSED = {
+    "unknown name": (lambda m, d: m(IDS, adapter_names=["a", "z", "a", "y"]), "one of 'a', 'b', found 'z', 'y'"),
+    "too few names": (lambda m, d: m(IDS, adapter_names=["a"]), "for each of 4 rows, found 1"),
+    "too many names": (lambda m, d: m.generate(IDS, adapter_names=["a"] * 5), "for each of 4 rows, found 5"),
+    "no names": (lambda m, d: m(input_ids=IDS, adapter_names=[]), "for each of 4 rows, found 0"),
+    "a name alone": (lambda m, d: m(IDS, adapter_names="a"), "expected a list"),
+    "set unknown": (lambda m, d: m.set_adapter("z"), "found 'z'"),
+    "set twice": (lambda m, d: m.set_adapter(["a", "a"]), "each name once"),
+    "same name": (lambda m, d: m.load_adapter(d, "a"), "expected a new name, found 'a'"),
+    "name of the base": (lambda m, d: m.load_adapter(d, "__base__"), "other than '__base__'"),
+    "name with a dot": (lambda m, d: m.load_adapter(d, "v1.0"), r"found 'v1\.0'"),
+    "name that is taken": (lambda m, d: m.load_adapter(d, "keys"), "found 'keys'"),
+    "delete unknown": (lambda m, d: m.delete_adapter("z"), "found 'z'"),
+    "delete active": (lambda m, d: m.delete_adapter("a"), "not active, found 'a'"),
+    "unmerge": (lambda m, d: m.unmerge_adapter(), "expected merged adapters, found none"),
+    "merge unknown": (lambda m, d: m.merge_adapter(["z"]), "found 'z'"),
+    "save unknown": (lambda m, d: m.save_pretrained(d / "new", ["z"]), "found 'z'"),
+    "group size": (lambda m, d: m.add_adapter("c", config(group_size=48)), r"layers\.0.*48 divides, found 128"),
+    "no target": (lambda m, d: m.add_adapter("c", config(target_modules=["q_prj"])), "nearest: q_proj"),
+    "no linear": (lambda m, d: m.add_adapter("c", config(target_modules=["norm"])), "found LlamaRMSNorm"),
+    "saved modules": (lambda m, d: m.load_adapter(d / "nothing", "c"), "expected a folder, found nothing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_call_changes_nothing(case, tmp_path):
+    model, folder = with_adapters(), saved(tmp_path)
+    call, message = REFUSED[case]
+    before = state(model)
+    with pytest.raises(AdapterError, match=message) as caught:
+        call(model, folder)
+    assert "\n" not in str(caught.value)
+    assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("call", ["merge", "set", "names", "add", "delete", "disable_after"])
+def test_while_merged(call):
+    model = with_adapters()
+    model.merge_adapter()
+    merged = logits(model)
+    before = state(model)
+    calls = {
+        "merge": lambda: model.merge_adapter(),
+        "set": lambda: model.set_adapter("b"),
+        "names": lambda: model(IDS, adapter_names=list("abab")),
+        "add": lambda: model.add_adapter("c", config()),
+        "delete": lambda: model.delete_adapter("a"),
+    }
+    if call in calls:
+        with pytest.raises(AdapterError):
+            calls[call]()
+        assert_same(before, state(model))
+    else:
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(small_model()))
+            assert model.merged_adapters == []
+    assert model.merged_adapters == ["a"]
+    assert torch.equal(logits(model), merged)
+
+
+def foreign(tmp_path, change):
+    adapter = read_peft(saved(tmp_path))
+    changed = change(adapter)
+    write_peft(tmp_path / "changed", changed)
+    return tmp_path / "changed"
+
+
+def renamed(adapter):
+    old = "model.layers.0.mlp.up_proj"
+    modules = {("model.layers.9.mlp.up_proj" if path == old else path): pair for path, pair in adapter.modules.items()}
+    return dataclasses.replace(adapter, modules=modules)
+
+
+def without(adapter):
+    modules = {path: pair for path, pair in adapter.modules.items() if path != "model.layers.1.mlp.up_proj"}
+    return dataclasses.replace(adapter, modules=modules)
+
+
+def narrower(adapter):
+    changed = dataclasses.replace(adapter.config, target_modules=["up_proj"])
+    return dataclasses.replace(adapter, config=changed)
+
+
+def misshapen(adapter):
+    path = "model.layers.1.self_attn.k_proj"
+    return dataclasses.replace(
+        adapter, modules={**adapter.modules, path: adapter.modules["model.layers.0.mlp.up_proj"]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (renamed, r"modules of LlamaForCausalLM, found model\.layers\.9\.mlp\.up_proj"),
+        (without, r"every module .* found none for model\.layers\.1\.mlp\.up_proj"),
+        (narrower, r"only for modules .* found model\.layers\.0\.mlp\.down_proj, .* and \d+ more"),
+        (misshapen, r"expected 32 θ for model\.layers\.1\.self_attn\.k_proj with 64 outputs .*found shape \[96\]"),
+    ],
+)
+def test_an_adapter_for_another_model(change, message, tmp_path):
+    folder = foreign(tmp_path, change)
+    base = small_model()
+    before = state(base)
+    with pytest.raises(AdapterError, match=message) as caught:
+        RoadModel.from_pretrained(base, folder)
+    assert "\n" not in str(caught.value)
+    assert_same(before, state(base))
+
+
+@pytest.mark.parametrize("parent", ["attention", "encoder"])
+def test_layers_whose_weight_is_read_elsewhere_are_refused(parent):
+    base = nn.ModuleDict(
+        {"attention": nn.MultiheadAttention(16, 2)}
+        if parent == "attention"
+        else {"encoder": nn.TransformerEncoderLayer(16, 2)}
+    )
+    target = "out_proj" if parent == "attention" else "linear1"
+    before = state(base)
+    with pytest.raises(AdapterError, match=f"{target}: .*without effect"):
+        RoadModel(base, config(target_modules=[target]))
+    assert_same(before, state(base))
+
+
+def test_a_model_with_road_layers_is_not_wrapped_again():
+    model = with_adapters("a")
+    for base in (model, model.base_model):
+        with pytest.raises(AdapterError, match="without RoAd layers"):
+            RoadModel(base)
+
+
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_a_merge_that_overflows_leaves_every_layer_as_it_was(where):
+    model = with_adapters("a", target_modules=["q_proj", "o_proj"])
+    last = [m for m in model.modules() if isinstance(m, RoadLayer)][-1]
+    last.base_layer.bias = nn.Parameter(torch.ones(128), requires_grad=False)
+    with torch.no_grad():
+        getattr(last.base_layer, where).mul_(3e38 if where == "bias" else 1e38)
+        last.road_alpha["a"].fill_(1e6)
+    before = state(model)
+    with pytest.raises(AdapterError, match=rf"layers\.2\..*\.{where}: expected finite values after merging"):
+        model.merge_adapter()
+    assert_same(before, state(model))
+
+
+def test_experts_are_refused_in_a_mixed_batch():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x):
+            return self.experts[0](x)
+
+    model = RoadModel(Experts(), config(target_modules=r"experts\.\d"))
+    model(torch.randn(4, 8))
+    with pytest.raises(AdapterError, match=r"experts\.0: .* found an expert"):
+        model(torch.randn(4, 8), adapter_names=["default"] * 4)
+
+
+def test_gradient_checkpointing_and_a_mixed_batch():
+    model = with_adapters("a", inference_mode=False).train()
+    model.base_model.gradient_checkpointing_enable()
+    with pytest.raises(AdapterError, match="without gradient checkpointing"):
+        model(IDS, adapter_names=["a"] * 4)
+    model(IDS).logits.sum().backward()
+
+
+def test_config_reaches_the_base():
+    model = with_adapters()
+    assert model.config.model_type == "llama"
+    assert model.device.type == "cpu"
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = model.nonsense
+    assert isinstance(small_config(), type(model.config))
+
+
+def test_an_adapter_of_the_record_type_is_what_is_saved(tmp_path):
+    folder = saved(tmp_path, variant="road_2")
+    adapter = read_peft(folder)
+    assert isinstance(adapter, Adapter)
+    assert adapter.config.inference_mode
+    assert adapter.config.variant == "road_2"
+    assert len(adapter.modules) == 21
