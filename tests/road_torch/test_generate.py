@@ -96,7 +96,6 @@ def test_token_for_token_on_every_kind_of_base(quantize, dtype, checkpoint):
     ids, mask = (torch.cat([v, v.flip(0)]) for v in (IDS, MASK))
     kwargs = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
     mixed = model.generate(ids, attention_mask=mask, adapter_names=names, **kwargs)
-    assert mixed.logits[0].dtype == getattr(torch, dtype) or mixed.logits[0].dtype == torch.float32
     for name in dict.fromkeys(names):
         model.set_adapter([] if name == "__base__" else name)
         alone = model.generate(ids, attention_mask=mask, **kwargs)
