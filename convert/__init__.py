@@ -1,0 +1,9 @@
+"""RoAd adapters from Flax to PyTorch and back, and the proof that both compute the same."""
+
+from convert._convert import to_flax as to_flax
+from convert._convert import to_torch as to_torch
+from convert._inspect import Summary as Summary
+from convert._inspect import inspect as inspect
+from convert._verify import Verification as Verification
+from convert._verify import verify as verify
+from road_core import AdapterError as AdapterError

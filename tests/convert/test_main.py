@@ -1,0 +1,155 @@
+"""The command, in child processes where neither framework can be imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from _compare import named_values
+
+from road_core import Adapter, RoadConfig, write_flax, write_peft
+
+ROOT = Path(__file__).parents[2]
+
+RUN = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("jax", "flax", "torch", "transformers", "ml_dtypes"):
+            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+sys.path.append(sys.argv.pop(1))
+from convert.__main__ import main
+main()
+"""
+
+
+def command(*args, cwd):
+    line = [sys.executable, "-P", "-c", RUN, str(ROOT), *map(str, args)]
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def flax_adapter(directory, layers=3, name="q_proj", **fields):
+    pair = (named_values("theta", layers, 64), named_values("alpha", layers, 64, mean=1.0))
+    modules = {f"model.layers.self_attn.{name}": pair}
+    write_flax(directory, Adapter(RoadConfig(**{"target_modules": [name], **fields}), modules))
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_there_and_back(tmp_path):
+    flax_adapter(tmp_path / "flax", variant="road_2", group_size=8)
+    code, out, err = command("to-torch", "flax", "torch", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert out == "PEFT adapter, 3 modules, 384 parameters: torch\n"
+    code, out, err = command("to-flax", "torch", "again", "--family", "llama", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert out == "Flax adapter, 1 module, 384 parameters: again\n"
+    assert contents(tmp_path / "again") == contents(tmp_path / "flax")
+    code, _, err = command("to-flax", "torch", "again", "--layout", "unrolled", "--overwrite", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert contents(tmp_path / "again") != contents(tmp_path / "flax")
+
+
+def test_inspect(tmp_path):
+    flax_adapter(tmp_path / "flax", base_model_name_or_path="a\x1b[31mb")
+    code, out, err = command("inspect", "flax", "--plot", "a.png", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "flax: Flax adapter, 1 module, 384 parameters, 1.5 KiB"
+    assert '  target_modules: ["q_proj"]' in lines
+    # A file can't colour the terminal.
+    assert r'  base_model_name_or_path: "a\u001b[31mb"' in lines
+    theta, alpha = named_values("theta", 3, 64), named_values("alpha", 3, 64, mean=1.0)
+    numbers = [f"{v:.4f}" for v in (np.abs(theta).mean(), np.abs(theta).max(), alpha.min(), alpha.max())]
+    assert next(line for line in lines if line.startswith("model.")).split() == [
+        *("model.layers.self_attn.q_proj", "128", "[3,", "64]", "float32"),
+        *numbers,
+    ]
+    assert lines[-1] == "picture: a.png"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _truncated(folder):
+    path = folder / "flax" / "road_adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _nan(folder):
+    path = folder / "flax" / "road_adapter.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4:] = np.float32("nan").tobytes()
+    path.write_bytes(data)
+
+
+def _other_group_size(folder):
+    path = folder / "flax" / "road_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "group_size": 32}))
+
+
+BAD = {
+    "no folder": (lambda d: (d / "flax").rename(d / "b"), ["to-torch", "flax", "out"], "expected a folder, found noth"),
+    "truncated": (_truncated, ["to-torch", "flax", "out"], "expected a whole safetensors file, found a broken one"),
+    "nan": (_nan, ["to-torch", "flax", "out"], "road_theta: expected finite values, found 1"),
+    "group size": (
+        _other_group_size,
+        ["to-torch", "flax", "out"],
+        "expected group_size 64, as the tensors were written",
+    ),
+    "wrong family": (lambda d: None, ["to-torch", "flax", "out", "--family", "gpt2"], "expected one of llama, mistral"),
+    "another model": (
+        lambda d: flax_adapter(d / "other", name="W_pack"),
+        ["to-torch", "other", "out"],
+        "found without a partner: model.layers.self_attn.W_pack",
+    ),
+    "wrong format": (lambda d: None, ["to-flax", "flax", "out"], "expected a file adapter_config.json, found none"),
+    "output is full": (
+        lambda d: (d / "out").mkdir() or (d / "out" / "notes").write_text("mine"),
+        ["to-torch", "flax", "out"],
+        "out: expected an empty or new folder, found one that already holds something",
+    ),
+    "output is a file": (lambda d: (d / "out").write_text("mine"), ["to-torch", "flax", "out"], "found a file"),
+    "picture of another kind": (lambda d: None, ["inspect", "flax", "--plot", "a.svg"], "a name that ends with .png"),
+    "nothing to verify": (
+        lambda d: None,
+        ["verify", "flax", "b", "--base", "c"],
+        "b: expected a folder, found nothing",
+    ),
+    "no checkpoint": (
+        lambda d: write_peft(d / "b", Adapter(RoadConfig(target_modules=["q"]), {"q": (np.ones(64),) * 2})),
+        ["verify", "flax", "b", "--base", "c"],
+        "c: expected a folder, found nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(name, tmp_path):
+    spoil, args, message = BAD[name]
+    flax_adapter(tmp_path / "flax")
+    spoil(tmp_path)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    code, out, err = command(*args, cwd=tmp_path)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_every_lost_key_is_listed(tmp_path):
+    pair = (np.zeros((2, 64), np.float32), np.ones((2, 64), np.float32))
+    paths = [f"model.layers.x{i}" for i in range(40)]
+    write_flax(tmp_path / "flax", Adapter(RoadConfig(target_modules=r".*"), dict.fromkeys(paths, pair)))
+    code, _, err = command("to-torch", "flax", "out", cwd=tmp_path)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert all(f"{path}," in err or err.endswith(f"{path}\n") for path in paths)
