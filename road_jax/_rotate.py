@@ -88,7 +88,8 @@ def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array
         return dy, jnp.real(total)[..., None, :], jnp.imag(total)[..., None, :]
     by_first = jnp.sum(jax.lax.complex(d0 * y0, d1 * y1), axis=rows)
     by_second = jnp.sum(jax.lax.complex(-d0 * y1, d1 * y0), axis=rows)
-    return dy, *(jnp.stack([jnp.real(v), jnp.imag(v)], axis=-2) for v in (by_first, by_second))
+    dfirst, dsecond = (jnp.stack([jnp.real(v), jnp.imag(v)], axis=-2) for v in (by_first, by_second))
+    return dy, dfirst, dsecond
 
 
 rotate.defvjp(_forward, _backward)

@@ -76,6 +76,7 @@ def test_wrap_leaves_the_model_as_it_is_and_unwrap_gives_it_back(x):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(back), before))
 
 
+@pytest.mark.steps_optax
 def test_only_the_adapter_is_trained(x):
     adapted = wrap(Net(nnx.Rngs(0)), RoadConfig(target_modules="all-linear", group_size=8))
     base = jax.tree.map(jnp.copy, nnx.state(adapted, nnx.Param))

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from rich.console import Console
 import road_jax
 from road_core import AdapterError, read_flax
 from road_jax.train import TrainOptions, train
+
+pytestmark = pytest.mark.steps_optax
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -58,7 +61,7 @@ def options(base, data, tmp_path):
 
 
 def run(options):
-    return train(options, console=Console(file=open(os.devnull, "w"), stderr=True))
+    return train(options, console=Console(file=io.StringIO()))
 
 
 def log(directory):

@@ -193,7 +193,7 @@ def test_unmerge_undoes_merge(variant, x, loop):
     road = road_jax.transform(Stack(), RoadConfig(variant=variant, group_size=8, target_modules="all-linear"))
     adapter = with_values(road.init(jax.random.key(1), variables, x))
     adapter = jax.tree.map(lambda v: 0.2 * v, adapter)
-    adapter = jax.tree_util.tree_map_with_path(lambda p, v: v + ("alpha" in p[-1].key), adapter)
+    adapter = jax.tree_util.tree_map_with_path(lambda p, v: v + float("alpha" in p[-1].key), adapter)
     merged = jax.jit(road.merge)(variables, adapter)
     expected = road.apply(variables, adapter, x)
     assert_close(road.model.apply(merged, x), expected, "float32", moved_from=road.model.apply(variables, x))

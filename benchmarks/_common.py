@@ -1,0 +1,62 @@
+"""What the benchmarks share: where figures go, the machine's name, ratios within a round, bars."""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device() -> str:
+    """Returns the GPU's name, or the processor's with its threads and the frameworks' versions."""
+    import jax
+    import torch
+
+    versions = f"torch {torch.__version__}, jax {jax.__version__}"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {versions}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {versions}"
+
+
+def median_ratios(times: Mapping[str, Sequence[float]], of: str) -> dict[str, tuple[float, list[float]]]:
+    """Returns for each arm the median over the rounds of its time over that of ``of`` in the same round, and all."""
+    found = {}
+    for arm, own in times.items():
+        ratios = [t / b for t, b in zip(own, times[of], strict=True)]
+        found[arm] = (statistics.median(ratios), ratios)
+    return found
+
+
+def write(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes figures as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def bars(groups: Mapping[str, Mapping[str, float]], path: Path, *, title: str, of: str) -> None:
+    """Draws ratios as bars, a group a workload."""
+    from matplotlib.figure import Figure
+
+    arms = list(dict.fromkeys(arm for group in groups.values() for arm in group))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(arms)
+    for i, arm in enumerate(arms):
+        at = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(groups))]
+        drawn = axis.bar(at, [group.get(arm, 0) for group in groups.values()], width, label=arm)
+        axis.bar_label(drawn, [f"{group[arm]:.2f}" if arm in group else "" for group in groups.values()], fontsize=8)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_ylabel(f"time / {of}")
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)

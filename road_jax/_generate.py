@@ -1,0 +1,191 @@
+"""Decoding with a static cache: one program for all prompts of a bucket of lengths."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from road_core import AdapterError
+from road_jax._transform import Road
+from road_jax._tree import Tree
+from road_jax.models._decoder import Cache
+
+
+def generate(
+    model: nn.Module | Road,
+    variables: Tree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    adapter: Tree | None = None,
+    max_new_tokens: int = 128,
+    eos_token_id: int | Sequence[int] = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    rng: jax.Array | None = None,
+) -> list[list[int]]:
+    """Continues prompts: the likeliest token each time, or with a ``temperature`` one drawn.
+
+    A pure function of its arguments. Prompts are padded on the left to a power of two, and the batch to one; another
+    call in the same bucket, with any adapter, temperature or ``max_new_tokens`` up to the same power of two, compiles
+    nothing.
+
+    Args:
+        model: a decoder of `road_jax.models`, or the `Road` that `road_jax.transform` makes of it.
+        variables: the model's.
+        prompts: token ids, one list a row.
+        adapter: for a `Road`.
+        max_new_tokens: of each answer at most.
+        eos_token_id: ends a row; the answer doesn't hold it.
+        temperature: 0 for the likeliest token; logits are divided by it otherwise.
+        top_k: draw out of so many likeliest tokens.
+        top_p: draw out of the fewest likeliest tokens that have this much probability together.
+        rng: a key, needed to draw. A row's tokens don't depend on how many rows stand beside it.
+
+    Returns:
+        The new tokens of each row.
+
+    Raises:
+        AdapterError: an empty prompt, a token that the model doesn't know, or arguments that contradict each other.
+    """
+    if isinstance(model, Road) != (adapter is not None):
+        raise AdapterError("generate: expected a Road together with an adapter, or a plain model without one")
+    module = model.model if isinstance(model, Road) else model
+    vocabulary = module.config.vocab_size
+    _check(prompts, vocabulary, max_new_tokens, temperature, top_k, top_p, rng)
+    if not prompts:
+        return []
+    ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    rows, length = _bucket(len(prompts), 1), _bucket(max(map(len, prompts)), 16)
+    ids, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = prompt, 1
+    drawing = (
+        jax.random.key(0) if rng is None else rng,
+        jnp.float32(temperature or 1),
+        jnp.int32(min(top_k or vocabulary, vocabulary)),
+        jnp.float32(1 if top_p is None else top_p),
+    )
+    tokens, ended = _run(
+        model,
+        _bucket(max_new_tokens, 16),
+        "greedy" if temperature == 0 else "draw" if top_k is None and top_p is None else "filter",
+        variables,
+        adapter,
+        ids,
+        mask,
+        # Rows that only fill the batch up are done before they begin.
+        np.arange(rows) >= len(prompts),
+        jnp.int32(max_new_tokens),
+        np.asarray([*ends, -1], np.int32),
+        drawing,
+    )
+    tokens, ended = np.asarray(tokens), np.asarray(ended)
+    return [tokens[row, : ended[row]].tolist() for row in range(len(prompts))]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    model: Any,
+    capacity: int,
+    how: str,
+    variables: Tree,
+    adapter: Tree,
+    ids: jax.Array,
+    mask: jax.Array,
+    done: jax.Array,
+    limit: jax.Array,
+    ends: jax.Array,
+    drawing: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the new tokens ``[rows, capacity]`` and how many of each row count."""
+    rows, length = ids.shape
+    rng, temperature, top_k, top_p = drawing
+    apply: Callable = (
+        functools.partial(model.apply, variables, adapter)
+        if isinstance(model, Road)
+        else functools.partial(model.apply, variables)
+    )
+
+    def choose(logits: jax.Array, step: jax.Array) -> jax.Array:
+        logits = logits[:, 0].astype(jnp.float32)
+        if how == "greedy":
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / temperature
+        if how == "filter":
+            logits = _filter(logits, top_k, top_p)
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(rng, row), step))(jnp.arange(rows))
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+    def append(state: tuple, token: jax.Array) -> tuple:
+        step, tokens, count, done = state
+        ended = done | jnp.any(token[:, None] == ends[None], axis=-1)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, 1)
+        return step + 1, tokens, count + (~ended).astype(jnp.int32), ended
+
+    last = jnp.full((rows, 1), length - 1, jnp.int32)
+    logits, cache = apply(ids, attention_mask=mask, logits_at=last, cache_size=length + capacity)
+    start = (jnp.int32(0), jnp.zeros((rows, capacity), jnp.int32), jnp.zeros(rows, jnp.int32), done)
+    begun = append(start, choose(logits, jnp.int32(0)))
+
+    def going(carry: tuple[tuple, Cache]) -> jax.Array:
+        (step, _, _, done), _ = carry
+        return (step < limit) & ~jnp.all(done)
+
+    def decode(carry: tuple[tuple, Cache]) -> tuple[tuple, Cache]:
+        state, cache = carry
+        token = jax.lax.dynamic_slice_in_dim(state[1], state[0] - 1, 1, 1)
+        logits, cache = apply(token, cache=cache)
+        return append(state, choose(logits, state[0])), cache
+
+    (_, tokens, count, _), _ = jax.lax.while_loop(going, decode, (begun, cache))
+    return tokens, count
+
+
+def _filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Drops what isn't among the ``top_k`` likeliest, and what isn't needed to reach ``top_p`` of probability."""
+    order = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    place = jnp.arange(logits.shape[-1])[None]
+    probabilities = jax.nn.softmax(jnp.where(place < top_k, order, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (place < top_k) & ((before < top_p) | (place == 0))
+    least = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _bucket(n: int, least: int) -> int:
+    """Returns the power of two from ``least`` up that ``n`` fits into."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _check(
+    prompts: Sequence[Sequence[int]],
+    vocabulary: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    rng: jax.Array | None,
+) -> None:
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise AdapterError(f"generate: expected tokens in every prompt, found none in row {row}")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            found = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise AdapterError(f"generate: expected tokens from 0 to {vocabulary - 1}, found {found} in row {row}")
+    if max_new_tokens < 1:
+        raise AdapterError(f"max_new_tokens: expected a number from 1 up, found {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise AdapterError(f"temperature: expected a number from 0 up, found {temperature}")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise AdapterError("top_k and top_p: expected a temperature above 0 beside them, found 0")
+    if top_k is not None and top_k < 1:
+        raise AdapterError(f"top_k: expected a number from 1 up, found {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise AdapterError(f"top_p: expected a number above 0 and up to 1, found {top_p}")
+    if temperature > 0 and rng is None:
+        raise AdapterError("rng: expected a key to draw with, found none")

@@ -1,0 +1,6 @@
+"""Decoders in Linen, loaded from Hugging Face checkpoints without torch."""
+
+from road_jax.models._config import DecoderConfig as DecoderConfig
+from road_jax.models._decoder import Cache as Cache
+from road_jax.models._decoder import Decoder as Decoder
+from road_jax.models._load import load as load

@@ -1,0 +1,308 @@
+"""A decoder of the Llama family in Linen: Llama, Mistral, Qwen2, Qwen3. Names and maths follow Hugging Face's models.
+
+Shapes: ``batch``, ``length`` (new tokens), ``places`` (of a cache), ``heads``, ``kv_heads``, ``head_dim``.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from road_jax.models._config import DecoderConfig
+
+_ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": nn.gelu,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far.
+
+    Attributes:
+        keys: ``[layers, batch, places, kv_heads, head_dim]``.
+        values: the same.
+        positions: int32 ``[batch, places]``, a token's position in its row; -1 where there is none.
+        used: int32, how many places are taken; the same in every row, padding counts.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    used: jax.Array
+
+
+class _Context(NamedTuple):
+    """What all layers share in one call."""
+
+    # float32 [batch, length, 1, head_dim / 2]
+    cosines: jax.Array
+    sines: jax.Array
+    # bool [batch, length, places + length]: what a token sees, of the cache and then of the new ones.
+    mask: jax.Array
+    # The same in layers with a sliding window; None if the model has none.
+    windowed_mask: jax.Array | None
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) · weight``, the quotient in float32."""
+
+    eps: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(self.dtype) * weight.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions and grouped key-value heads."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, windowed: jax.Array | None, context: _Context
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        c = self.config
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def heads(name: str, count: int) -> jax.Array:
+            y = nn.Dense(count * c.head_dim, use_bias=c.qkv_bias, name=f"{name}_proj", **types)(x)
+            y = y.reshape(*x.shape[:2], count, c.head_dim)
+            return RMSNorm(c.rms_norm_eps, **types, name=f"{name}_norm")(y) if c.qk_norm and name != "v" else y
+
+        query = _turn(heads("q", c.num_attention_heads), context)
+        key, value = _turn(heads("k", c.num_key_value_heads), context), heads("v", c.num_key_value_heads)
+        # [batch, length, kv_heads, queries of one, head_dim]
+        query = query.reshape(*x.shape[:2], c.num_key_value_heads, -1, c.head_dim)
+        keys, values = ((past[0], key), (past[1], value)) if past else ((key,), (value,))
+        # One product a part saves copying the cache together with the new tokens.
+        scores = [jnp.einsum("btkgd,bskd->bkgts", query, k, preferred_element_type=jnp.float32) for k in keys]
+        mask = context.mask
+        if context.windowed_mask is not None:
+            mask = context.windowed_mask if windowed is None else jnp.where(windowed, context.windowed_mask, mask)
+        logits = jnp.concatenate(scores, axis=-1) * c.head_dim**-0.5
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        parts = jnp.split(weights, [past[0].shape[1]], axis=-1) if past else [weights]
+        results = [jnp.einsum("bkgts,bskd->btkgd", w, v) for w, v in zip(parts, values, strict=True)]
+        result = functools.reduce(jnp.add, results).reshape(*x.shape[:2], -1)
+        y = nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj", **types)(result)
+        return y, (key, value)
+
+
+class MLP(nn.Module):
+    """``down(act(gate(x)) · up(x))``."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+
+        def dense(name: str, size: int) -> nn.Dense:
+            return nn.Dense(
+                size, use_bias=c.mlp_bias, dtype=self.dtype, param_dtype=self.param_dtype, name=f"{name}_proj"
+            )
+
+        gate, up = dense("gate", c.intermediate_size)(x), dense("up", c.intermediate_size)(x)
+        return dense("down", c.hidden_size)(_ACTIVATIONS[c.hidden_act](gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each normalised before and added to what came in."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    # Whether keys and values are given back for a cache.
+    keep: bool
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, windowed: jax.Array | None, context: _Context
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(self.config.rms_norm_eps, **types, name=f"{name}_layernorm")
+
+        y, new = Attention(self.config, **types, name="self_attn")(norm("input")(x), past, windowed, context)
+        x = x + y
+        x = x + MLP(self.config, **types, name="mlp")(norm("post_attention")(x))
+        return x, new if self.keep else None
+
+
+class Unrolled(nn.Module):
+    """Layers by their numbers, each compiled on its own; called as the scanned stack is."""
+
+    block: type[nn.Module]
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    keep: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, past: Any, windowed: jax.Array | None, context: _Context) -> tuple[jax.Array, Any]:
+        kept = []
+        for layer in range(self.config.num_hidden_layers):
+            block = self.block(self.config, self.dtype, self.param_dtype, self.keep, name=str(layer))
+            x, new = block(x, *jax.tree.map(lambda array, layer=layer: array[layer], (past, windowed)), context)
+            kept.append(new)
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
+
+
+class Trunk(nn.Module):
+    """The decoder without its head."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    scan: bool
+    remat: bool
+
+    @nn.compact
+    def __call__(
+        self, input_ids: jax.Array, segments: jax.Array, cache: Cache | None, cache_size: int | None
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """Returns the last hidden state, the embedding (which a tied head shares) and the cache."""
+        c = self.config
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = nn.Embed(c.vocab_size, c.hidden_size, **types, name="embed_tokens")
+        keep = cache is not None or cache_size is not None
+        context, positions = _context(c, segments, cache)
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        if self.scan:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast),
+                length=c.num_hidden_layers,
+            )(c, **types, keep=keep, name="layers")
+        else:
+            stack = Unrolled(block, c, **types, keep=keep, name="layers")
+        past = (cache.keys, cache.values) if cache is not None else None
+        mixed = len(set(c.windowed_layers)) > 1
+        x, new = stack(embed(input_ids), past, jnp.asarray(c.windowed_layers) if mixed else None, context)
+        x = RMSNorm(c.rms_norm_eps, **types, name="norm")(x)
+        kept = _extend(cache, new[0], new[1], positions, cache_size) if keep else None
+        return x, embed.embedding.astype(self.dtype), kept
+
+
+class Decoder(nn.Module):
+    """A decoder whose params have the names of Hugging Face's checkpoints; made by `road_jax.models.load`.
+
+    Attributes:
+        config: sizes and variants.
+        dtype: of the computation.
+        param_dtype: of the params.
+        scan: layers stacked under ``params/model/layers`` and compiled once, or numbered ones
+            (``params/model/layers/0``), each compiled on its own.
+        remat: whether the backward pass computes each layer's activations anew.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan: bool = True
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        logits_at: jax.Array | None = None,
+        cache: Cache | None = None,
+        cache_size: int | None = None,
+    ) -> Any:
+        """Returns logits; with a cache, also the cache with the new tokens in it.
+
+        Args:
+            input_ids: int32 ``[batch, length]``.
+            attention_mask: int32 ``[batch, length]``: 0 for padding on either side, 1 for tokens. Rows that hold
+                several texts number them 1, 2, …; a text sees itself only, and its positions begin with 0.
+            logits_at: int32 ``[batch, n]``: places whose logits are wanted; all of them if not given.
+            cache: of the tokens before. New tokens go to its next places, of which it must have enough.
+            cache_size: makes a cache of so many places, to begin one.
+
+        Returns:
+            Logits ``[batch, length or n, vocab]`` in ``dtype``, or ``(logits, cache)``.
+        """
+        segments = jnp.ones_like(input_ids) if attention_mask is None else attention_mask.astype(jnp.int32)
+
+        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        trunk = Trunk(c, **types, scan=self.scan, remat=self.remat, name="model")
+        x, embed, kept = trunk(input_ids, segments, cache, cache_size)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
+        if c.tie_word_embeddings:
+            logits = jnp.dot(x, embed.T)
+        else:
+            logits = nn.Dense(c.vocab_size, use_bias=False, name="lm_head", **types)(x)
+        return logits if kept is None else (logits, kept)
+
+
+def _context(config: DecoderConfig, segments: jax.Array, cache: Cache | None) -> tuple[_Context, jax.Array]:
+    """Returns what layers share, and the new tokens' positions ``[batch, length]``, -1 for padding."""
+    length = segments.shape[1]
+    index = jnp.arange(length, dtype=jnp.int32)[None]
+    begins = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    if cache is not None:
+        positions = positions + jnp.max(cache.positions, axis=1, keepdims=True) + 1
+    positions = jnp.where(segments > 0, positions, -1)
+
+    sees = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
+    mask = sees & jnp.tril(jnp.ones((1, length, length), bool))
+    seen_positions = positions
+    if cache is not None:
+        there = jnp.broadcast_to((cache.positions >= 0)[:, None, :], (*segments.shape, cache.positions.shape[1]))
+        mask = jnp.concatenate([there, mask], axis=-1)
+        seen_positions = jnp.concatenate([cache.positions, positions], axis=1)
+    windowed = None
+    if config.sliding_window is not None:
+        windowed = mask & (positions[:, :, None] - seen_positions[:, None, :] < config.sliding_window)
+    angles = jnp.maximum(positions, 0).astype(jnp.float32)[..., None, None] * jnp.asarray(
+        np.asarray(config.inverse_frequencies, np.float32).reshape(1, 1, 1, -1)
+    )
+    return _Context(jnp.cos(angles), jnp.sin(angles), mask, windowed), positions
+
+
+def _turn(x: jax.Array, context: _Context) -> jax.Array:
+    """Rotary positions on ``[batch, length, heads, head_dim]``: element i is paired with i + head_dim / 2."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [a * context.cosines - b * context.sines, b * context.cosines + a * context.sines]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _extend(
+    cache: Cache | None, keys: jax.Array, values: jax.Array, positions: jax.Array, cache_size: int | None
+) -> Cache:
+    """Puts new tokens into the next places of a cache, or of a new one."""
+    if cache is None:
+        shape = (*keys.shape[:2], cache_size, *keys.shape[3:])
+        empty = jnp.full((positions.shape[0], cache_size or 0), -1, jnp.int32)
+        cache = Cache(jnp.zeros(shape, keys.dtype), jnp.zeros(shape, values.dtype), empty, jnp.int32(0))
+    used = cache.used
+    return Cache(
+        jax.lax.dynamic_update_slice_in_dim(cache.keys, keys, used, 2),
+        jax.lax.dynamic_update_slice_in_dim(cache.values, values, used, 2),
+        jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, used, 1),
+        used + positions.shape[1],
+    )

@@ -1,0 +1,189 @@
+"""From a Hugging Face folder to a Linen module and its variables, without torch."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from road_core import AdapterError
+from road_core._files import inside, read_json
+from road_jax._tree import Path as TreePath
+from road_jax._tree import Tree, flatten, unflatten
+from road_jax.models._config import DecoderConfig
+from road_jax.models._decoder import Decoder
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# Flax's leaf -> PyTorch's. A kernel is a weight transposed.
+_LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
+
+# Buffers that old checkpoints hold and that follow from the config.
+_DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+
+def load(
+    directory: str | os.PathLike, *, dtype: Any = None, scan: bool = True, remat: bool = False
+) -> tuple[Decoder, dict[str, Tree]]:
+    """Loads a decoder of the Llama family from ``config.json`` and safetensors, one file or an index of several.
+
+    Args:
+        directory: a Hugging Face folder.
+        dtype: of params and computation; None keeps the checkpoint's (its first floating tensor's, bit for bit).
+        scan: layers stacked and compiled once, or numbered and unrolled.
+        remat: recompute each layer's activations in the backward pass.
+
+    Returns:
+        ``(module, variables)``: ``module.apply(variables, input_ids, attention_mask=…)`` gives logits.
+
+    Raises:
+        AdapterError: the folder lacks something, a file is broken, the model type is unknown, or tensors are missing,
+            left over or of another shape than the config says; all of those are listed.
+
+    Example:
+        >>> from road_jax import models
+        >>> module, variables = models.load("checkpoints/SmolLM2-135M-Instruct")  # doctest: +SKIP
+    """
+    config_path = inside(directory, "config.json")
+    config = DecoderConfig.from_hugging_face(read_json(config_path), str(config_path))
+    with _open(directory) as tensors:
+        dtype = jnp.dtype(_dtype(tensors, directory) if dtype is None else dtype)
+        module = Decoder(config, dtype=dtype, param_dtype=dtype, scan=scan, remat=remat)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        wanted = flatten(shapes)
+        _check(directory, config, wanted, tensors, scan=scan)
+        layers = config.num_hidden_layers if scan else None
+        params = {path: jnp.asarray(_read(tensors, path, leaf, layers)) for path, leaf in wanted.items()}
+    return module, {"params": unflatten(params)}
+
+
+class _Tensors(Mapping[str, Any]):
+    """The tensors of a checkpoint by name; each is read from its file when asked for."""
+
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        return self._files[name].get_slice(name).get_dtype()
+
+
+@contextlib.contextmanager
+def _open(directory: str | os.PathLike) -> Iterator[_Tensors]:
+    folder = Path(directory)
+    with contextlib.ExitStack() as stack:
+
+        def open_file(name: str) -> Any:
+            path = inside(folder, name)
+            try:
+                return stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+            except (OSError, safetensors.SafetensorError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise AdapterError(
+                    f"{path}: expected a whole safetensors file, found a broken one ({reason})"
+                ) from None
+
+        if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
+            index = read_json(inside(folder, _INDEX)).get("weight_map")
+            if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+                raise AdapterError(f"{folder / _INDEX}: expected a weight_map from tensors to files, found none")
+            shards = {name: open_file(name) for name in sorted(set(index.values()))}
+            held = {name: set(shard.keys()) for name, shard in shards.items()}
+            lost = sorted(key for key, name in index.items() if key not in held[name])
+            if lost:
+                raise AdapterError(
+                    f"{folder / _INDEX}: expected tensors where the index says, found no {_listed(lost)}"
+                )
+            yield _Tensors({key: shards[name] for key, name in index.items()})
+        else:
+            whole = open_file(_SINGLE)
+            yield _Tensors(dict.fromkeys(whole.keys(), whole))
+
+
+def _dtype(tensors: _Tensors, directory: str | os.PathLike) -> str:
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    found = [tensors.dtype(name) for name in tensors]
+    for dtype in found:
+        if dtype in names:
+            return names[dtype]
+    raise AdapterError(f"{directory}: expected tensors of float32, bfloat16 or float16, found {sorted(set(found))}")
+
+
+def _sources(path: TreePath, layers: int | None) -> list[str]:
+    """Returns the names of the tensors that make a param: one, or one for each layer of a stack."""
+    *names, leaf = path
+    *names, leaf = [*names, _LEAVES[leaf]]
+    if layers is None or "layers" not in names:
+        return [".".join([*names, leaf])]
+    at = names.index("layers") + 1
+    return [".".join([*names[:at], str(layer), *names[at:], leaf]) for layer in range(layers)]
+
+
+def _check(
+    directory: str | os.PathLike,
+    config: DecoderConfig,
+    wanted: Mapping[TreePath, Any],
+    tensors: _Tensors,
+    *,
+    scan: bool,
+) -> None:
+    """Every param has its tensors, of the right shape and a floating dtype, and every tensor its param."""
+    layers = config.num_hidden_layers if scan else None
+    missing, wrong, expected = [], [], set()
+    for path, leaf in wanted.items():
+        for name in _sources(path, layers):
+            expected.add(name)
+            if name not in tensors:
+                missing.append(name)
+                continue
+            stacked = layers is not None and "layers" in path
+            shape = list(leaf.shape[1:] if stacked else leaf.shape)
+            shape = shape[::-1] if path[-1] == "kernel" else shape
+            if tensors.shape(name) != shape:
+                wrong.append(f"{name} {tensors.shape(name)} for {shape}")
+            elif tensors.dtype(name) not in ("F32", "BF16", "F16", "F64"):
+                wrong.append(f"{name} of {tensors.dtype(name)}")
+    left = [name for name in tensors if name not in expected and not name.endswith(_DERIVED)]
+    if config.tie_word_embeddings:
+        left = [name for name in left if name != "lm_head.weight"]
+    problems = [
+        f"{what} {_listed(names)}"
+        for what, names in (("no", missing), ("another form of", wrong), ("besides", left))
+        if names
+    ]
+    if problems:
+        raise AdapterError(f"{directory}: expected the tensors that config.json describes, found {'; '.join(problems)}")
+
+
+def _read(tensors: _Tensors, path: TreePath, leaf: Any, layers: int | None) -> np.ndarray:
+    """Returns one param on the host, in its dtype; a stack is filled layer by layer."""
+    sources = _sources(path, layers)
+    stacked = layers is not None and "layers" in path
+    result = np.empty(leaf.shape, leaf.dtype)
+    for layer, name in enumerate(sources):
+        array = tensors[name].T if path[-1] == "kernel" else tensors[name]
+        if stacked:
+            result[layer] = array
+        else:
+            result[...] = array
+    return result
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

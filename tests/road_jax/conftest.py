@@ -1,0 +1,18 @@
+"""Strict numerics on eight pretend devices, set before JAX looks at its flags."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics(request):
+    """No dtype or rank is promoted silently; optax's optimisers do it, so tests that step one are marked."""
+    if request.node.get_closest_marker("steps_optax"):
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

@@ -1,0 +1,287 @@
+"""The decoder against Hugging Face's own PyTorch models, in float32, and what the loader refuses."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from _compare import assert_close
+from _models import small_checkpoint, small_model
+from safetensors.torch import load_file, save_file
+
+from road_core import AdapterError
+from road_jax import models
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+KINDS = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, scaled rotations": ("llama", {"rope_parameters": LLAMA3}),
+    "llama, linear rotations": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
+    ),
+    "llama, gelu": ("llama", {"hidden_act": "gelu"}),
+    "llama, one kv head": ("llama", {"num_key_value_heads": 1, "head_dim": 64}),
+    "mistral": ("mistral", {"sliding_window": 6}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, some windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {}),
+    "qwen3, tied": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(6, 160, shape).astype(np.int32)
+
+
+def torch_logits(model, ids, mask):
+    with torch.no_grad():
+        result = model(input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask).long())
+    return result.logits.numpy()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_are_hugging_faces(name, tmp_path):
+    kind, changes = KINDS[name]
+    peer = small_model(kind, **changes)
+    peer.save_pretrained(tmp_path)
+    ids, mask = tokens(3, 20), np.ones((3, 20), np.int32)
+    mask[0, 13:], mask[1, :7] = 0, 0
+    expected = torch_logits(peer, ids, mask)[mask == 1]
+    for scan in (True, False):
+        module, variables = models.load(tmp_path, scan=scan)
+        found = jax.jit(module.apply)(variables, ids, attention_mask=mask)
+        assert found.shape == (3, 20, 160)
+        assert_close(np.asarray(found)[mask == 1], expected, "float32", moved_from=np.zeros_like(expected))
+
+
+def test_the_rotary_scaling_and_the_windows_matter(tmp_path):
+    """What the two cases above test would go unseen if the function didn't depend on it."""
+    ids, mask = tokens(1, 40), np.ones((1, 40), np.int32)
+    for kind, changes in (
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("mistral", {"sliding_window": 6}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    ):
+        plain = {"sliding_window": None} if kind == "mistral" else {}
+        with_it, without = (torch_logits(small_model(kind, **c), ids, mask) for c in (changes, plain))
+        assert np.abs(with_it - without).max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_packed_texts_see_themselves_only(kind, tmp_path):
+    small_checkpoint(tmp_path, kind)
+    module, variables = models.load(tmp_path)
+    ids = tokens(1, 17)
+    segments = np.asarray([[1] * 5 + [2] * 9 + [0] * 3], np.int32)
+    apply = jax.jit(module.apply)
+    packed = apply(variables, ids, attention_mask=segments)
+    for start, end in ((0, 5), (5, 14)):
+        alone = apply(variables, ids[:, start:end])
+        assert_close(packed[:, start:end], alone, "float32")
+    whole = apply(variables, ids)
+    assert np.abs(np.asarray(whole - packed)[:, 5:14]).max() > 0.05
+
+
+def test_logits_where_they_are_wanted(tmp_path):
+    for tied in (True, False):
+        small_checkpoint(tmp_path / str(tied), tie_word_embeddings=tied)
+        module, variables = models.load(tmp_path / str(tied))
+        ids = tokens(2, 9)
+        at = np.asarray([[8, 0, 3], [1, 1, 2]], np.int32)
+        apply = jax.jit(module.apply)
+        every = np.asarray(apply(variables, ids))
+        assert_close(apply(variables, ids, logits_at=at), np.take_along_axis(every, at[..., None], 1), "float32")
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2, some windows", "qwen3"])
+def test_a_cache_gives_what_one_call_gives(name, scan, tmp_path):
+    kind, changes = KINDS[name]
+    small_checkpoint(tmp_path, kind, **changes)
+    module, variables = models.load(tmp_path, scan=scan)
+    ids, mask = tokens(2, 18), np.ones((2, 18), np.int32)
+    mask[1, :4] = 0
+    apply = jax.jit(module.apply, static_argnames="cache_size")
+    expected = np.asarray(apply(variables, ids, attention_mask=mask))
+    first, cache = apply(variables, ids[:, :10], attention_mask=mask[:, :10], cache_size=24)
+    assert cache.keys.shape == (3, 2, 24, 2, 32)
+    found = [first]
+    for start, end in ((10, 13), (13, 14), (14, 18)):
+        logits, cache = apply(variables, ids[:, start:end], cache=cache)
+        found.append(logits)
+    assert int(cache.used) == 18
+    assert_close(np.concatenate(found, axis=1)[mask == 1], expected[mask == 1], "float32")
+
+
+def test_remat_changes_no_number(tmp_path):
+    small_checkpoint(tmp_path)
+    ids = tokens(2, 8)
+    results = []
+    for scan in (True, False):
+        for remat in (True, False):
+            module, variables = models.load(tmp_path, scan=scan, remat=remat)
+
+            def loss(variables, module=module):
+                return jnp.mean(jnp.square(module.apply(variables, ids)))
+
+            gradient = jax.jit(jax.grad(loss))(variables)["params"]["model"]["layers"]
+            gate = (
+                gradient["mlp"]
+                if scan
+                else {
+                    "gate_proj": jax.tree.map(
+                        lambda *leaves: jnp.stack(leaves), *[gradient[str(i)]["mlp"]["gate_proj"] for i in range(3)]
+                    )
+                }
+            )
+            results.append(gate["gate_proj"]["kernel"])
+    for other in results[1:]:
+        assert_close(other, results[0], "float32", moved_from=np.zeros_like(results[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_keep_their_bits(dtype, tmp_path):
+    small_checkpoint(tmp_path, "qwen2", dtype=dtype)
+    module, variables = models.load(tmp_path)
+    name = str(dtype).removeprefix("torch.")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {name}
+    assert module.apply(variables, tokens(1, 4)).dtype == name
+    stored = load_file(tmp_path / "model.safetensors")
+    layers = variables["params"]["model"]["layers"]
+    for layer in range(3):
+        for found, key in (
+            (layers["mlp"]["up_proj"]["kernel"][layer].T, "mlp.up_proj.weight"),
+            (layers["self_attn"]["k_proj"]["bias"][layer], "self_attn.k_proj.bias"),
+        ):
+            expected = stored[f"model.layers.{layer}.{key}"].contiguous().view(torch.uint8).numpy()
+            np.testing.assert_array_equal(np.ascontiguousarray(found).view(np.uint8).ravel(), expected.ravel())
+
+
+def test_bfloat16_computes_near_float32(tmp_path):
+    small_checkpoint(tmp_path)
+    ids = tokens(2, 12)
+    exact, rough = (
+        jax.jit(module.apply)(variables, ids)
+        for module, variables in (models.load(tmp_path, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    )
+    assert_close(rough.astype(jnp.float32), exact, "bfloat16")
+
+
+def test_a_sharded_checkpoint_is_the_same(tmp_path):
+    peer = small_model()
+    peer.save_pretrained(tmp_path / "one")
+    peer.save_pretrained(tmp_path / "many", max_shard_size="100KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    (_, one), (_, many) = models.load(tmp_path / "one"), models.load(tmp_path / "many")
+    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b), one, many))
+
+
+def edit(directory, change):
+    fields = json.loads((directory / "config.json").read_text())
+    change(fields)
+    (directory / "config.json").write_text(json.dumps(fields))
+
+
+def retensor(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+BAD = {
+    "no config": (lambda d: (d / "config.json").unlink(), "expected a file config.json, found none"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), r"expected a file model\.safetensors, found none"),
+    "truncated": (
+        lambda d: os.truncate(d / "model.safetensors", 5000),
+        r"model\.safetensors: expected a whole safetensors file, found a broken one",
+    ),
+    "another type": (
+        lambda d: edit(d, lambda f: f.update(model_type="t5")),
+        "expected model_type to be one of llama, mistral, qwen2, qwen3, found 't5'",
+    ),
+    "no sizes": (
+        lambda d: edit(d, lambda f: f.pop("hidden_size")),
+        r"config\.json: expected a field hidden_size, found none",
+    ),
+    "a wrong size": (
+        lambda d: edit(d, lambda f: f.update(intermediate_size=256)),
+        r"another form of .*model\.layers\.0\.mlp\.gate_proj\.weight \[192, 128\] for \[256, 128\]",
+    ),
+    "no number": (
+        lambda d: edit(d, lambda f: f.update(vocab_size="many")),
+        "expected vocab_size to be an integer from 1 up, found 'many'",
+    ),
+    "too many layers": (
+        lambda d: edit(d, lambda f: f.update(num_hidden_layers=4)),
+        r"found no model\.layers\.3\..* and \d+ more",
+    ),
+    "too few layers": (
+        lambda d: edit(d, lambda f: f.update(num_hidden_layers=2)),
+        r"besides model\.layers\.2\.",
+    ),
+    "heads": (
+        lambda d: edit(d, lambda f: f.update(num_key_value_heads=3)),
+        "whole groups of num_key_value_heads, found 4 and 3",
+    ),
+    "rotations": (
+        lambda d: edit(d, lambda f: f.update(rope_parameters={"rope_type": "yarn", "factor": 2.0})),
+        "expected rope_type to be one of default, linear, llama3, found 'yarn'",
+    ),
+    "a missing tensor": (
+        lambda d: retensor(d, lambda t: t.pop("model.norm.weight")),
+        r"found no model\.norm\.weight",
+    ),
+    "a tensor too many": (
+        lambda d: retensor(d, lambda t: t.update({"model.extra.weight": torch.ones(2)})),
+        r"besides model\.extra\.weight",
+    ),
+    "codes": (
+        lambda d: retensor(d, lambda t: t.update({"model.norm.weight": torch.ones(128, dtype=torch.int8)})),
+        r"another form of model\.norm\.weight of I8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_broken_checkpoint_is_refused(name, tmp_path):
+    damage, message = BAD[name]
+    small_checkpoint(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(AdapterError, match=message):
+        models.load(tmp_path)
+
+
+def test_a_broken_index_is_refused(tmp_path):
+    small_model().save_pretrained(tmp_path, max_shard_size="100KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name, shard = sorted(index["weight_map"].items())[0]
+    other = next(s for s in index["weight_map"].values() if s != shard)
+    path.write_text(json.dumps({"weight_map": {**index["weight_map"], name: other}}))
+    with pytest.raises(AdapterError, match=f"expected tensors where the index says, found no {name}"):
+        models.load(tmp_path)
+    path.write_text(json.dumps({"weight_map": {name: "../elsewhere.safetensors"}}))
+    with pytest.raises(AdapterError, match="expected the name of a file within the folder"):
+        models.load(tmp_path)
+    path.write_text("{}")
+    with pytest.raises(AdapterError, match="expected a weight_map"):
+        models.load(tmp_path)
