@@ -157,7 +157,8 @@ def _pad(examples: list[_data.Example]) -> dict[str, torch.Tensor]:
 def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
     module, variables = models.load(checkpoint, dtype=jnp.float32)
     road = road_jax.transform(module, RoadConfig(target_modules="all-linear"))
-    adapter = road.init(jax.random.key(0), variables, jnp.zeros((1, 8), jnp.int32))
+    # On the host, for the step gives its state's memory away.
+    adapter = jax.device_get(road.init(jax.random.key(0), variables, jnp.zeros((1, 8), jnp.int32)))
     tx = optax.adamw(1e-3, weight_decay=0.0)
     program = _step.make_program(road, tx, "jit")
     variables = program.place(variables)

@@ -4,7 +4,7 @@ Shapes: ``batch``, ``length`` (new tokens), ``places`` (of a cache), ``heads``, 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,15 @@ _ACTIVATIONS = {
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": nn.gelu,
+}
+
+
+# "none" recomputes nothing. "linears" keeps what a product with a kernel gave, so that rotations, norms, activations
+# and attention, a few per cent of the arithmetic, are done twice for a third of the memory.
+Remat = Literal["none", "linears", "full"]
+_POLICIES = {
+    "linears": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -172,7 +181,7 @@ class Trunk(nn.Module):
     dtype: Any
     param_dtype: Any
     scan: bool
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(
@@ -184,7 +193,10 @@ class Trunk(nn.Module):
         embed = nn.Embed(c.vocab_size, c.hidden_size, **types, name="embed_tokens")
         keep = cache is not None or cache_size is not None
         context, positions = _context(c, segments, cache)
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            # Under scan, common subexpressions of the forward and the backward pass can't meet anyway.
+            block = nn.remat(Block, prevent_cse=not self.scan, policy=_POLICIES[self.remat])
         if self.scan:
             stack = nn.scan(
                 block,
@@ -212,14 +224,15 @@ class Decoder(nn.Module):
         param_dtype: of the params.
         scan: layers stacked under ``params/model/layers`` and compiled once, or numbered ones
             (``params/model/layers/0``), each compiled on its own.
-        remat: whether the backward pass computes each layer's activations anew.
+        remat: what of a layer's activations is kept for the backward pass, the rest being computed anew: ``"none"``
+            keeps all, ``"linears"`` what its linear layers gave, ``"full"`` nothing but what came in.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan: bool = True
-    remat: bool = False
+    remat: Remat = "linears"
 
     @nn.compact
     def __call__(

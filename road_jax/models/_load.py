@@ -16,7 +16,7 @@ from road_core._files import inside, read_json
 from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten
 from road_jax.models._config import DecoderConfig
-from road_jax.models._decoder import Decoder
+from road_jax.models._decoder import Decoder, Remat
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -28,7 +28,7 @@ _DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
 def load(
-    directory: str | os.PathLike, *, dtype: Any = None, scan: bool = True, remat: bool = False
+    directory: str | os.PathLike, *, dtype: Any = None, scan: bool = True, remat: Remat = "linears"
 ) -> tuple[Decoder, dict[str, Tree]]:
     """Loads a decoder of the Llama family from ``config.json`` and safetensors, one file or an index of several.
 
@@ -36,7 +36,8 @@ def load(
         directory: a Hugging Face folder.
         dtype: of params and computation; None keeps the checkpoint's (its first floating tensor's, bit for bit).
         scan: layers stacked and compiled once, or numbered and unrolled.
-        remat: recompute each layer's activations in the backward pass.
+        remat: what of a layer's activations is kept for the backward pass: ``"none"`` keeps all, ``"linears"`` what its
+            linear layers gave, ``"full"`` nothing but what came in; the rest is computed anew.
 
     Returns:
         ``(module, variables)``: ``module.apply(variables, input_ids, attention_mask=…)`` gives logits.

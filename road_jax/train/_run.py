@@ -76,8 +76,9 @@ class TrainOptions:
     """How the devices share a batch."""
     scan: bool = True
     """Compile one layer and scan it; --no-scan unrolls (slower to compile, another adapter layout)."""
-    remat: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, more time."""
+    remat: Literal["none", "linears", "full"] = "linears"
+    """What of a layer's activations is kept for the backward pass: all, what its linear layers gave, or nothing but its
+    input; the rest is computed anew."""
     seed: int = 0
     """Of the order of the data."""
     checkpoint_every: int = 50

@@ -137,7 +137,7 @@ def test_remat_changes_no_number(tmp_path):
     ids = tokens(2, 8)
     results = []
     for scan in (True, False):
-        for remat in (True, False):
+        for remat in ("none", "linears", "full"):
             module, variables = models.load(tmp_path, scan=scan, remat=remat)
 
             def loss(variables, module=module):

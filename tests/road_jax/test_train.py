@@ -150,7 +150,8 @@ def test_every_way_of_running_learns_the_same(options, tmp_path):
         "jit": {},
         "pmap": {"parallel": "pmap"},
         "unrolled": {"scan": False},
-        "remat": {"remat": True},
+        "no remat": {"remat": "none"},
+        "full remat": {"remat": "full"},
     }.items():
         out = tmp_path / name
         run(dataclasses.replace(options, out=out, steps=3, eval_lines=0, **changes))
@@ -160,7 +161,7 @@ def test_every_way_of_running_learns_the_same(options, tmp_path):
         np.testing.assert_allclose(norms, result["norms"], rtol=1e-4)
     expected = result["jit"].tensors()
     start = {key: float("alpha" in key) for key in expected}
-    for name in ("pmap", "remat"):
+    for name in ("pmap", "no remat", "full remat"):
         for key, array in result[name].tensors().items():
             np.testing.assert_allclose(array, expected[key], atol=2e-4)
     for key, array in result["unrolled"].tensors().items():
