@@ -21,6 +21,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     adapter: Tree | None = None,
+    adapter_ids: Sequence[int] | None = None,
     max_new_tokens: int = 128,
     eos_token_id: int | Sequence[int] = (),
     temperature: float = 0.0,
@@ -38,7 +39,9 @@ def generate(
         model: a decoder of `road_jax.models`, or the `Road` that `road_jax.transform` makes of it.
         variables: the model's.
         prompts: token ids, one list a row.
-        adapter: for a `Road`.
+        adapter: for a `Road`; ``{}`` for none.
+        adapter_ids: for an adapter of `road_jax.stack_adapters`: which of them each row gets, counted from 1; 0 for
+            none.
         max_new_tokens: of each answer at most.
         eos_token_id: ends a row; the answer doesn't hold it.
         temperature: 0 for the likeliest token; logits are divided by it otherwise.
@@ -57,6 +60,14 @@ def generate(
     module = model.model if isinstance(model, Road) else model
     vocabulary = module.config.vocab_size
     _check(prompts, vocabulary, max_new_tokens, temperature, top_k, top_p, rng)
+    if adapter_ids is not None and (adapter is None or len(adapter_ids) != len(prompts)):
+        raise AdapterError(
+            f"adapter_ids: expected one for each of {len(prompts)} prompts, and adapters, found {len(adapter_ids)}"
+        )
+    if adapter_ids is not None:
+        most = jax.tree.leaves(adapter)[0].shape[-1] - 1
+        if bad := [i for i in adapter_ids if not 0 <= i <= most]:
+            raise AdapterError(f"adapter_ids: expected numbers from 0 to {most}, found {bad[0]}")
     if not prompts:
         return []
     ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
@@ -76,6 +87,7 @@ def generate(
         "greedy" if temperature == 0 else "draw" if top_k is None and top_p is None else "filter",
         variables,
         adapter,
+        None if adapter_ids is None else np.asarray([*adapter_ids, *[0] * (rows - len(prompts))], np.int32),
         ids,
         mask,
         # Rows that only fill the batch up are done before they begin.
@@ -95,6 +107,7 @@ def _run(
     how: str,
     variables: Tree,
     adapter: Tree,
+    adapter_ids: jax.Array | None,
     ids: jax.Array,
     mask: jax.Array,
     done: jax.Array,
@@ -106,7 +119,7 @@ def _run(
     rows, length = ids.shape
     rng, temperature, top_k, top_p = drawing
     apply: Callable = (
-        functools.partial(model.apply, variables, adapter)
+        functools.partial(model.apply, variables, adapter, adapter_ids=adapter_ids)
         if isinstance(model, Road)
         else functools.partial(model.apply, variables)
     )

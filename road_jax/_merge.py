@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, output_size
+from road_jax._quantize import QuantizedKernel
 from road_jax._rotate import coefficients, determinants, inverse_coefficients, rotate
 from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, overlay, unflatten
 
@@ -29,6 +30,11 @@ def merge(variables: Mapping[str, Any], adapter: Tree, config: RoadConfig, *, in
         for leaf in ("kernel", "bias"):
             if (*path, leaf) in leaves:
                 old = leaves[(*path, leaf)]
+                if isinstance(old, QuantizedKernel):
+                    raise AdapterError(
+                        f"{name}: expected a plain kernel to merge into, found {old.kind} codes "
+                        "(road_jax.dequantize gives plain ones)"
+                    )
                 new = _rotate_outputs(f"{name}.{leaf}", nn.meta.unbox(old), theta, alpha, config, invert)
                 leaves[(*path, leaf)] = old.replace_boxed(new) if isinstance(old, nn.meta.AxisMetadata) else new
             elif leaf == "kernel":

@@ -64,7 +64,24 @@ def rotate(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
     """
     # Leading axes of one: the caller may have made rank promotion an error.
     shape = (1,) * (y.ndim - 1) + first.shape
-    first, second = first.astype(y.dtype).reshape(shape), second.astype(y.dtype).reshape(shape)
+    return _turn(y, first.reshape(shape), second.reshape(shape))
+
+
+def rotate_rows(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """As `rotate`, with coefficients of each row's own.
+
+    Args:
+        y: ``[batch, ..., out]``, any floating dtype.
+        first: ``[batch, groups, 1 or 2, half]``, float32.
+        second: of the same shape.
+    """
+    shape = (len(y),) + (1,) * (y.ndim - 2) + first.shape[1:]
+    return _turn(y, first.reshape(shape), second.reshape(shape))
+
+
+def _turn(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """The formula of `rotate`; coefficients ``[..., groups, 1 or 2, half]`` broadcast against ``y``'s rows."""
+    first, second = first.astype(y.dtype), second.astype(y.dtype)
     y0, y1 = _halves(y, first)
     upper = y0 * first[..., 0, :] - y1 * second[..., 0, :]
     lower = y1 * first[..., -1, :] + y0 * second[..., -1, :]

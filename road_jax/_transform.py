@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules
-from road_jax import _merge
-from road_jax._rotate import blocks, check_layer, polar, rotate
+from road_jax import _merge, _quantize
+from road_jax._rotate import blocks, check_layer, polar, rotate, rotate_rows
 from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unflatten
 
 # The usual names of the layer that "all-linear" leaves out: PEFT asks the model for it, a Linen module can't be asked.
@@ -94,41 +94,69 @@ class Road:
         }
         return unflatten({**adapter, **self._saved(base)})
 
-    def apply(self, variables: Mapping[str, Any], adapter: Tree, *args: Any, **kwargs: Any) -> Any:
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        adapter: Tree,
+        *args: Any,
+        adapter_ids: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Runs the model with every adapted layer's output rotated.
 
         A pure function: ``jit``, ``grad``, ``vmap`` and ``pmap`` it freely. A gradient over ``adapter`` alone computes
         no gradient of a kernel.
 
         Args:
-            variables: the model's variables.
-            adapter: as `init` gives it.
+            variables: the model's variables; kernels may be quantised by `road_jax.quantize`.
+            adapter: as `init` gives it; or several of them, as `road_jax.stack_adapters` lays them together.
             *args: the model's inputs.
+            adapter_ids: for several adapters: int32 ``[batch]``, which of them each row gets, counted from 1; 0 for
+                none. Any mix is the same program.
             **kwargs: passed to ``model.apply``.
 
         Returns:
             What ``model.apply`` returns; every rotated output keeps its dtype.
 
         Raises:
-            AdapterError: a part of the adapter has no layer, was used by no layer, or has another layer's shape.
+            AdapterError: a part of the adapter has no layer, was used by no layer, or has another layer's shape;
+                or there are ``adapter_ids`` and a layer whose output doesn't have the batch's rows first.
         """
         expected = set(adapted_paths(adapter))
         used: set[Path] = set()
 
         def turn(next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            result = next_fn(*args, **kwargs)
             module = context.module
             axes = _output_axes(context)
-            if axes is None or not module.scope.has_variable("params", "road_theta"):
+            if axes is None:
+                return next_fn(*args, **kwargs)
+            kernel = module.scope.get_variable("params", "kernel")
+            if isinstance(kernel, _quantize.QuantizedKernel):
+                if not isinstance(module, nn.Dense):
+                    raise AdapterError(f"{dotted(module.path)}: expected a Dense layer for a quantised kernel")
+                result = _quantize.dense(module, kernel, module.scope.get_variable("params", "bias"), *args, **kwargs)
+            else:
+                result = next_fn(*args, **kwargs)
+            if not module.scope.has_variable("params", "road_theta"):
                 return result
             used.add(module.path)
             cosines, sines = (module.scope.get_variable("params", name) for name in ROAD_LEAVES)
-            shape = result.shape
+            if adapter_ids is not None:
+                # [size, adapters] -> [batch, size]
+                cosines, sines = (jnp.take(table, adapter_ids, axis=-1).T for table in (cosines, sines))
+            shape, path = result.shape, dotted(module.path)
             flat = result.reshape(*shape[: len(shape) - axes], math.prod(shape[-axes:])) if axes > 1 else result
             variant, group_size = self.config.variant, self.config.group_size
-            check_layer(dotted(module.path), cosines.shape[-1], flat.shape[-1], variant=variant, group_size=group_size)
+            check_layer(path, cosines.shape[-1], flat.shape[-1], variant=variant, group_size=group_size)
             first, second = blocks(cosines, sines, variant=variant, group_size=group_size)
-            return rotate(flat, first, second).reshape(shape)
+            if adapter_ids is None:
+                return rotate(flat, first, second).reshape(shape)
+            if flat.ndim < 2 or len(flat) != len(adapter_ids):
+                raise AdapterError(
+                    f"{path}: expected an output with the {len(adapter_ids)} rows of adapter_ids first, "
+                    f"found shape {list(shape)}"
+                )
+            return rotate_rows(flat, first, second).reshape(shape)
 
         params = flatten(overlay(variables["params"], adapter))
         for path in expected:

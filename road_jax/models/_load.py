@@ -1,6 +1,7 @@
 """From a Hugging Face folder to a Linen module and its variables, without torch."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import safetensors
 
 from road_core import AdapterError
 from road_core._files import inside, read_json
+from road_jax._quantize import BLOCK, QuantizedKernel, from_codes
 from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten
 from road_jax.models._config import DecoderConfig
@@ -31,6 +33,9 @@ def load(
     directory: str | os.PathLike, *, dtype: Any = None, scan: bool = True, remat: Remat = "linears"
 ) -> tuple[Decoder, dict[str, Tree]]:
     """Loads a decoder of the Llama family from ``config.json`` and safetensors, one file or an index of several.
+
+    A checkpoint that bitsandbytes quantised (nf4, with or without double quantisation, or int8) is taken as it stands:
+    its kernels become `road_jax.QuantizedKernel`, with which ``Road.apply`` computes, also with an empty adapter.
 
     Args:
         directory: a Hugging Face folder.
@@ -53,13 +58,14 @@ def load(
     config_path = inside(directory, "config.json")
     config = DecoderConfig.from_hugging_face(read_json(config_path), str(config_path))
     with _open(directory) as tensors:
+        own = dtype is None
         dtype = jnp.dtype(_dtype(tensors, directory) if dtype is None else dtype)
         module = Decoder(config, dtype=dtype, param_dtype=dtype, scan=scan, remat=remat)
         shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         wanted = flatten(shapes)
         _check(directory, config, wanted, tensors, scan=scan)
         layers = config.num_hidden_layers if scan else None
-        params = {path: jnp.asarray(_read(tensors, path, leaf, layers)) for path, leaf in wanted.items()}
+        params = {path: _read(tensors, path, leaf, layers, own_dtype=own) for path, leaf in wanted.items()}
     return module, {"params": unflatten(params)}
 
 
@@ -118,12 +124,13 @@ def _open(directory: str | os.PathLike) -> Iterator[_Tensors]:
 
 
 def _dtype(tensors: _Tensors, directory: str | os.PathLike) -> str:
+    """The embedding's: no kind of quantisation touches it."""
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    found = [tensors.dtype(name) for name in tensors]
-    for dtype in found:
-        if dtype in names:
-            return names[dtype]
-    raise AdapterError(f"{directory}: expected tensors of float32, bfloat16 or float16, found {sorted(set(found))}")
+    name = "model.embed_tokens.weight"
+    found = tensors.dtype(name) if name in tensors else "none"
+    if found not in names:
+        raise AdapterError(f"{directory}: expected {name} of float32, bfloat16 or float16, found {found}")
+    return names[found]
 
 
 def _sources(path: TreePath, layers: int | None) -> list[str]:
@@ -156,7 +163,14 @@ def _check(
             stacked = layers is not None and "layers" in path
             shape = list(leaf.shape[1:] if stacked else leaf.shape)
             shape = shape[::-1] if path[-1] == "kernel" else shape
-            if tensors.shape(name) != shape:
+            if path[-1] == "kernel" and (kind := _quantization(tensors, name)):
+                expected.update(side for side in tensors if side.startswith(f"{name}."))
+                expected.update(f"{name.removesuffix('weight')}{side}" for side in ("SCB", "weight_format"))
+                if kind not in ("nf4", "int8"):
+                    wrong.append(f"{name} in {kind}")
+                elif _quantized_shape(tensors, name, kind) != shape:
+                    wrong.append(f"{name} {_quantized_shape(tensors, name, kind)} for {shape}")
+            elif tensors.shape(name) != shape:
                 wrong.append(f"{name} {tensors.shape(name)} for {shape}")
             elif tensors.dtype(name) not in ("F32", "BF16", "F16", "F64"):
                 wrong.append(f"{name} of {tensors.dtype(name)}")
@@ -172,10 +186,72 @@ def _check(
         raise AdapterError(f"{directory}: expected the tensors that config.json describes, found {'; '.join(problems)}")
 
 
-def _read(tensors: _Tensors, path: TreePath, leaf: Any, layers: int | None) -> np.ndarray:
-    """Returns one param on the host, in its dtype; a stack is filled layer by layer."""
+def _quantization(tensors: _Tensors, name: str) -> str | None:
+    """Returns how bitsandbytes stored a weight: ``"nf4"``, ``"fp4"``, ``"int8"``, or None for a plain one."""
+    state = f"{name}.quant_state.bitsandbytes__"
+    kinds = [kind for kind in ("nf4", "fp4") if state + kind in tensors]
+    if kinds:
+        return kinds[0]
+    return "int8" if f"{name.removesuffix('weight')}SCB" in tensors and tensors.dtype(name) == "I8" else None
+
+
+def _state(tensors: _Tensors, name: str) -> dict[str, Any]:
+    """The JSON that bitsandbytes keeps with a 4-bit weight."""
+    try:
+        state = json.loads(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tobytes())
+        blocks, shape, dtype = state["blocksize"], state["shape"], jnp.dtype(state["dtype"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{name}: expected bitsandbytes' quant_state, found a broken one ({error})") from None
+    codes = tensors[name].nbytes * 2
+    if blocks != BLOCK or len(shape) != 2 or codes != shape[0] * shape[1]:
+        raise AdapterError(
+            f"{name}: expected nf4 codes in blocks of {BLOCK}, found {codes} in blocks of {blocks} for shape {shape}"
+        )
+    return {**state, "dtype": dtype}
+
+
+def _quantized_shape(tensors: _Tensors, name: str, kind: str) -> list[int]:
+    return tensors.shape(name) if kind == "int8" else list(_state(tensors, name)["shape"])
+
+
+def _read_quantized(
+    tensors: _Tensors, sources: list[str], leaf: Any, kind: str, *, stacked: bool, own_dtype: bool
+) -> QuantizedKernel:
+    kinds = {_quantization(tensors, name) for name in sources}
+    if kinds != {kind}:
+        raise AdapterError(
+            f"{sources[0]}: expected all layers of a stack to be quantised alike, found {sorted(map(str, kinds))} "
+            "(scan=False keeps them apart)"
+        )
+    codes, scales, dtype = [], [], leaf.dtype
+    for name in sources:
+        if kind == "int8":
+            codes.append(tensors[name])
+            scales.append(tensors[f"{name.removesuffix('weight')}SCB"].reshape(-1))
+            continue
+        state = _state(tensors, name)
+        dtype = state["dtype"] if own_dtype else leaf.dtype
+        absmax = tensors[f"{name}.absmax"].reshape(-1)
+        if "nested_offset" in state:
+            # In float32 on the host, as bitsandbytes does it: compiled, a fused multiply-add would round otherwise.
+            table, outer = tensors[f"{name}.nested_quant_map"], tensors[f"{name}.nested_absmax"]
+            outer = np.repeat(outer, state["nested_blocksize"])[: len(absmax)]
+            absmax = table[absmax] * outer + np.float32(state["nested_offset"])
+        codes.append(tensors[name].reshape(-1).view(np.uint8))
+        scales.append(absmax)
+    shape = (leaf.shape[-2], leaf.shape[-1])
+    if stacked:
+        return from_codes(np.stack(codes), np.stack(scales), kind=kind, shape=shape, dtype=dtype)
+    return from_codes(codes[0], scales[0], kind=kind, shape=shape, dtype=dtype)
+
+
+def _read(tensors: _Tensors, path: TreePath, leaf: Any, layers: int | None, *, own_dtype: bool) -> Any:
+    """Returns one param in its dtype, or quantised as it is stored; a stack is filled layer by layer."""
     sources = _sources(path, layers)
     stacked = layers is not None and "layers" in path
+    kind = _quantization(tensors, sources[0]) if path[-1] == "kernel" else None
+    if kind is not None:
+        return _read_quantized(tensors, sources, leaf, kind, stacked=stacked, own_dtype=own_dtype)
     result = np.empty(leaf.shape, leaf.dtype)
     for layer, name in enumerate(sources):
         array = tensors[name].T if path[-1] == "kernel" else tensors[name]
@@ -183,7 +259,7 @@ def _read(tensors: _Tensors, path: TreePath, leaf: Any, layers: int | None) -> n
             result[layer] = array
         else:
             result[...] = array
-    return result
+    return jnp.asarray(result)
 
 
 def _listed(names: list[str]) -> str:

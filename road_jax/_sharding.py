@@ -1,0 +1,84 @@
+"""Where θ and α stand on a mesh: along the outputs that they rotate."""
+
+import math
+from typing import Any
+
+from jax.sharding import NamedSharding, PartitionSpec
+
+from road_core import AdapterError, RoadConfig, output_size
+from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, unflatten
+
+
+def shardings(
+    adapter: Tree, variables_shardings: Tree, *, config: RoadConfig | None = None, allow_cut: bool = False
+) -> Tree:
+    """Returns shardings for an adapter that follow those of its layers' kernels.
+
+    θ and α are sharded as their kernel's outputs, and their stack axis as the kernel's; over axes that shard a kernel's
+    inputs (FSDP) they are replicated. With outputs in whole groups the rotation then adds no collective to a compiled
+    program, forward or backward, but the sum of its own gradients over the data axis.
+
+    Args:
+        adapter: as ``Road.init`` gives it; shapes are enough (``jax.eval_shape``).
+        variables_shardings: a tree of ``NamedSharding`` laid out like the model's variables, ``{"params": …}``.
+        config: of the adapter. With it, shards that cut a group of ``config.group_size`` outputs are refused.
+        allow_cut: don't refuse them. Each such layer then pays two all-gathers, a permutation and all-to-alls of its
+            output, in every pass.
+
+    Returns:
+        A tree of ``NamedSharding`` laid out like the adapter.
+
+    Raises:
+        AdapterError: a module has no kernel among the shardings, or a group is cut.
+
+    Example:
+        >>> import jax, numpy as np, road_jax
+        >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+        >>> mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+        >>> kernel = {"params": {"proj": {"kernel": NamedSharding(mesh, P(None, "model"))}}}
+        >>> adapter = {"proj": {"road_theta": np.zeros(64), "road_alpha": np.ones(64)}}
+        >>> road_jax.shardings(adapter, kernel)["proj"]["road_theta"].spec
+        PartitionSpec('model',)
+    """
+    given = flatten(variables_shardings["params"])
+    found = {}
+    for path, leaf in flatten(adapter).items():
+        if path[-1] not in ROAD_LEAVES:
+            found[path] = _at(given, path)
+            continue
+        kernel = _at(given, (*path[:-1], "kernel"))
+        found[path] = _along_outputs(kernel, len(leaf.shape))
+        if config is not None and not allow_cut:
+            _check_whole(dotted(path[:-1]), kernel.mesh, found[path].spec, leaf.shape[-1], config)
+    return unflatten(found)
+
+
+def _at(given: dict[Path, Any], path: Path) -> NamedSharding:
+    if path not in given:
+        raise AdapterError(f"{dotted(path)}: expected a sharding for it in variables_shardings['params'], found none")
+    return given[path]
+
+
+def _along_outputs(kernel: NamedSharding, axes: int) -> NamedSharding:
+    """Of a kernel ``[*stack, *in, *out]``, for θ ``[*stack, size]`` of so many axes."""
+    spec = tuple(kernel.spec)
+    stack, rest = spec[: axes - 1], spec[axes - 1 :]
+    # Outputs are flattened in order, so the first of their axes that is sharded lies along θ.
+    outputs = next((entry for entry in rest[1:] if entry is not None), None)
+    entries = [*stack, *[None] * (axes - 1 - len(stack)), outputs]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return NamedSharding(kernel.mesh, PartitionSpec(*entries))
+
+
+def _check_whole(path: str, mesh: Any, spec: PartitionSpec, size: int, config: RoadConfig) -> None:
+    entry = spec[-1] if len(spec) else None
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    shards = math.prod(mesh.shape[name] for name in names)
+    out = output_size(config.variant, size)
+    if out % (shards * config.group_size):
+        raise AdapterError(
+            f"{path}: expected {shards} shards of whole groups of {config.group_size} outputs, found {out} outputs; "
+            "cut groups cost two all-gathers, a permutation and all-to-alls a pass (a smaller group_size avoids them, "
+            "allow_cut pays for them)"
+        )

@@ -1,0 +1,49 @@
+"""Several adapters as one, for batches whose rows each choose theirs."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from road_core import AdapterError
+from road_jax._tree import ROAD_LEAVES, Tree, dotted, flatten, unflatten
+
+
+def stack_adapters(adapters: Sequence[Tree]) -> Tree:
+    """Lays adapters of one variant and group size together, for ``Road.apply(..., adapter_ids=…)``.
+
+    Args:
+        adapters: trees of `Road.init`; they may adapt different modules.
+
+    Returns:
+        A tree with the modules of all of them and one more axis, the last: 0 is the identity, adapter ``i`` stands at
+        ``i + 1``, and one that lacks a module is the identity there.
+
+    Raises:
+        AdapterError: there are no adapters, their shapes differ, or one holds modules that were trained whole.
+
+    Example:
+        >>> import jax.numpy as jnp, road_jax
+        >>> adapter = {"proj": {"road_theta": jnp.zeros(32), "road_alpha": jnp.ones(32)}}
+        >>> road_jax.stack_adapters([adapter, adapter])["proj"]["road_theta"].shape
+        (32, 3)
+    """
+    if not adapters:
+        raise AdapterError("stack_adapters: expected at least one adapter, found none")
+    trees = [flatten(adapter) for adapter in adapters]
+    for i, tree in enumerate(trees):
+        if saved := [path for path in tree if path[-1] not in ROAD_LEAVES]:
+            raise AdapterError(
+                f"stack_adapters: expected θ and α alone, found the saved module {dotted(saved[0][:-1])} in adapter {i}"
+            )
+    stacked = {}
+    for path in sorted({path for tree in trees for path in tree}):
+        shapes = {tree[path].shape for tree in trees if path in tree}
+        if len(shapes) > 1:
+            raise AdapterError(
+                f"{dotted(path)}: expected one shape in all adapters, of one variant and for one model, "
+                f"found {sorted(map(list, shapes))}"
+            )
+        identity = jnp.full(shapes.pop(), float(path[-1] == "road_alpha"), jnp.float32)
+        rows = [identity, *(jnp.asarray(tree.get(path, identity), jnp.float32) for tree in trees)]
+        stacked[path] = jnp.stack(rows, axis=-1)
+    return unflatten(stacked)

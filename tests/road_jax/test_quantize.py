@@ -1,0 +1,202 @@
+"""Quantised kernels against bitsandbytes, bit for bit, and computing with them."""
+
+import bitsandbytes as bnb
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from _compare import assert_close, named_values
+from _models import small_checkpoint
+from flax import linen as nn
+
+import road_jax
+from road_core import AdapterError, RoadConfig
+from road_jax import models
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = ["nf4", "int8"]
+
+
+def kernels(dtype, *stack):
+    """A kernel ``[*stack, in, out]`` and the torch weights ``[out, in]`` of its layers."""
+    weights = torch.from_numpy(named_values("weight", *(stack or (1,)), 128, 192)).to(DTYPES[dtype])
+    kernel = jnp.asarray(np.swapaxes(weights.float().numpy(), -1, -2)).astype(dtype)
+    return kernel if stack else kernel[0], list(weights)
+
+
+def theirs(weight, kind):
+    """Codes and scales of bitsandbytes, and the weight that it computes with, in float32."""
+    if kind == "int8":
+        params = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
+        codes = params.CB if params.CB is not None else params.data
+        plain = (codes.float() * (params.SCB / 127)[:, None]).to(weight.dtype)
+        return codes.numpy(), params.SCB.numpy(), plain.float().numpy()
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    plain = bnb.functional.dequantize_4bit(packed, state)
+    return packed.numpy().ravel(), state.absmax.numpy(), plain.float().numpy()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_scales_and_values_are_bitsandbytes(kind, dtype):
+    for stack in ((), (3,)):
+        kernel, weights = kernels(dtype, *stack)
+        variables = {"params": {"proj": {"kernel": kernel, "bias": jnp.ones(128)}, "lm_head": {"kernel": kernel}}}
+        quantized = road_jax.quantize(variables, kind)["params"]
+        assert quantized["lm_head"]["kernel"] is kernel
+        found = quantized["proj"]["kernel"]
+        plain = jax.jit(lambda kernel: kernel.dequantize())(found)
+        assert plain.dtype == kernel.dtype
+        assert plain.shape == kernel.shape
+        for layer, weight in enumerate(weights):
+            at = (layer,) if stack else ()
+            codes, scales, values = theirs(weight, kind)
+            np.testing.assert_array_equal(found.codes[at], codes)
+            np.testing.assert_array_equal(found.scales[at], scales)
+            mine = np.asarray(plain[at].T, np.float32)
+            if kind == "nf4":
+                np.testing.assert_array_equal(mine, values)
+            else:
+                assert_close(mine, values, dtype)
+    assert found.nbytes < kernel.nbytes * (0.6 if kind == "int8" else 0.3) * (1 if dtype != "float32" else 0.5)
+
+
+def test_a_layer_of_zeros_stays_zero():
+    variables = {"params": {"proj": {"kernel": jnp.zeros((64, 64))}}}
+    for kind in KINDS:
+        plain = road_jax.dequantize(road_jax.quantize(variables, kind))
+        np.testing.assert_array_equal(plain["params"]["proj"]["kernel"], 0)
+
+
+class Model(nn.Module):
+    """A stack under scan, or under scan and remat, and a head."""
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.Dense(64, name="down")(nn.gelu(nn.Dense(128, name="up")(x))), None
+
+        body = nn.remat(Block) if self.remat else Block
+        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x, _ = scan(name="blocks")(x, None)
+        return nn.Dense(10, name="lm_head")(x)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_computing_with_codes_is_computing_with_their_values(kind, remat):
+    model, x = Model(remat), jnp.asarray(named_values("x", 2, 5, 64))
+    variables = model.init(jax.random.key(0), x)
+    variables["params"]["blocks"]["up"]["bias"] += 0.3
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    adapter = road.init(jax.random.key(1), variables, x)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), adapter)
+    quantized = road_jax.quantize(variables, kind)
+    plain = road_jax.dequantize(quantized)
+
+    def loss(adapter, variables):
+        return jnp.sum(jnp.square(road.apply(variables, adapter, x)))
+
+    expected = road.apply(plain, adapter, x)
+    found = jax.jit(road.apply)(quantized, adapter, x)
+    assert_close(found, expected, "float32", moved_from=road.apply(variables, adapter, x))
+    assert_close(road.apply(quantized, {}, x), model.apply(plain, x), "float32")
+    slow, fast = jax.grad(loss)(adapter, plain), jax.jit(jax.grad(loss))(adapter, quantized)
+    for expected, gradient in zip(jax.tree.leaves(slow), jax.tree.leaves(fast), strict=True):
+        assert_close(gradient, expected, "float32", moved_from=np.zeros_like(expected))
+
+
+def test_the_backward_pass_keeps_no_dequantised_kernel():
+    """Residuals of a deep scan grow by codes, not by whole kernels."""
+    model, x = Model(), jnp.ones((1, 4, 64))
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    adapter = road.init(jax.random.key(1), variables, x)
+    quantized = road_jax.quantize(variables, "nf4")
+
+    def loss(adapter, variables):
+        return jnp.sum(jnp.square(road.apply(variables, adapter, x)))
+
+    memory = jax.jit(jax.grad(loss)).lower(adapter, quantized).compile().memory_analysis()
+    kernels = 3 * 2 * 64 * 128 * 4
+    assert memory.temp_size_in_bytes < kernels
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "nf4, double", "int8"])
+def test_a_checkpoint_of_bitsandbytes_is_taken_as_it_stands(kind, scan, tmp_path):
+    base, saved = small_checkpoint(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "saved"
+    options = {"load_in_8bit": True}
+    if kind != "int8":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": "double" in kind}
+    config = transformers.BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16)
+    expected = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            expected[name] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            codes = module.weight.CB if module.weight.CB is not None else module.weight.data
+            expected[name] = (codes.float() * (module.weight.SCB / 127)[:, None]).bfloat16()
+    model.save_pretrained(saved)
+    module, variables = models.load(saved, scan=scan)
+    plain = road_jax.dequantize(variables)["params"]["model"]["layers"]
+    assert len(expected) == 3 * 7
+    for name, weight in expected.items():
+        *_, layer, part, projection = name.split(".")
+        node = plain[part] if scan else plain[layer][part]
+        kernel = node[projection]["kernel"][int(layer)] if scan else node[projection]["kernel"]
+        assert kernel.dtype == jnp.bfloat16
+        found, wanted = np.asarray(kernel.T, np.float32), weight.float().numpy()
+        if kind == "int8":
+            assert_close(found, wanted, "bfloat16")
+        else:
+            np.testing.assert_array_equal(found, wanted)
+
+    road = road_jax.transform(module, RoadConfig(target_modules="all-linear", group_size=8))
+    ids = np.arange(6, 18, dtype=np.int32).reshape(2, 6)
+    logits = np.asarray(jax.jit(road.apply)(variables, {}, ids), np.float32)
+    if kind != "int8":
+        with torch.no_grad():
+            wanted = model(torch.from_numpy(ids).long()).logits.float().numpy()
+        assert_close(logits, wanted, "bfloat16")
+    said = road_jax.generate(road, variables, ids.tolist(), adapter={}, max_new_tokens=4)
+    assert [len(row) for row in said] == [4, 4]
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    kernel = jnp.ones((64, 64))
+    with pytest.raises(AdapterError, match="quantize: expected nf4 or int8, found 'fp3'"):
+        road_jax.quantize({"params": {"a": {"kernel": kernel}}}, "fp3")
+    with pytest.raises(AdapterError, match="found none"):
+        road_jax.quantize({"params": {"a": {"embedding": kernel}}}, "nf4")
+    with pytest.raises(AdapterError, match="a: expected inputs that blocks of 64 divide, found 32"):
+        road_jax.quantize({"params": {"a": {"kernel": kernel[:32]}}}, "nf4")
+    with pytest.raises(AdapterError, match="a: expected finite values"):
+        road_jax.quantize({"params": {"a": {"kernel": kernel * jnp.nan}}}, "int8")
+
+    model, x = Model(), jnp.ones((1, 4, 64))
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    adapter = road.init(jax.random.key(1), variables, x)
+    with pytest.raises(AdapterError, match=r"blocks\.down: expected a plain kernel to merge into, found nf4 codes"):
+        road.merge(road_jax.quantize(variables, "nf4"), adapter)
+
+    general = nn.Sequential([nn.DenseGeneral((2, 32))])
+    variables = road_jax.quantize(general.init(jax.random.key(0), x), "int8")
+    road = road_jax.transform(general, RoadConfig(target_modules=".*", group_size=8))
+    with pytest.raises(AdapterError, match="layers_0: expected a Dense layer for a quantised kernel"):
+        road.apply(variables, {}, x)
+
+    base, saved = small_checkpoint(tmp_path / "base"), tmp_path / "saved"
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    model.save_pretrained(saved)
+    with pytest.raises(AdapterError, match=r"q_proj\.weight in fp4"):
+        models.load(saved)

@@ -1,0 +1,108 @@
+"""Mixed batches in JAX: each row as with its adapter alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from _compare import assert_close, named_values
+from _models import small_checkpoint
+
+import road_jax
+from road_core import AdapterError, RoadConfig
+from road_jax import models
+
+IDS = np.asarray([2, 0, 1, 2, 3], np.int32)
+TOKENS = np.random.default_rng(0).integers(6, 160, (5, 9)).astype(np.int32)
+
+
+def filled(adapter, name):
+    def fill(path, leaf):
+        key = name + jax.tree_util.keystr(path)
+        return jnp.asarray(named_values(key, *leaf.shape, mean=float("alpha" in key), std=0.3))
+
+    return jax.tree_util.tree_map_with_path(fill, adapter)
+
+
+@pytest.fixture(scope="module", params=["road_1", "road_2", "road_4"])
+def mixed(request, tmp_path_factory):
+    """A road and three adapters, the last of which adapts other modules; under scan with remat, as trained."""
+    module, variables = models.load(small_checkpoint(tmp_path_factory.mktemp("base")))
+    config = RoadConfig(variant=request.param, group_size=8, target_modules="all-linear")
+    road = road_jax.transform(module, config)
+    few = road_jax.transform(module, RoadConfig(variant=request.param, group_size=8, target_modules=["q_proj"]))
+    whole = road.init(jax.random.key(0), variables, TOKENS[:1])
+    part = few.init(jax.random.key(0), variables, TOKENS[:1])
+    return road, variables, [filled(whole, "a"), filled(whole, "b"), filled(part, "c")]
+
+
+def test_each_row_is_as_with_its_adapter_alone(mixed):
+    road, variables, adapters = mixed
+    apply = jax.jit(road.apply)
+    stacked = road_jax.stack_adapters(adapters)
+    found = apply(variables, stacked, TOKENS, adapter_ids=IDS)
+    base = road.model.apply(variables, TOKENS)
+    for row, number in enumerate(IDS):
+        alone = base if number == 0 else apply(variables, adapters[number - 1], TOKENS)
+        moved_from = base[row] if number else None
+        assert_close(found[row], alone[row], "float32", moved_from=moved_from)
+
+
+def test_one_program_for_any_mix(mixed):
+    road, variables, adapters = mixed
+    stacked = road_jax.stack_adapters(adapters)
+    traces = []
+
+    @jax.jit
+    def apply(adapter, ids):
+        traces.append(1)
+        return road.apply(variables, adapter, TOKENS, adapter_ids=ids)
+
+    apply(stacked, IDS)
+    apply(jax.tree.map(lambda leaf: leaf / 2, stacked), IDS[::-1].copy())
+    assert len(traces) == 1
+
+
+def test_gradients_reach_each_rows_adapter_only(mixed):
+    road, variables, adapters = mixed
+    stacked = road_jax.stack_adapters(adapters)
+    ids = np.asarray([1, 1, 0, 0, 0], np.int32)
+
+    def loss(adapter, **options):
+        return jnp.sum(jnp.square(road.apply(variables, adapter, TOKENS, **options)[:2]))
+
+    gradient = jax.jit(jax.grad(lambda adapter: loss(adapter, adapter_ids=ids)))(stacked)
+    alone = jax.jit(jax.grad(loss))(adapters[0])
+    for found, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(alone), strict=True):
+        assert_close(found[..., 1], expected, "float32", moved_from=np.zeros_like(expected))
+        np.testing.assert_array_equal(found[..., 2:], 0)
+
+
+def test_generation_mixes_too(mixed):
+    road, variables, adapters = mixed
+    prompts = [row.tolist() for row in TOKENS]
+    options = {"max_new_tokens": 6}
+    stacked = road_jax.stack_adapters(adapters)
+    said = road_jax.generate(road, variables, prompts, adapter=stacked, adapter_ids=IDS.tolist(), **options)
+    for row, number in enumerate(IDS):
+        adapter = {} if number == 0 else adapters[number - 1]
+        assert said[row] == road_jax.generate(road, variables, prompts, adapter=adapter, **options)[row]
+    with pytest.raises(AdapterError, match="adapter_ids: expected numbers from 0 to 3, found 4"):
+        road_jax.generate(road, variables, prompts, adapter=stacked, adapter_ids=[4] * 5)
+    with pytest.raises(AdapterError, match="adapter_ids: expected one for each of 5 prompts, and adapters, found 2"):
+        road_jax.generate(road, variables, prompts, adapter=stacked, adapter_ids=[1, 2])
+
+
+def test_what_does_not_fit_is_refused(mixed):
+    road, variables, adapters = mixed
+    stacked = road_jax.stack_adapters(adapters)
+    with pytest.raises(AdapterError, match="found none"):
+        road_jax.stack_adapters([])
+    other = jax.tree.map(lambda leaf: leaf[..., :4], adapters[0])
+    with pytest.raises(AdapterError, match=r"mlp\.down_proj\.road_alpha: expected one shape in all adapters"):
+        road_jax.stack_adapters([adapters[0], other])
+    with pytest.raises(AdapterError, match="found the saved module lm_head in adapter 0"):
+        road_jax.stack_adapters([{**adapters[0], "lm_head": {"kernel": jnp.ones((2, 2))}}])
+    with pytest.raises(AdapterError, match="expected an output with the 3 rows of adapter_ids first"):
+        road.apply(variables, stacked, TOKENS, adapter_ids=IDS[:3])
+    with pytest.raises(AdapterError, match="road_theta: expected"):
+        road.apply(variables, stacked, TOKENS)
