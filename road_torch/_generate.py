@@ -154,7 +154,7 @@ def load(directory: str | os.PathLike, *, quantize: str = "none", dtype: str = "
             load_in_4bit=quantize == "nf4",
             load_in_8bit=quantize == "int8",
             # Above 0, the columns that all rows of a batch keep in 16 bits depend on each of them: an answer would
-            # change with its neighbours. The price on SmolLM2 is 0.05 nats a token.
+            # change with its neighbours. The price is some accuracy.
             llm_int8_threshold=0.0,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=getattr(torch, stored) if dtype == "auto" else chosen,

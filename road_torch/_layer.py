@@ -75,38 +75,30 @@ class Routing:
 
 
 class Plan:
-    """The rotations that a layer applies, ready for one dtype and device."""
+    """The rotations that a layer applies, ready for one dtype; of a routing, for one shape.
 
-    __slots__ = ("changes", "device", "dtype", "ndim", "passes", "rows", "scratch", "shape", "sources", "versions")
+    A plan is made for the device that its first output was on: who moves a layer moves it through ``_apply``, which
+    drops the plan, and a routing lives for one call.
+    """
+
+    __slots__ = ("changes", "dtype", "passes", "scratch", "shape", "sources", "versions")
 
     def __init__(self, y: Tensor, passes: list[Pass], sources: Sequence[Tensor] = (), changes: int = 0) -> None:
         self.dtype = y.dtype
-        self.device = y.device
-        self.ndim = y.ndim
-        self.rows = len(y) if y.ndim else 0
         self.passes = passes
-        self.sources = tuple(sources)
+        self.sources = sources
         self.versions = [source._version for source in sources]
         self.changes = changes
         self.shape: torch.Size | None = None
         self.scratch: Tensor | None = None
 
-    def fits(self, y: Tensor) -> bool:
-        """True for as many rows of the same kind as the plan was made for, whatever lies between them and ``out``."""
-        return self.rows == len(y) and self.ndim == y.ndim and self.dtype is y.dtype and self.device == y.device
+    def outdated(self, changes: int) -> bool:
+        """True where θ or α were replaced or written to."""
+        return changes != self.changes or [source._version for source in self.sources] != self.versions
 
-    def borrow(self, y: Tensor, routing: Routing) -> Tensor | None:
-        """Returns memory like ``y`` where it is small, and remembers it for the next call of this shape."""
-        self.shape, self.scratch = y.shape, None
-        if y.numel() <= default.SMALL:
-            # Layers run one after the other, so those of one size can share it.
-            key = (y.shape, y.dtype, y.device)
-            if key not in routing.scratch:
-                with torch.inference_mode(False):
-                    routing.scratch[key] = torch.empty_like(y, memory_format=torch.contiguous_format)
-            self.scratch = routing.scratch[key]
-        return self.scratch
 
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 
 _ROUTING: contextvars.ContextVar[Routing | None] = contextvars.ContextVar("road_torch_routing", default=None)
 
@@ -203,36 +195,27 @@ class RoadLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Calls the base layer and rotates what it gives."""
-        # self.base_layer would go the long way through nn.Module.__getattr__.
+        # Decoding calls this hundreds of times a token: every attribute counts. self.base_layer would go the long way
+        # through nn.Module.__getattr__.
         base: Any = self._modules["base_layer"]
         y: Tensor = base(x, *args, **kwargs)
         shared = self._shared
-        if shared.off or self.merged_adapters:
+        if shared.off or shared.merged:
             return y
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self._differentiable(y, None)
         routing = _ROUTING.get()
-        if routing is None or routing.shared is not shared:
-            routing = None
-            plan = self._plan
-            if (
-                plan is None
-                or plan.dtype is not y.dtype
-                or plan.device != y.device
-                or plan.changes != self._changes[0]
-                or [source._version for source in plan.sources] != plan.versions
-            ):
-                plan = self._plan = self._plan_active(y)
-            scratch = None
+        if routing is not None and routing.shared is shared:
+            plan = routing.plans.get(self)
+            if plan is None or plan.shape != y.shape or plan.dtype is not y.dtype:
+                plan = self._plan_routed(y, routing, plan)
         else:
-            known = routing.plans.get(self)
-            if known is None or not known.fits(y):
-                known = routing.plans[self] = self._plan_routed(y, routing)
-            plan = known
-            scratch = plan.scratch if plan.shape == y.shape else plan.borrow(y, routing)
+            routing, plan = None, self._plan
+            if plan is None or plan.dtype is not y.dtype or plan.outdated(self._changes[0]):
+                plan = self._plan = self._plan_active(y)
         if not plan.passes:
             return y
-        if torch.is_grad_enabled():
+        if _is_grad_enabled():
             if any(source.requires_grad for source in plan.sources):
                 return self._differentiable(y, routing)
             if y.requires_grad:
@@ -241,7 +224,7 @@ class RoadLayer(nn.Module):
                 return y
         if self._gives_new and not base._forward_hooks and y.is_contiguous():
             for first, cross, group_size in plan.passes:
-                y = default.rotate_(y, first, cross, group_size, scratch)
+                y = default.rotate_(y, first, cross, group_size, plan.scratch)
             return y
         for first, cross, group_size in plan.passes:
             y = default.rotate(y, first, cross, group_size)
@@ -292,29 +275,47 @@ class RoadLayer(nn.Module):
         sources = [parameters[name] for name in names for parameters in (self.road_theta, self.road_alpha)]
         return Plan(y, passes, sources, self._changes[0])
 
-    def _plan_routed(self, y: Tensor, routing: Routing) -> Plan:
-        names = [name for name in routing.used if name in self.road_theta]
-        sources = [parameters[name] for name in names for parameters in (self.road_theta, self.road_alpha)]
-        passes: list[Pass] = []
+    def _plan_routed(self, y: Tensor, routing: Routing, old: Plan | None) -> Plan:
+        """Gathers each row's coefficients, once a call; for another shape of as many rows only the memory changes."""
+        before = old.shape if old is not None and old.dtype is y.dtype else None
+        if old is not None and before and before[0] == len(y) and len(before) == y.ndim:
+            plan = old
+        else:
+            names = [name for name in routing.used if name in self.road_theta]
+            sources = [parameters[name] for name in names for parameters in (self.road_theta, self.road_alpha)]
+            plan = routing.plans[self] = Plan(y, self._gather(y, routing, names), sources)
+        plan.shape, plan.scratch = y.shape, None
+        if y.numel() <= default.SMALL:
+            # Layers run one after the other, so those of one size can share it.
+            key = (y.shape, y.dtype, y.device)
+            if key not in routing.scratch:
+                with torch.inference_mode(False):
+                    routing.scratch[key] = torch.empty_like(y, memory_format=torch.contiguous_format)
+            plan.scratch = routing.scratch[key]
+        return plan
+
+    def _gather(self, y: Tensor, routing: Routing, names: Sequence[str]) -> list[Pass]:
         repeats = self._repeats(y, routing)
-        if names:
-            bank = self._bank
-            if bank is None or bank.first.device != y.device:
-                bank = self._bank = Bank(self.out_features, y.device)
-            bank.reserve(max(self._shared.rows.values()))
-            sizes = set()
-            for name in names:
-                config = self._shared.configs[name]
-                sizes.add(config.group_size)
-                row = self._shared.rows[name]
-                bank.update(row, self.road_theta[name], self.road_alpha[name], config.variant, config.group_size)
-            shape = (len(y), *[1] * (y.ndim - 2), self.out_features)
-            with torch.inference_mode(False), torch.no_grad():
-                for size, index in routing.indices(repeats, y.device):
-                    if size in sizes:
-                        first, cross = (table[index].to(y.dtype).view(shape) for table in (bank.first, bank.cross))
-                        passes.append((first, cross, size))
-        return Plan(y, passes, sources)
+        if not names:
+            return []
+        bank = self._bank
+        if bank is None or bank.first.device != y.device:
+            bank = self._bank = Bank(self.out_features, y.device)
+        bank.reserve(max(self._shared.rows.values()))
+        sizes = set()
+        for name in names:
+            config = self._shared.configs[name]
+            sizes.add(config.group_size)
+            row = self._shared.rows[name]
+            bank.update(row, self.road_theta[name], self.road_alpha[name], config.variant, config.group_size)
+        shape = (len(y), *[1] * (y.ndim - 2), self.out_features)
+        passes: list[Pass] = []
+        with torch.inference_mode(False), torch.no_grad():
+            for size, index in routing.indices(repeats, y.device):
+                if size in sizes:
+                    first, cross = (table[index].to(y.dtype).view(shape) for table in (bank.first, bank.cross))
+                    passes.append((first, cross, size))
+        return passes
 
     def _repeats(self, y: Tensor, routing: Routing) -> int:
         """How many rows of ``y`` in a row belong to one name: beams, returned sequences, flattened tokens."""

@@ -78,8 +78,8 @@ def test_a_gather_serves_a_whole_call(monkeypatch):
 
     model = with_adapters()
     made = []
-    plan = RoadLayer._plan_routed
-    monkeypatch.setattr(RoadLayer, "_plan_routed", lambda self, *args: made.append(self) or plan(self, *args))
+    gather = RoadLayer._gather
+    monkeypatch.setattr(RoadLayer, "_gather", lambda self, *args: made.append(self) or gather(self, *args))
     model.generate(IDS, attention_mask=MASK, adapter_names=["a", "b", "c", "a"], **GREEDY)
     assert len(made) == len(set(made)) == 21
 

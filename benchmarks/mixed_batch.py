@@ -1,0 +1,270 @@
+"""Decoding a batch in which every row has an adapter of its own, against the bare model and PEFT.
+
+SmolLM2-135M-Instruct, 8 rows, adapters on all linear layers. Arms, each frozen alike, one after the other in every
+round, so that a busy machine slows all of them:
+
+- ``bare``: the model without adapters;
+- ``road_torch``: one adapter active for all rows, and 8 adapters mixed;
+- ``PEFT RoAd``, ``PEFT LoRA r8``: the same.
+
+A figure is the median over the rounds of an arm's time over the bare model's in the same round. Decoding is the time
+from the first new token to the last, so that the prompt is not in it; the first token is told apart. Writes
+``benchmarks/results/mixed_batch.json`` and ``.png``.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import torch
+import transformers
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from examples.demo.model import prepare_model
+from road_torch import RoadConfig, RoadModel, load
+
+RESULTS = Path(__file__).parent / "results"
+ADAPTERS = [f"adapter_{i}" for i in range(8)]
+# name, quantisation, dtype of the computation
+BASES = [
+    ("fp32", "none", "float32"),
+    ("bf16", "none", "bfloat16"),
+    ("nf4, bf16", "nf4", "bfloat16"),
+    ("int8, bf16", "int8", "bfloat16"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Times decoding with 8 adapters in a batch of 8, against the bare model and PEFT."""
+
+    # Tokens of the prompt, and new ones.
+    prompt_tokens: int = 16
+    new_tokens: int = 13
+    # Every arm runs once a round.
+    rounds: int = 7
+    # Which bases; all if none is named.
+    only: tuple[str, ...] = ()
+    # Where the model is kept.
+    cache: Path = Path("runs/cache")
+    # Where the figures go.
+    out: Path = RESULTS
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    console = Console()
+    checkpoint = prepare_model(options.cache / "smollm2-135m-instruct", options.cache, console=console)
+    device = _device()
+    results: dict[str, Any] = {"device": device, "options": {k: str(v) for k, v in vars(options).items()}, "bases": {}}
+    for name, quantize, dtype in BASES:
+        if not options.only or name in options.only:
+            results["bases"][name] = measure(checkpoint, name, quantize, dtype, options, console)
+            console.print(table(name, results["bases"][name], device))
+            gc.collect()
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "mixed_batch.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    draw(results, options.out / "mixed_batch.png")
+    console.print(f"{options.out / 'mixed_batch.json'} and .png")
+
+
+def measure(
+    checkpoint: Path, name: str, quantize: str, dtype: str, options: Options, console: Console
+) -> dict[str, dict[str, Any]]:
+    """Returns for each arm its times and ratios, or why it has none."""
+    arms: dict[str, Callable[[], tuple[float, float]]] = {}
+    failed: dict[str, str] = {}
+    for label, make in _arms().items():
+        model = make(load(checkpoint, quantize=quantize, dtype=dtype)[0])
+        model.eval().requires_grad_(False)
+        runs = {"": {}} if label == "bare" else {", one": {}, ", 8 mixed": {"adapter_names": ADAPTERS}}
+        for suffix, kwargs in runs.items():
+            run = functools.partial(decode, model, options, kwargs)
+            try:
+                run()
+            except Exception as error:  # a peer that can't do it is a result
+                failed[label + suffix] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            else:
+                arms[label + suffix] = run
+    times: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
+    with Progress(console=console) as bar:
+        task = bar.add_task(f"{name}: {options.rounds} rounds of {len(arms)} arms", total=options.rounds * len(arms))
+        for number in range(options.rounds):
+            # Another arm comes first each time.
+            order = [*arms][number % len(arms) :] + [*arms][: number % len(arms)]
+            for arm in order:
+                times[arm].append(arms[arm]())
+                bar.advance(task)
+    found: dict[str, dict[str, Any]] = {}
+    for arm, measured in times.items():
+        firsts, decodes = zip(*measured, strict=True)
+        ratios = [
+            [t / b for t, b in zip(own, bare, strict=True)]
+            for own, bare in zip((firsts, decodes), zip(*times["bare"], strict=True), strict=True)
+        ]
+        found[arm] = {
+            "decode_ratio": statistics.median(ratios[1]),
+            "decode_ratios": ratios[1],
+            "first_token_ratio": statistics.median(ratios[0]),
+            "decode_seconds": statistics.median(decodes),
+            "tokens_per_second": len(ADAPTERS) * (options.new_tokens - 1) / statistics.median(decodes),
+        }
+    return {**found, **{arm: {"failed": reason} for arm, reason in failed.items()}}
+
+
+def decode(model: Any, options: Options, kwargs: dict[str, Any]) -> tuple[float, float]:
+    """Returns the seconds until the first new token, and those from there to the last."""
+    ids = (torch.arange(len(ADAPTERS) * options.prompt_tokens) * 37 % 4000 + 1000).view(len(ADAPTERS), -1)
+    ids = ids.to(model.device)
+    stamps: list[float] = []
+
+    def stamp(tokens: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        stamps.append(time.perf_counter())
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+    start = time.perf_counter()
+    with torch.inference_mode(), _quiet():
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=options.new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            stopping_criteria=transformers.StoppingCriteriaList([stamp]),
+            **kwargs,
+        )
+    return stamps[0] - start, stamps[-1] - stamps[0]
+
+
+def _arms() -> dict[str, Callable[[Any], Any]]:
+    return {"bare": lambda base: base, "road_torch": _ours, "PEFT RoAd": _peft_road, "PEFT LoRA r8": _peft_lora}
+
+
+def _ours(base: Any) -> RoadModel:
+    model = RoadModel(base)
+    for name in ADAPTERS:
+        model.add_adapter(name, RoadConfig(target_modules="all-linear", inference_mode=True))
+    return _noisy(model)
+
+
+def _peft_road(base: Any) -> Any:
+    import peft
+
+    return _peft(base, lambda: peft.RoadConfig(target_modules="all-linear"))
+
+
+def _peft_lora(base: Any) -> Any:
+    import peft
+
+    return _peft(base, lambda: peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16))
+
+
+def _peft(base: Any, config: Callable[[], Any]) -> Any:
+    import peft
+
+    # Adapters in the base's dtype: with float32 ones PEFT's mixed batch fails on a bfloat16 layer.
+    model = peft.get_peft_model(base, config(), adapter_name=ADAPTERS[0], autocast_adapter_dtype=False)
+    for name in ADAPTERS[1:]:
+        model.add_adapter(name, config(), autocast_adapter_dtype=False)
+    dtype = next(p.dtype for p in base.parameters() if p.dtype.is_floating_point)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "road_" in name:
+            parameter.data = parameter.data.to(dtype)
+    return _noisy(model)
+
+
+@torch.no_grad()
+def _noisy(model: Any) -> Any:
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "road_" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def table(name: str, arms: dict[str, dict[str, Any]], device: str) -> Table:
+    """The figures of one base."""
+    shown = Table(title=f"{name}, batch 8, all linears", caption=device)
+    for column in ("arm", "decode / bare", "spread", "first token / bare", "tokens/s"):
+        shown.add_column(column, justify="left" if column == "arm" else "right")
+    for arm, row in arms.items():
+        if "failed" in row:
+            shown.add_row(arm, "fails", row["failed"][:40], "", "")
+            continue
+        spread = f"{min(row['decode_ratios']):.2f}–{max(row['decode_ratios']):.2f}"
+        ratio, first = f"{row['decode_ratio']:.2f}", f"{row['first_token_ratio']:.2f}"
+        shown.add_row(arm, ratio, spread, first, f"{row['tokens_per_second']:.0f}")
+    return shown
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Bars of decode time over the bare model's, a group a base."""
+    bases = results["bases"]
+    arms = [arm for arm in next(iter(bases.values())) if arm != "bare"]
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    width = 0.8 / len(arms)
+    colours = {"road_torch": "#1b7f5c", "PEFT RoAd": "#c2572b", "PEFT LoRA r8": "#6b6fb3"}
+    for i, arm in enumerate(sorted(arms, key=lambda arm: (", 8" in arm, arm), reverse=True)):
+        values = [bases[base].get(arm, {}).get("decode_ratio") for base in bases]
+        at = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(bases))]
+        bars = axis.bar(
+            at,
+            [v or 0 for v in values],
+            width,
+            label=arm,
+            color=colours[arm.partition(",")[0]],
+            alpha=1 if ", 8" in arm else 0.5,
+        )
+        axis.bar_label(bars, [f"{v:.2f}" if v else "fails" for v in values], fontsize=7, rotation=90, padding=2)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(bases)), list(bases))
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.12)
+    axis.set_ylabel("decode time / bare model")
+    axis.set_title(f"SmolLM2-135M, batch 8, adapters on all linears\n{results['device']}", fontsize=9)
+    axis.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
