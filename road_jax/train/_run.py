@@ -22,6 +22,7 @@ from road_core._files import check_free, dump_json, read_json, write_file
 from road_core._picture import draw_rotations
 from road_jax import models
 from road_jax._io import save_adapter, to_record
+from road_jax._quantize import quantize
 from road_jax._transform import transform
 from road_jax.train import _data, _step
 from road_jax.train._checkpoint import Checkpoints
@@ -60,6 +61,8 @@ class TrainOptions:
     """How often the data is gone through, when there are no --steps."""
     batch_size: int = 8
     """Rows in a batch. Lines are packed into rows."""
+    accumulate: int = 1
+    """Parts that a device's rows of a batch are taken in, one after the other, for one step: less memory."""
     max_length: int = 512
     """Tokens in a row; no line may be longer."""
     skip_long: bool = False
@@ -81,8 +84,14 @@ class TrainOptions:
     input; the rest is computed anew."""
     seed: int = 0
     """Of the order of the data."""
+    quantize: Literal["nf4", "int8", "none"] = "none"
+    """The base's weights while training: 4 bits, 8 bits, or as they are. θ and α stay float32."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
+    compile_cache: Path | None = None
+    """Folder where compiled programs are kept for the next run."""
+    profile_steps: int = 0
+    """Trace so many steps, after the first, with jax.profiler; the trace goes to --out/profile."""
     resume: bool = False
     """Go on from the last checkpoint in --out, as if the run had not been stopped."""
 
@@ -111,7 +120,7 @@ class TrainResult:
 
 
 # What may differ between a run and its resumption.
-_FREE = ("out", "resume", "checkpoint_every")
+_FREE = ("out", "resume", "checkpoint_every", "compile_cache", "profile_steps")
 
 
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
@@ -135,6 +144,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
     """
     console = console or Console(stderr=True)
     _check(options)
+    if options.compile_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
     with console.status(f"reading {options.data}"):
         tokenizer = load_tokenizer(options.base)
         examples, held_out = _examples(options, tokenizer)
@@ -151,13 +162,15 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             task_type="CAUSAL_LM",
         )
         road = transform(module, config)
+        if options.quantize != "none":
+            variables = quantize(variables, options.quantize)
         sample = jnp.zeros((1, 8), jnp.int32)
         adapter = road.init(jax.random.key(options.seed), variables, sample)
         tx, schedule = _step.optimizer(
             options.learning_rate, total, warmup=options.warmup, weight_decay=options.weight_decay
         )
         state = _step.State(adapter, tx.init(adapter))
-        program = _step.make_program(road, tx, options.parallel)
+        program = _step.make_program(road, tx, options.parallel, options.accumulate)
         variables = program.place(variables)
 
     run = _Run(options, examples, total)
@@ -179,7 +192,10 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
                 with console.status("evaluating the base"):
                     evaluate(0)
             task = progress.add_task("training", total=total, completed=step, loss=float("nan"), rate=0.0)
+            first = step
+            profile = _Profile(options.out / "profile", first + 1, first + 1 + options.profile_steps)
             while step < total:
+                profile.at(step)
                 started = time.perf_counter()
                 batch = run.next_batch()
                 rate = float(schedule(step))
@@ -192,6 +208,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
                 seconds = time.perf_counter() - started
                 run.log_step(step, loss, rate, float(metrics.gradient_norm), batch.tokens, seconds)
                 progress.update(task, completed=step, loss=loss, rate=batch.tokens / seconds)
+                if interrupted.is_set() or step == total:
+                    profile.stop()
                 if interrupted.is_set():
                     checkpoint(step)
                     raise KeyboardInterrupt
@@ -226,6 +244,27 @@ def load_tokenizer(base: Path) -> Any:
     except Exception as error:  # whatever the tokenizer's files make it raise
         reason = " ".join(str(error).split())[:160]
         raise AdapterError(f"{base}: expected a tokenizer, found none that can be loaded ({reason})") from None
+
+
+class _Profile:
+    """A trace of some steps, for TensorBoard or Perfetto."""
+
+    def __init__(self, folder: Path, first: int, last: int) -> None:
+        self._folder, self._first, self._last = folder, first, last
+        self._running = False
+
+    def at(self, step: int) -> None:
+        """Starts or stops before a step."""
+        if step == self._first < self._last:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif step == self._last:
+            self.stop()
+
+    def stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class _Run:
@@ -308,6 +347,8 @@ def _check(options: TrainOptions) -> None:
         ("max_length", 2),
         ("epochs", 1),
         ("checkpoint_every", 1),
+        ("accumulate", 1),
+        ("profile_steps", 0),
         ("eval_lines", 0),
     ):
         if getattr(options, name) < least:
@@ -319,7 +360,7 @@ def _check(options: TrainOptions) -> None:
         raise AdapterError(f"warmup: expected a fraction of the steps, found {options.warmup}")
     if not (options.learning_rate > 0 and np.isfinite(options.learning_rate)):
         raise AdapterError(f"learning_rate: expected a positive number, found {options.learning_rate}")
-    _step.check_rows(options.batch_size)
+    _step.check_rows(options.batch_size, options.accumulate)
     RoadConfig(variant=options.variant, group_size=options.group_size)
     if not options.resume:
         check_free(options.out)

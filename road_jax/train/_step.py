@@ -84,25 +84,47 @@ class Program(NamedTuple):
     evaluate: Callable[[Tree, Any, Batch], tuple[float, np.ndarray]]
 
 
-def make_program(road: Road, tx: optax.GradientTransformation, parallel: str) -> Program:
+def make_program(road: Road, tx: optax.GradientTransformation, parallel: str, accumulate: int = 1) -> Program:
     """Compiles the step for all devices: ``"jit"`` with shardings, or ``"pmap"``.
 
-    Both give every device its share of a batch's rows and sum the gradients of θ and α alone.
+    Both give every device its share of a batch's rows and sum the gradients of θ and α alone. With ``accumulate`` a
+    device takes its rows in so many parts, one after the other, and steps once.
     """
-    return {"jit": _jit_program, "pmap": _pmap_program}[parallel](road, tx)
+    return {"jit": _jit_program, "pmap": _pmap_program}[parallel](road, tx, accumulate)
 
 
-def check_rows(rows: int) -> None:
+def check_rows(rows: int, accumulate: int = 1) -> None:
     """Refuses a batch that can't be dealt evenly.
 
     Raises:
-        AdapterError: the devices don't divide the rows.
+        AdapterError: the devices, times the parts of an accumulated step, don't divide the rows.
     """
-    if rows % jax.device_count():
+    if rows % (jax.device_count() * accumulate):
+        parts = f" times {accumulate} parts of a step" if accumulate > 1 else ""
         raise AdapterError(
-            f"batch_size: expected a multiple of the {jax.device_count()} devices, so that each has its share, "
+            f"batch_size: expected a multiple of the {jax.device_count()} devices{parts}, so that each has its share, "
             f"found {rows}"
         )
+
+
+def _summed_gradients(
+    road: Road, adapter: Tree, variables: Any, batch: Mapping[str, jax.Array], accumulate: int
+) -> tuple[jax.Array, Tree]:
+    """Returns the loss summed over a batch's targets and its gradient, in ``accumulate`` parts of its rows."""
+
+    def part(rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Tree]:
+        return jax.value_and_grad(lambda adapter: summed_loss(road, adapter, variables, rows)[0])(adapter)
+
+    if accumulate == 1:
+        return part(batch)
+
+    def add(total: tuple[jax.Array, Tree], rows: Mapping[str, jax.Array]) -> tuple[tuple[jax.Array, Tree], None]:
+        return jax.tree.map(jnp.add, total, part(rows)), None
+
+    # Every device's rows are dealt over the parts, so that none of them moves to another device.
+    parts = jax.tree.map(lambda v: jnp.moveaxis(v.reshape(-1, accumulate, *v.shape[1:]), 1, 0), dict(batch))
+    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter))
+    return jax.lax.scan(add, nothing, parts)[0]
 
 
 def _arrays(batch: Batch) -> dict[str, np.ndarray]:
@@ -115,15 +137,14 @@ def _update(tx: optax.GradientTransformation, state: State, loss: jax.Array, gra
     return State(adapter, opt_state), Metrics(loss, optax.tree.norm(gradients))
 
 
-def _jit_program(road: Road, tx: optax.GradientTransformation) -> Program:
+def _jit_program(road: Road, tx: optax.GradientTransformation, accumulate: int) -> Program:
     mesh = Mesh(np.asarray(jax.devices()), (AXIS,))
     everywhere, dealt = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
 
     def train(state: State, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
-        def loss(adapter: Tree) -> jax.Array:
-            return summed_loss(road, adapter, variables, batch)[0] / jnp.maximum(jnp.sum(batch["weights"]), 1)
-
-        return _update(tx, state, *jax.value_and_grad(loss)(state.adapter))
+        count = jnp.maximum(jnp.sum(batch["weights"]), 1)
+        total = _summed_gradients(road, state.adapter, variables, batch, accumulate)
+        return _update(tx, state, *jax.tree.map(lambda v: v / count, total))
 
     def evaluate(adapter: Tree, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return summed_loss(road, adapter, variables, batch)
@@ -146,14 +167,11 @@ def _jit_program(road: Road, tx: optax.GradientTransformation) -> Program:
     )
 
 
-def _pmap_program(road: Road, tx: optax.GradientTransformation) -> Program:
+def _pmap_program(road: Road, tx: optax.GradientTransformation, accumulate: int) -> Program:
     def train(state: State, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
         count = jnp.maximum(jax.lax.psum(jnp.sum(batch["weights"]), AXIS), 1)
-
-        def loss(adapter: Tree) -> jax.Array:
-            return summed_loss(road, adapter, variables, batch)[0] / count
-
-        return _update(tx, state, *jax.lax.psum(jax.value_and_grad(loss)(state.adapter), AXIS))
+        total = jax.lax.psum(_summed_gradients(road, state.adapter, variables, batch, accumulate), AXIS)
+        return _update(tx, state, *jax.tree.map(lambda v: v / count, total))
 
     def evaluate(adapter: Tree, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         total, right = summed_loss(road, adapter, variables, batch)

@@ -152,16 +152,18 @@ def test_every_way_of_running_learns_the_same(options, tmp_path):
         "unrolled": {"scan": False},
         "no remat": {"remat": "none"},
         "full remat": {"remat": "full"},
+        "in parts": {"accumulate": 2},
+        "in parts, pmap": {"accumulate": 2, "parallel": "pmap"},
     }.items():
         out = tmp_path / name
-        run(dataclasses.replace(options, out=out, steps=3, eval_lines=0, **changes))
+        run(dataclasses.replace(options, out=out, steps=3, eval_lines=0, batch_size=16, **changes))
         result[name] = read_flax(out)
         norms = [record["gradient_norm"] for record in log(out)]
         result.setdefault("norms", norms)
         np.testing.assert_allclose(norms, result["norms"], rtol=1e-4)
     expected = result["jit"].tensors()
     start = {key: float("alpha" in key) for key in expected}
-    for name in ("pmap", "no remat", "full remat"):
+    for name in ("pmap", "no remat", "full remat", "in parts", "in parts, pmap"):
         for key, array in result[name].tensors().items():
             np.testing.assert_allclose(array, expected[key], atol=2e-4)
     for key, array in result["unrolled"].tensors().items():
@@ -175,6 +177,29 @@ def test_bfloat16_bases_train_float32_adapters(options):
     result = run(dataclasses.replace(options, dtype="bfloat16"))
     assert result.after["loss"] < 0.8 * result.before["loss"]
     assert {array.dtype.name for array in read_flax(options.out).tensors().values()} == {"float32"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_is_trained_on(kind, options):
+    """And the loss is that of the quantised base, which isn't the plain one's."""
+    result = run(dataclasses.replace(options, quantize=kind))
+    assert result.after["loss"] < 0.8 * result.before["loss"]
+    plain = run(dataclasses.replace(options, out=options.out.parent / "plain", steps=1))
+    assert abs(result.before["loss"] - plain.before["loss"]) > 1e-3
+
+
+def test_traces_and_compiled_programs_are_kept(options, tmp_path):
+    done = subprocess.run(
+        command(options, "--steps", "4", "--profile-steps", "2", "--compile-cache", str(tmp_path / "cache")),
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((options.out / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "cache").iterdir())
 
 
 def test_epochs_go_through_the_data(options):
@@ -210,6 +235,7 @@ BAD = {
     "steps": (lambda o, t: {"steps": 0}, "steps: expected a number from 1 up, found 0"),
     "rate": (lambda o, t: {"learning_rate": -1.0}, "learning_rate: expected a positive number"),
     "rows": (lambda o, t: {"batch_size": 3}, "batch_size: expected a multiple of the 8 devices"),
+    "parts": (lambda o, t: {"accumulate": 2}, "a multiple of the 8 devices times 2 parts of a step, .* found 8"),
     "group size": (
         lambda o, t: {"group_size": 96},
         r"self_attn\.q_proj: expected a number of outputs that group_size 96 divides, found 128",
