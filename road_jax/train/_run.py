@@ -24,7 +24,7 @@ from road_jax import models
 from road_jax._io import save_adapter, to_record
 from road_jax._quantize import quantize
 from road_jax._transform import transform
-from road_jax.train import _data, _step
+from road_jax.train import _data, _processes, _step
 from road_jax.train._checkpoint import Checkpoints
 from road_jax.train._plots import draw_loss
 
@@ -88,6 +88,12 @@ class TrainOptions:
     """The base's weights while training: 4 bits, 8 bits, or as they are. θ and α stay float32."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for a run of several processes (hosts); auto where the cluster tells."""
+    processes: int | None = None
+    """How many processes the run has."""
+    process: int | None = None
+    """This process's number, from 0. Process 0 writes."""
     compile_cache: Path | None = None
     """Folder where compiled programs are kept for the next run."""
     profile_steps: int = 0
@@ -120,7 +126,10 @@ class TrainResult:
 
 
 # What may differ between a run and its resumption.
-_FREE = ("out", "resume", "checkpoint_every", "compile_cache", "profile_steps")
+_FREE = (
+    *("out", "resume", "checkpoint_every", "compile_cache", "profile_steps"),
+    *("coordinator", "processes", "process"),
+)
 
 
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
@@ -134,6 +143,10 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
 
     An interrupt (SIGINT or SIGTERM) ends the run after the step under way, with a checkpoint.
 
+    With a ``coordinator`` several processes are one run: each calls this with the same options but its ``process``, on
+    a folder that all of them see, and gives its devices their share of every batch. The result is that of one process
+    with as many devices.
+
     Args:
         options: see `TrainOptions`.
         console: for the progress bar; stderr by default.
@@ -142,7 +155,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         AdapterError: bad input, found before anything is written; or a loss that isn't finite.
         KeyboardInterrupt: the run was interrupted.
     """
-    console = console or Console(stderr=True)
+    _processes.join(options.coordinator, options.processes, options.process)
+    console = console or Console(stderr=True, quiet=not _processes.is_first())
     _check(options)
     if options.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
@@ -208,9 +222,10 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
                 seconds = time.perf_counter() - started
                 run.log_step(step, loss, rate, float(metrics.gradient_norm), batch.tokens, seconds)
                 progress.update(task, completed=step, loss=loss, rate=batch.tokens / seconds)
-                if interrupted.is_set() or step == total:
+                stopping = _processes.any_of(interrupted.is_set())
+                if stopping or step == total:
                     profile.stop()
-                if interrupted.is_set():
+                if stopping:
                     checkpoint(step)
                     raise KeyboardInterrupt
                 if options.eval_every and step % options.eval_every == 0 and step < total:
@@ -221,9 +236,11 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             with console.status("evaluating the adapter"):
                 evaluate(total)
         adapter = program.fetch(state).adapter
-        save_adapter(options.out, adapter, config, overwrite=True)
-        draw_loss(run.records, options.out / "loss.png")
-        draw_rotations(to_record(adapter, config), options.out / "rotations.png")
+        if _processes.is_first():
+            save_adapter(options.out, adapter, config, overwrite=True)
+            draw_loss(run.records, options.out / "loss.png")
+            draw_rotations(to_record(adapter, config), options.out / "rotations.png")
+        _processes.wait("written")
     return run.result(sum(leaf.size for leaf in jax.tree.leaves(adapter)))
 
 
@@ -283,9 +300,12 @@ class _Run:
     def open(self, state: _step.State) -> Iterator[tuple[Checkpoints, _step.State, int]]:
         """Makes or reopens the folder; yields its checkpoints, the state to go on from and its step."""
         options = self.options
-        if not options.resume:
+        # Every process has looked at the folder before the first one writes to it.
+        _processes.wait("checked")
+        if not options.resume and _processes.is_first():
             options.out.mkdir(parents=True, exist_ok=True)
             write_file(options.out / "options.json", dump_json(_fingerprint(options)))
+        _processes.wait("begun")
         with Checkpoints(options.out) as checkpoints:
             step = 0
             if options.resume:
@@ -294,7 +314,9 @@ class _Run:
                 lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
                 # What was logged after the checkpoint is done again.
                 self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
-                write_file(self._metrics, b"".join(_line(record) for record in self.records))
+                _processes.wait("read")
+                if _processes.is_first():
+                    write_file(self._metrics, b"".join(_line(record) for record in self.records))
             yield checkpoints, state, step
 
     def next_batch(self) -> _data.Batch:
@@ -305,8 +327,9 @@ class _Run:
 
     def log(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        with open(self._metrics, "ab") as file:
-            file.write(_line(record))
+        if _processes.is_first():
+            with open(self._metrics, "ab") as file:
+                file.write(_line(record))
 
     def log_step(self, step: int, loss: float, rate: float, gradient_norm: float, tokens: int, seconds: float) -> None:
         self.log(

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from road_core import AdapterError
 from road_jax._transform import Road
 from road_jax._tree import Tree
+from road_jax.train import _processes
 from road_jax.train._data import Batch
 
 AXIS = "data"
@@ -29,8 +30,8 @@ class State(NamedTuple):
 class Metrics(NamedTuple):
     """Of one step: mean loss in nats a target token, and the gradient's Euclidean norm."""
 
-    loss: jax.Array
-    gradient_norm: jax.Array
+    loss: jax.Array | np.ndarray
+    gradient_norm: jax.Array | np.ndarray
 
 
 def optimizer(
@@ -137,6 +138,11 @@ def _update(tx: optax.GradientTransformation, state: State, loss: jax.Array, gra
     return State(adapter, opt_state), Metrics(loss, optax.tree.norm(gradients))
 
 
+def _first(array: jax.Array) -> np.ndarray:
+    """Of what ``pmap`` gave, the first of this process's devices' share."""
+    return np.asarray(array.addressable_shards[0].data)[0]
+
+
 def _jit_program(road: Road, tx: optax.GradientTransformation, accumulate: int) -> Program:
     mesh = Mesh(np.asarray(jax.devices()), (AXIS,))
     everywhere, dealt = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
@@ -153,14 +159,15 @@ def _jit_program(road: Road, tx: optax.GradientTransformation, accumulate: int) 
     evaluate_jit = jax.jit(evaluate, out_shardings=everywhere)
 
     def deal(batch: Batch) -> Any:
-        return jax.device_put(_arrays(batch), dealt)
+        mine = {name: _processes.share(array) for name, array in _arrays(batch).items()}
+        return {name: jax.make_array_from_process_local_data(dealt, array) for name, array in mine.items()}
 
     def run_evaluate(adapter: Tree, variables: Any, batch: Batch) -> tuple[float, np.ndarray]:
         total, right = evaluate_jit(adapter, variables, deal(batch))
         return float(total), np.asarray(right)
 
     return Program(
-        place=lambda tree: jax.device_put(tree, everywhere),
+        place=lambda tree: _processes.put(tree, everywhere),
         fetch=jax.device_get,
         train=lambda state, variables, batch: train_jit(state, variables, deal(batch)),
         evaluate=run_evaluate,
@@ -175,26 +182,28 @@ def _pmap_program(road: Road, tx: optax.GradientTransformation, accumulate: int)
 
     def evaluate(adapter: Tree, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         total, right = summed_loss(road, adapter, variables, batch)
-        return jax.lax.psum(total, AXIS), right
+        return jax.lax.psum(total, AXIS), jax.lax.all_gather(right, AXIS)
 
     train_pmap = jax.pmap(train, axis_name=AXIS, donate_argnums=0)
     evaluate_pmap = jax.pmap(evaluate, axis_name=AXIS)
 
     def deal(batch: Batch) -> Any:
         n = jax.local_device_count()
-        return {name: v.reshape(n, len(v) // n, *v.shape[1:]) for name, v in _arrays(batch).items()}
+        mine = {name: _processes.share(array) for name, array in _arrays(batch).items()}
+        return {name: v.reshape(n, len(v) // n, *v.shape[1:]) for name, v in mine.items()}
 
     def run_train(state: State, variables: Any, batch: Batch) -> tuple[State, Metrics]:
         state, metrics = train_pmap(state, variables, deal(batch))
-        return state, Metrics(*(value[0] for value in metrics))
+        return state, Metrics(*map(_first, metrics))
 
     def run_evaluate(adapter: Tree, variables: Any, batch: Batch) -> tuple[float, np.ndarray]:
         total, right = evaluate_pmap(adapter, variables, deal(batch))
-        return float(total[0]), np.asarray(right).reshape(batch.targets.shape)
+        # Every device has the answer for all rows.
+        return _first(total).item(), _first(right).reshape(batch.targets.shape)
 
     return Program(
         place=jax_utils.replicate,
-        fetch=lambda state: jax.device_get(jax_utils.unreplicate(state)),
+        fetch=lambda state: jax.tree.map(_first, state),
         train=run_train,
         evaluate=run_evaluate,
     )

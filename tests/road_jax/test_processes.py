@@ -1,0 +1,123 @@
+"""Two real processes over loopback: one run, the same as one process's."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from _models import small_checkpoint
+
+from road_core import AdapterError, read_flax
+from road_jax.train import _processes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    small_checkpoint(folder / "base", num_hidden_layers=2)
+    names = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    lines = [{"prompt": " ".join(names[i % 7 : i % 7 + 2]), "completion": names[i % 7 + 2]} for i in range(64)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def start(files, out, devices, *more):
+    command = [sys.executable, "-m", "road_jax.train", "--base", str(files / "base"), "--data"]
+    command += [str(files / "data.jsonl"), "--out", str(out), "--batch-size", "4", "--max-length", "32"]
+    command += ["--dtype", "float32", "--eval-lines", "16", "--learning-rate", "0.03", "--checkpoint-every", "2", *more]
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def start_two(files, out, *more):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    joined = ("--coordinator", coordinator, "--processes", "2")
+    return [start(files, out, 1, *joined, "--process", str(i), *more) for i in range(2)]
+
+
+def finish(*processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+
+
+def log(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def same(one, other):
+    for expected, found in zip(log(one), log(other), strict=True):
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-4), key
+    for key, array in read_flax(one).tensors().items():
+        np.testing.assert_allclose(read_flax(other).tensors()[key], array, atol=2e-4)
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_two_processes_are_one_run(parallel, files, tmp_path):
+    more = ("--steps", "5", "--parallel", parallel)
+    finish(start(files, tmp_path / "one", 2, *more))
+    finish(*start_two(files, tmp_path / "two", *more))
+    same(tmp_path / "one", tmp_path / "two")
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+
+
+def reach(processes, out, done):
+    """Waits until ``done()``, while the run goes on."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not done():
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        time.sleep(0.1)
+
+
+def test_after_a_kill_the_run_goes_on_from_its_checkpoint(files, tmp_path):
+    finish(*start_two(files, tmp_path / "whole", "--steps", "24"))
+    out = tmp_path / "killed"
+    processes = start_two(files, out, "--steps", "24")
+    reach(processes, out, (out / "checkpoints" / "4").is_dir)
+    processes[1].send_signal(signal.SIGKILL)
+    # The other one can't go on alone; how soon it notices is the collectives' affair.
+    time.sleep(1)
+    processes[0].kill()
+    for process in processes:
+        process.communicate()
+    assert log(out)[-1]["step"] < 24
+    finish(*start_two(files, out, "--steps", "24", "--resume"))
+    assert log(out) == log(tmp_path / "whole")
+    for name in ("road_adapter.safetensors", "road_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_an_interrupt_of_one_process_ends_all(files, tmp_path):
+    out = tmp_path / "run"
+    processes = start_two(files, out, "--steps", "100000")
+    reach(processes, out, lambda: (out / "metrics.jsonl").exists() and len(log(out)) > 3)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 130, errors
+    assert (out / "checkpoints" / str(log(out)[-1]["step"])).is_dir()
+
+
+def test_numbers_that_contradict_each_other():
+    for arguments, message in (
+        ((None, 2, 0), "expected a coordinator beside them"),
+        (("127.0.0.1:1", 2, 2), "found 2 and 2"),
+        (("127.0.0.1:1", None, 0), "found None and 0"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            _processes.join(*arguments)
