@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, read_peft, select_modules, write_peft
 from road_core._files import check_free, new_directory
-from road_torch import _merge
-from road_torch._bank import BASE
+from road_torch import _kernels, _merge
 from road_torch._io import to_adapter, to_tensor
-from road_torch._layer import RoadLayer, Routing, Shared, features, is_conv1d, layers, routed
+from road_torch._layer import RoadLayer, features, is_conv1d, layers
+from road_torch._routing import BASE, LOCK, Routing, Shared, routed
 
 _Parameters = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -30,6 +30,11 @@ class RoadModel(nn.Module):
         base: any ``nn.Module``; for ``generate`` a Hugging Face model.
         config: of a first adapter, which is made new, active and trainable. Without one there is no adapter yet.
         adapter_name: its name.
+        max_loaded: how many adapters may have their coefficients on the layers' devices at once. With it θ and α of
+            those that were loaded for inference stay on the CPU, and the least recently used make room for those that
+            a call names.
+        kernel: which implementation of the rotation inference uses: ``"default"`` (plain PyTorch), ``"triton"``, or
+            ``"auto"`` for the device's own.
 
     Raises:
         AdapterError: nothing is targeted, or a targeted module can't be adapted; the base is as it was.
@@ -43,14 +48,24 @@ class RoadModel(nn.Module):
 
     base_model: Any
 
-    def __init__(self, base: nn.Module, config: RoadConfig | None = None, adapter_name: str = "default") -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        config: RoadConfig | None = None,
+        adapter_name: str = "default",
+        *,
+        max_loaded: int | None = None,
+        kernel: str = "auto",
+    ) -> None:
         super().__init__()
+        if max_loaded is not None and (not isinstance(max_loaded, int) or max_loaded < 1):
+            raise AdapterError(f"max_loaded: expected a number from 1 up, found {max_loaded!r}")
         if isinstance(base, RoadModel) or next(layers(base), None) is not None:
             raise AdapterError(
                 f"RoadModel: expected a base model without RoAd layers, found {type(base).__name__} with some; "
                 "add adapters to the RoadModel that wraps it"
             )
-        self._shared = Shared()
+        self._shared = Shared(max_loaded, _kernels.check(kernel))
         self.base_model = base
         if config is not None:
             self.add_adapter(adapter_name, config)
@@ -63,13 +78,15 @@ class RoadModel(nn.Module):
         adapter_name: str = "default",
         *,
         is_trainable: bool = False,
+        max_loaded: int | None = None,
+        kernel: str = "auto",
     ) -> "RoadModel":
         """Returns a model with the adapter of a PEFT folder, active.
 
         Raises:
             AdapterError: the folder is broken, or is for another model; the base is as it was.
         """
-        model = cls(base)
+        model = cls(base, max_loaded=max_loaded, kernel=kernel)
         model.load_adapter(directory, adapter_name, is_trainable=is_trainable)
         return model
 
@@ -87,7 +104,7 @@ class RoadModel(nn.Module):
     @property
     def adapter_names(self) -> list[str]:
         """All adapters, in the order in which they came."""
-        return list(self._shared.rows)
+        return list(self._shared.configs)
 
     @property
     def road_configs(self) -> dict[str, RoadConfig]:
@@ -103,6 +120,8 @@ class RoadModel(nn.Module):
         """Returns the base model, with its layers wrapped."""
         return self.base_model
 
+    # Which adapter a row gets is told to the layers by a tensor; of this function a compiled graph must know nothing.
+    @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Calls the base model.
 
@@ -115,18 +134,13 @@ class RoadModel(nn.Module):
         Raises:
             AdapterError: an unknown name, or another number of names than of rows.
         """
-        if adapter_names is None:
-            return self.base_model(*args, **kwargs)
         with self._routed(adapter_names, args, kwargs):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Calls the base model's ``generate``; arguments and errors as `forward`."""
-        generate = self.base_model.generate
-        if adapter_names is None:
-            return generate(*args, **kwargs)
         with self._routed(adapter_names, args, kwargs):
-            return generate(*args, **kwargs)
+            return self.base_model.generate(*args, **kwargs)
 
     def add_adapter(self, adapter_name: str, config: RoadConfig) -> None:
         """Makes a new adapter; the model's first one becomes active, and with it trainable.
@@ -200,13 +214,61 @@ class RoadModel(nn.Module):
         if len(set(names)) < len(names):
             raise AdapterError(f"set_adapter: expected each name once, found {', '.join(names)}")
         self._check_unmerged("set_adapter")
-        self._shared.active = tuple(names)
+        with LOCK:
+            self._place(names, also_active=names)
+            self._shared.active = tuple(names)
+            self._shared.plain = Routing(self._shared, None)
         for layer in layers(self):
-            layer.forget()
             for name in layer.adapters:
                 trainable = name in names and not self._shared.configs[name].inference_mode
                 layer.road_theta[name].requires_grad_(trainable)
                 layer.road_alpha[name].requires_grad_(trainable)
+
+    def hotswap_adapter(self, directory: str | os.PathLike, adapter_name: str) -> None:
+        """Replaces an adapter's θ and α by those of a PEFT folder, in place.
+
+        A compiled model isn't compiled anew. A call of this model that another thread has begun keeps the old adapter
+        to its end, and every later one has the new adapter: no call sees some of both.
+
+        Raises:
+            AdapterError: the name is unknown or merged, the folder is broken, or its adapter has another variant,
+                group size or other modules; nothing has changed.
+        """
+        self._check_known([adapter_name])
+        if adapter_name in self.merged_adapters:
+            raise AdapterError(f"hotswap_adapter: expected an adapter that is not merged, found {adapter_name!r}")
+        adapter, old = read_peft(directory), self._shared.configs[adapter_name]
+        for field in ("variant", "group_size"):
+            here, there = getattr(old, field), getattr(adapter.config, field)
+            if here != there:
+                raise AdapterError(f"{directory}: expected {field} {here} as {adapter_name!r} has, found {there}")
+        mine = {layer.module_path: layer for layer in layers(self) if adapter_name in layer.road_theta}
+        if wrong := [*(mine.keys() - adapter.modules.keys()), *(adapter.modules.keys() - mine.keys())]:
+            raise AdapterError(
+                f"{directory}: expected θ and α for the {len(mine)} modules of {adapter_name!r}, found "
+                f"{len(adapter.modules)}, differing in {_listed(sorted(wrong))}"
+            )
+        for path, (theta, _) in adapter.modules.items():
+            size = mine[path].road_theta[adapter_name].shape
+            if theta.shape != tuple(size):
+                raise AdapterError(
+                    f"{directory}: expected θ of shape {list(size)} for {path}, found {list(theta.shape)}"
+                )
+        tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
+        config = dataclasses.replace(adapter.config, inference_mode=old.inference_mode)
+        with LOCK:
+            resident = adapter_name in self._shared.rows
+            for path, layer in mine.items():
+                if resident:
+                    # A call that began before reads this row, and may not have done so yet.
+                    layer.place(adapter_name)
+                layer.replace(adapter_name, *tensors[path])
+            self._shared.configs[adapter_name] = config
+            if resident:
+                self._shared.rows[adapter_name] = self._shared.new_row()
+                for layer in layers(self):
+                    layer.place(adapter_name)
+            self._shared.plain = Routing(self._shared, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter. Layers that have none left are unwrapped.
@@ -219,10 +281,14 @@ class RoadModel(nn.Module):
             raise AdapterError(f"delete_adapter: expected an adapter that is not active, found {adapter_name!r}")
         if adapter_name in self.merged_adapters:
             raise AdapterError(f"delete_adapter: expected an adapter that is not merged, found {adapter_name!r}")
-        for layer in list(layers(self)):
-            layer.remove(adapter_name)
-        self._unwrap(lambda layer: not layer.adapters)
-        del self._shared.rows[adapter_name], self._shared.configs[adapter_name]
+        with LOCK:
+            if any(adapter_name in call.rows for call in self._shared.calls):
+                raise AdapterError(f"delete_adapter: expected an adapter that no call uses, found {adapter_name!r}")
+            for layer in list(layers(self)):
+                layer.remove(adapter_name)
+            self._unwrap(lambda layer: not layer.adapters)
+            self._shared.rows.pop(adapter_name, None)
+            del self._shared.configs[adapter_name]
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -372,8 +438,25 @@ class RoadModel(nn.Module):
                 raise
             return getattr(self._modules["base_model"], name)
 
-    @contextlib.contextmanager
-    def _routed(self, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    @torch.compiler.disable
+    def _routed(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> routed:
+        """Returns the context in which the layers know which adapter each row gets."""
+        if names is not None:
+            names = self._check_names(names, args, kwargs)
+        with LOCK:
+            if names is None or self._shared.off:
+                routing = self._shared.plain
+            else:
+                self._place([name for name in dict.fromkeys(names) if name != BASE])
+                routing = Routing(self._shared, names)
+            if self._shared.traced:
+                # Compiled layers don't look whether θ and α were written to.
+                for layer in layers(self):
+                    for name in routing.used:
+                        layer.place(name)
+            return routed(routing)
+
+    def _check_names(self, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
         if isinstance(names, str):
             raise AdapterError(f"adapter_names: expected a list with one name a row, found the text {names!r}")
         names = list(names)
@@ -382,16 +465,25 @@ class RoadModel(nn.Module):
         if not names or (rows is not None and rows != len(names)):
             raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(names)}")
         self._check_unmerged("adapter_names")
-        if self._shared.off:
-            yield
-            return
         if torch.is_grad_enabled() and self.training and _checkpoints(self.base_model):
             raise AdapterError(
                 "adapter_names: expected a model without gradient checkpointing, found one that would compute its "
                 "layers a second time after the call"
             )
-        with routed(Routing(self._shared, names)):
-            yield
+        return names
+
+    def _place(self, names: Sequence[str], also_active: Sequence[str] | None = None) -> None:
+        """Sees to it that these adapters have a row in every layer's bank, as the most recently used."""
+        missing = self._shared.make_room(names, self._shared.active if also_active is None else also_active)
+        for name in missing:
+            self._shared.rows[name] = self._shared.new_row()
+        if missing:
+            for layer in layers(self):
+                for name in missing:
+                    layer.place(name)
+        if self._shared.limit is not None:
+            for name in names:
+                self._shared.rows[name] = self._shared.rows.pop(name)
 
     def _select(self, config: RoadConfig) -> dict[str, nn.Module]:
         """Returns the targeted modules by path, by PEFT's rules."""
@@ -449,20 +541,25 @@ class RoadModel(nn.Module):
         """Wraps the layers that aren't yet and hands out θ and α. Everything is known to fit."""
         modules = self._modules_by_path()
         wrapped = {}
+        stored = torch.device("cpu") if self._shared.limit is not None and config.inference_mode else None
         for path, (theta, alpha) in parameters.items():
             module = modules[path]
             layer = module if isinstance(module, RoadLayer) else RoadLayer(module, path, self._shared)
-            layer.add(name, theta, alpha)
+            layer.add(name, theta, alpha, stored)
             if layer is not module:
                 wrapped[module] = layer
-        first = not self._shared.rows
-        self._shared.rows[name] = self._shared.new_row()
+        first = not self._shared.configs
         self._shared.configs[name] = config
         # Wherever a shared module stands, its wrapper takes its place.
         for parent in list(self.base_model.modules()):
             for key, child in list(parent._modules.items()):
                 if child in wrapped and not isinstance(parent, RoadLayer):
                     setattr(parent, key, wrapped[child])
+        with LOCK:
+            for layer in wrapped.values():
+                _ = layer.bank
+            if self._shared.limit is None:
+                self._place([name])
         if first:
             for parameter_name, parameter in self.base_model.named_parameters():
                 if ".road_" not in parameter_name:
@@ -475,6 +572,7 @@ class RoadModel(nn.Module):
         self._unwrap(lambda layer: True)
         # The layers are gone; what they looked at must not say that there are adapters.
         self._shared.active, self._shared.merged, self._shared.rows, self._shared.configs = (), (), {}, {}
+        self._shared.plain = Routing(self._shared, None)
         return self.base_model
 
     def _unwrap(self, which: Callable[[RoadLayer], bool]) -> None:
@@ -503,12 +601,12 @@ class RoadModel(nn.Module):
             raise AdapterError(
                 f"adapter_name: expected a name without '.', '/' and '\\' that Python leaves free, found {name!r}"
             )
-        if name in self._shared.rows:
+        if name in self._shared.configs:
             raise AdapterError(f"adapter_name: expected a new name, found {name!r}, which is there already")
         self._check_unmerged(f"adapter {name!r}")
 
     def _check_known(self, names: Sequence[str]) -> None:
-        unknown = [name for name in dict.fromkeys(names) if name not in self._shared.rows]
+        unknown = [name for name in dict.fromkeys(names) if name not in self._shared.configs]
         if unknown:
             there = ", ".join(map(repr, self.adapter_names)) or "none"
             raise AdapterError(f"adapter: expected one of {there}, found {', '.join(map(repr, unknown))}")
