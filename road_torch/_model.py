@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from road_torch import _kernels, _merge
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, features, is_conv1d, layers
 from road_torch._routing import BASE, LOCK, Routing, Shared, routed
+from road_torch._weighted import weigh
 
 _Parameters = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -157,6 +160,58 @@ class RoadModel(nn.Module):
                 parameters[path] = (torch.zeros(size), torch.ones(size))
             else:
                 parameters[path] = (torch.randn(size) * 0.5, 1 + torch.randn(size) * 0.5)
+        self._install(adapter_name, config, parameters)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Makes a new adapter that does what others do one after the other, each as often as its weight says.
+
+        ``R_n^w_n ⋯ R_1^w_1``, the first one applied first, in closed form and rounded once to float32. For road_1 any
+        real weights: α is the product of ``|α_i|^w_i`` and θ the sum of ``w_i θ_i``, with π added to the angle of a
+        negative α_i; order doesn't matter. Where road_2 or road_4 takes part, weights must be whole numbers (0 leaves
+        an adapter out, -1 undoes it), order does matter, and the result is a road_2. A module that an adapter lacks is
+        one that it leaves alone.
+
+        Args:
+            adapters: names of adapters of one group size.
+            weights: one for each.
+            adapter_name: of the new one, which is made for inference if they all are.
+
+        Raises:
+            AdapterError: an unknown name, another number of weights, group sizes differ, or a power doesn't exist;
+                nothing has changed.
+        """
+        self._check_new(adapter_name)
+        names = list(adapters)
+        self._check_known(names)
+        if not names or len(weights) != len(names):
+            raise AdapterError(
+                f"add_weighted_adapter: expected one weight for each of {len(names)} adapters (one at least), "
+                f"found {len(weights)}"
+            )
+        if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+            raise AdapterError(f"add_weighted_adapter: expected finite weights, found {wrong[0]}")
+        configs = [self._shared.configs[name] for name in names]
+        sizes = {config.group_size for config in configs}
+        if len(sizes) > 1:
+            raise AdapterError(f"add_weighted_adapter: expected adapters of one group size, found {sorted(sizes)}")
+        everywhere = all(config.variant == "road_1" for config in configs)
+        parameters, variants = {}, set()
+        for layer in layers(self):
+            parts = [
+                ((layer.road_theta[name].detach().cpu(), layer.road_alpha[name].detach().cpu(), config.variant), weight)
+                for name, config, weight in zip(names, configs, weights, strict=True)
+                if name in layer.road_theta
+            ]
+            if parts:
+                theta, alpha, variant = weigh(parts, configs[0].group_size, layer.module_path, road_1=everywhere)
+                parameters[layer.module_path] = (theta, alpha)
+                variants.add(variant)
+        config = dataclasses.replace(
+            configs[0],
+            variant=variants.pop(),
+            inference_mode=all(config.inference_mode for config in configs),
+            **self._exact_targets(list(parameters), configs),
+        )
         self._install(adapter_name, config, parameters)
 
     def load_adapter(
@@ -497,6 +552,16 @@ class RoadModel(nn.Module):
             model_type=getattr(getattr(self.base_model, "config", None), "model_type", None),
         )
         return {path: modules[path] for path in chosen}
+
+    def _exact_targets(self, paths: Sequence[str], configs: Sequence[RoadConfig]) -> dict[str, Any]:
+        """Returns the fields of a config that selects these modules and no other: those of the configs if they do."""
+        fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        first = {field: getattr(configs[0], field) for field in fields}
+        if all({field: getattr(config, field) for field in fields} == first for config in configs):
+            return first
+        # Whole paths as a pattern, for in a list each would match the ends of longer ones too.
+        pattern = "|".join(map(re.escape, paths))
+        return {"target_modules": pattern, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
 
     def _modules_by_path(self) -> dict[str, nn.Module]:
         """All modules by their path in the base model as it came: what is inside a wrapped layer isn't there."""

@@ -18,7 +18,7 @@ _SWAP: dict[torch.device, Tensor] = {}
 
 
 def coefficients(theta: Tensor, alpha: Tensor, variant: str, group_size: int) -> tuple[Tensor, Tensor]:
-    """Forms ``first = α cos θ`` and ``cross = ∓α sin θ`` in float32.
+    """Forms ``first = α cos θ`` and ``cross = ∓α sin θ`` in float32, from float64 in float64.
 
     Args:
         theta: ``[..., out/2]``, ``[..., out]`` or ``[..., 2·out]`` for road_1, road_2, road_4; any floating dtype.
@@ -27,10 +27,10 @@ def coefficients(theta: Tensor, alpha: Tensor, variant: str, group_size: int) ->
         group_size: even; divides ``out``.
 
     Returns:
-        ``first`` and ``cross``, each float32 ``[..., out]``.
+        ``first`` and ``cross``, each ``[..., out]``.
     """
     lead, half = theta.shape[:-1], group_size // 2
-    theta, alpha = theta.float(), alpha.float()
+    theta, alpha = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (theta, alpha))
     if variant == "road_4":
         # [..., groups, cosine or sine coefficients, half of the group, element]
         theta, alpha = (v.reshape(*lead, -1, 2, 2, half) for v in (theta, alpha))
