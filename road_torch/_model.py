@@ -18,7 +18,11 @@ from road_torch import _kernels, _merge
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, features, is_conv1d, layers
 from road_torch._routing import BASE, LOCK, Routing, Shared, routed
+from road_torch._saved import SavedModule, copy_of, saved_modules
 from road_torch._weighted import weigh
+
+# What a task's head is called in transformers.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 _Parameters = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -152,7 +156,9 @@ class RoadModel(nn.Module):
             AdapterError: the name is taken or can't be used, or the config doesn't fit the model; nothing has changed.
         """
         self._check_new(adapter_name)
+        config = self._with_head(config)
         chosen = self._select(config)
+        saved = self._copies(config)
         parameters = {}
         for path, module in chosen.items():
             size = parameter_size(config.variant, self._check_layer(path, module, config))
@@ -160,7 +166,7 @@ class RoadModel(nn.Module):
                 parameters[path] = (torch.zeros(size), torch.ones(size))
             else:
                 parameters[path] = (torch.randn(size) * 0.5, 1 + torch.randn(size) * 0.5)
-        self._install(adapter_name, config, parameters)
+        self._install(adapter_name, config, parameters, saved)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Makes a new adapter that does what others do one after the other, each as often as its weight says.
@@ -190,6 +196,7 @@ class RoadModel(nn.Module):
             )
         if wrong := [weight for weight in weights if not math.isfinite(weight)]:
             raise AdapterError(f"add_weighted_adapter: expected finite weights, found {wrong[0]}")
+        self._check_no_copies("add_weighted_adapter", names)
         configs = [self._shared.configs[name] for name in names]
         sizes = {config.group_size for config in configs}
         if len(sizes) > 1:
@@ -210,14 +217,27 @@ class RoadModel(nn.Module):
             configs[0],
             variant=variants.pop(),
             inference_mode=all(config.inference_mode for config in configs),
+            modules_to_save=None,
             **self._exact_targets(list(parameters), configs),
         )
         self._install(adapter_name, config, parameters)
 
     def load_adapter(
-        self, directory: str | os.PathLike, adapter_name: str = "default", *, is_trainable: bool = False
+        self,
+        directory: str | os.PathLike,
+        adapter_name: str = "default",
+        *,
+        is_trainable: bool = False,
+        strict: bool = True,
     ) -> None:
         """Reads an adapter from a PEFT folder; the model's first one becomes active.
+
+        Args:
+            directory: the folder.
+            adapter_name: a new name.
+            is_trainable: whether to train it further when it is active.
+            strict: whether every module that the config selects must have its tensors in the file. Without it, those
+                that have none start at the identity, and saved modules as the base's.
 
         Raises:
             AdapterError: the name is taken or can't be used, the folder is broken, or its adapter is for another model
@@ -226,10 +246,6 @@ class RoadModel(nn.Module):
         self._check_new(adapter_name)
         adapter = read_peft(directory)
         config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
-        if adapter.modules_to_save or config.modules_to_save:
-            raise AdapterError(
-                f"{directory}: expected an adapter without modules_to_save, found {config.modules_to_save}"
-            )
         modules = self._modules_by_path()
         for path, (theta, _) in adapter.modules.items():
             if path not in modules:
@@ -244,7 +260,8 @@ class RoadModel(nn.Module):
                     f"found shape {list(theta.shape)}"
                 )
         chosen = self._select(config)
-        if missing := [path for path in chosen if path not in adapter.modules]:
+        missing = [path for path in chosen if path not in adapter.modules]
+        if missing and strict:
             raise AdapterError(
                 f"{directory}: expected θ and α for every module that target_modules selects, found none for "
                 f"{_listed(missing)}"
@@ -254,7 +271,11 @@ class RoadModel(nn.Module):
                 f"{directory}: expected θ and α only for modules that target_modules selects, found {_listed(extra)}"
             )
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
-        self._install(adapter_name, config, tensors)
+        for path in missing:
+            size = parameter_size(config.variant, self._check_layer(path, chosen[path], config))
+            tensors[path] = (torch.zeros(size), torch.ones(size))
+        saved = {path: to_tensor(array) for path, array in adapter.modules_to_save.items()}
+        self._install(adapter_name, config, tensors, self._copies(config, saved, directory, strict=strict))
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Makes these adapters, applied one after the other, the ones that plain calls use.
@@ -269,6 +290,7 @@ class RoadModel(nn.Module):
         if len(set(names)) < len(names):
             raise AdapterError(f"set_adapter: expected each name once, found {', '.join(names)}")
         self._check_unmerged("set_adapter")
+        self._check_one_copy("set_adapter", names)
         with LOCK:
             self._place(names, also_active=names)
             self._shared.active = tuple(names)
@@ -278,6 +300,9 @@ class RoadModel(nn.Module):
                 trainable = name in names and not self._shared.configs[name].inference_mode
                 layer.road_theta[name].requires_grad_(trainable)
                 layer.road_alpha[name].requires_grad_(trainable)
+        for module in saved_modules(self):
+            for name, own in module.modules_to_save.items():
+                own.requires_grad_(name in names and not self._shared.configs[name].inference_mode)
 
     def hotswap_adapter(self, directory: str | os.PathLike, adapter_name: str) -> None:
         """Replaces an adapter's θ and α by those of a PEFT folder, in place.
@@ -292,7 +317,12 @@ class RoadModel(nn.Module):
         self._check_known([adapter_name])
         if adapter_name in self.merged_adapters:
             raise AdapterError(f"hotswap_adapter: expected an adapter that is not merged, found {adapter_name!r}")
+        self._check_no_copies("hotswap_adapter", [adapter_name])
         adapter, old = read_peft(directory), self._shared.configs[adapter_name]
+        if adapter.modules_to_save:
+            raise AdapterError(
+                f"{directory}: expected an adapter without modules_to_save, found {next(iter(adapter.modules_to_save))}"
+            )
         for field in ("variant", "group_size"):
             here, there = getattr(old, field), getattr(adapter.config, field)
             if here != there:
@@ -341,7 +371,11 @@ class RoadModel(nn.Module):
                 raise AdapterError(f"delete_adapter: expected an adapter that no call uses, found {adapter_name!r}")
             for layer in list(layers(self)):
                 layer.remove(adapter_name)
+            for module in saved_modules(self):
+                if adapter_name in module.modules_to_save:
+                    del module.modules_to_save[adapter_name]
             self._unwrap(lambda layer: not layer.adapters)
+            self._put_back(lambda module: None if module.modules_to_save else module.original_module)
             self._shared.rows.pop(adapter_name, None)
             del self._shared.configs[adapter_name]
 
@@ -362,7 +396,8 @@ class RoadModel(nn.Module):
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> dict[str, float]:
         """Rotates the base's weights and biases themselves, in float32 and rounded once.
 
-        The old weights are kept, so that `unmerge_adapter` puts them back bit for bit.
+        The old weights are kept, so that `unmerge_adapter` puts them back bit for bit. Copies of whole modules that the
+        adapters bring are used meanwhile.
 
         Args:
             adapter_names: applied one after the other; the active ones if not given.
@@ -378,6 +413,7 @@ class RoadModel(nn.Module):
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._check_known(names)
         self._check_unmerged("merge_adapter")
+        self._check_one_copy("merge_adapter", names)
         errors = {}
         done = []
         try:
@@ -418,6 +454,7 @@ class RoadModel(nn.Module):
                 f"merge_and_unload: expected the merged adapters {self.merged_adapters}, found {list(adapter_names)}"
             )
         self._untie()
+        self._put_back(lambda module: module.current())
         return self._give_back()
 
     def unload(self) -> nn.Module:
@@ -454,7 +491,7 @@ class RoadModel(nn.Module):
             config = dataclasses.replace(
                 config, inference_mode=True, base_model_name_or_path=config.base_model_name_or_path or source
             )
-            adapters[name] = to_adapter(layers(self), name, config)
+            adapters[name] = to_adapter(layers(self), saved_modules(self), name, config)
         target = Path(directory)
         if overwrite:
             for name, adapter in adapters.items():
@@ -574,7 +611,8 @@ class RoadModel(nn.Module):
             seen.add(id(module))
             found[path] = module
             if not isinstance(module, RoadLayer):
-                for name, child in module._modules.items():
+                inner = module.original_module if isinstance(module, SavedModule) else module
+                for name, child in inner._modules.items():
                     if child is not None:
                         walk(child, f"{path}.{name}" if path else name)
 
@@ -585,6 +623,10 @@ class RoadModel(nn.Module):
         """Returns a layer's number of outputs if it can carry an adapter of this config."""
         if not path:
             raise AdapterError("target_modules: expected modules within the model, found the model itself")
+        for saved in saved_modules(self.base_model):
+            if f"{path}.".startswith(f"{saved.module_path}."):
+                owner = next(iter(saved.modules_to_save))
+                raise AdapterError(f"{path}: expected a module to rotate, found one that {owner!r} brings whole")
         module = _unwrapped(module)
         try:
             _, out = features(module)
@@ -602,10 +644,69 @@ class RoadModel(nn.Module):
         check_group_size(out, config.group_size, path)
         return out
 
-    def _install(self, name: str, config: RoadConfig, parameters: _Parameters) -> None:
-        """Wraps the layers that aren't yet and hands out θ and α. Everything is known to fit."""
+    def _with_head(self, config: RoadConfig) -> RoadConfig:
+        """As PEFT: a task's head, which the checkpoint doesn't have, is trained and saved with the adapter."""
+        named = config.modules_to_save or []
+        heads = [
+            head
+            for head in _HEADS.get(config.task_type or "", ())
+            if head not in named and any(path.endswith(head) for path in self._modules_by_path())
+        ]
+        return dataclasses.replace(config, modules_to_save=[*named, *heads]) if heads else config
+
+    def _copies(
+        self,
+        config: RoadConfig,
+        tensors: Mapping[str, Tensor] | None = None,
+        source: object = "",
+        *,
+        strict: bool = True,
+    ) -> dict[str, nn.Module]:
+        """Returns a copy of each module that a config wants to be saved whole, by path.
+
+        Args:
+            config: a name in its ``modules_to_save`` stands for every module whose path ends with it, as in PEFT.
+            tensors: values by tensor path; without them the copies are like the originals.
+            source: where they are from, for errors.
+            strict: see `load_adapter`.
+        """
+        if not config.modules_to_save:
+            return {}
+        found: dict[str, nn.Module] = {}
+        for path, module in self._modules_by_path().items():
+            within = any(path.startswith(f"{other}.") for other in found)
+            if path and not within and path.endswith(tuple(config.modules_to_save)):
+                found[path] = module
+        if not found:
+            raise AdapterError(
+                f"RoadConfig.modules_to_save: expected a match for {config.modules_to_save}, found no such module"
+            )
+        groups: dict[str, dict[str, Tensor]] = {path: {} for path in found}
+        for key, value in (tensors or {}).items():
+            owner = next((path for path in found if key.startswith(f"{path}.")), None)
+            if owner is None:
+                raise AdapterError(f"{source}: expected tensors of {_listed(list(found))}, found {key}")
+            groups[owner][key.removeprefix(f"{owner}.")] = value
+        copies = {}
+        for path, module in found.items():
+            original = module.original_module if isinstance(module, SavedModule) else module
+            if isinstance(module, RoadLayer) or next(layers(original), None) is not None:
+                raise AdapterError(f"{path}: expected a module to save whole, found one that adapters rotate")
+            copies[path] = copy_of(path, original, None if tensors is None else groups[path], strict=strict)
+        return copies
+
+    def _install(
+        self, name: str, config: RoadConfig, parameters: _Parameters, saved: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Wraps the layers that aren't yet and hands out θ, α and copies. Everything is known to fit."""
         modules = self._modules_by_path()
-        wrapped = {}
+        wrapped: dict[nn.Module, RoadLayer | SavedModule] = {}
+        for path, own in (saved or {}).items():
+            module = modules[path]
+            holder = module if isinstance(module, SavedModule) else SavedModule(module, path, self._shared)
+            holder.modules_to_save[name] = own.requires_grad_(False)
+            if holder is not module:
+                wrapped[module] = holder
         stored = torch.device("cpu") if self._shared.limit is not None and config.inference_mode else None
         for path, (theta, alpha) in parameters.items():
             module = modules[path]
@@ -618,11 +719,12 @@ class RoadModel(nn.Module):
         # Wherever a shared module stands, its wrapper takes its place.
         for parent in list(self.base_model.modules()):
             for key, child in list(parent._modules.items()):
-                if child in wrapped and not isinstance(parent, RoadLayer):
+                if child in wrapped and not isinstance(parent, RoadLayer | SavedModule):
                     setattr(parent, key, wrapped[child])
         with LOCK:
-            for layer in wrapped.values():
-                _ = layer.bank
+            for wrapper in wrapped.values():
+                if isinstance(wrapper, RoadLayer):
+                    _ = wrapper.bank
             if self._shared.limit is None:
                 self._place([name])
         if first:
@@ -635,6 +737,7 @@ class RoadModel(nn.Module):
         for layer in layers(self):
             layer.unmerged = None
         self._unwrap(lambda layer: True)
+        self._put_back(lambda module: module.original_module)
         # The layers are gone; what they looked at must not say that there are adapters.
         self._shared.active, self._shared.merged, self._shared.rows, self._shared.configs = (), (), {}, {}
         self._shared.plain = Routing(self._shared, None)
@@ -646,6 +749,13 @@ class RoadModel(nn.Module):
                 if isinstance(child, RoadLayer) and which(child):
                     setattr(parent, key, child.base_layer)
 
+    def _put_back(self, choose: Callable[[SavedModule], nn.Module | None]) -> None:
+        """Replaces the wrappers of saved modules by what is chosen; None leaves one in its place."""
+        for parent in list(self.base_model.modules()):
+            for key, child in list(parent._modules.items()):
+                if isinstance(child, SavedModule) and (chosen := choose(child)) is not None:
+                    setattr(parent, key, chosen)
+
     def _untie(self) -> None:
         """Merging gave a tied head a weight of its own; a config that says otherwise would tie it again on loading."""
         base = self.base_model
@@ -653,7 +763,8 @@ class RoadModel(nn.Module):
         if not getattr(config, "tie_word_embeddings", False) or not hasattr(base, "get_output_embeddings"):
             return
         head = base.get_output_embeddings()
-        if isinstance(head, RoadLayer) and head.merged_adapters:
+        own = isinstance(head, SavedModule) and head.current() is not head.original_module
+        if own or (isinstance(head, RoadLayer) and head.merged_adapters):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
             if hasattr(base, "all_tied_weights_keys"):
                 base.all_tied_weights_keys = {}
@@ -662,7 +773,8 @@ class RoadModel(nn.Module):
         if not isinstance(name, str) or not name or name == BASE:
             raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {name!r}")
         # The name becomes part of parameters' paths and a folder's name.
-        if any(sign in name for sign in "./\\") or hasattr(nn.ParameterDict, name):
+        taken = hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name)
+        if any(sign in name for sign in "./\\") or taken:
             raise AdapterError(
                 f"adapter_name: expected a name without '.', '/' and '\\' that Python leaves free, found {name!r}"
             )
@@ -675,6 +787,21 @@ class RoadModel(nn.Module):
         if unknown:
             there = ", ".join(map(repr, self.adapter_names)) or "none"
             raise AdapterError(f"adapter: expected one of {there}, found {', '.join(map(repr, unknown))}")
+
+    def _check_one_copy(self, what: str, names: Sequence[str]) -> None:
+        for module in saved_modules(self):
+            if len(owners := [name for name in names if name in module.modules_to_save]) > 1:
+                raise AdapterError(
+                    f"{what}: expected one adapter at most that brings {module.module_path} whole, "
+                    f"found {', '.join(owners)}"
+                )
+
+    def _check_no_copies(self, what: str, names: Sequence[str]) -> None:
+        for module in saved_modules(self):
+            if owners := [name for name in names if name in module.modules_to_save]:
+                raise AdapterError(
+                    f"{what}: expected adapters without modules_to_save, found {owners[0]!r} with {module.module_path}"
+                )
 
     def _check_unmerged(self, what: str) -> None:
         if merged := self.merged_adapters:
@@ -695,6 +822,8 @@ def _checkpoints(model: nn.Module) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
+    if isinstance(module, SavedModule):
+        return module.original_module
     return module.base_layer if isinstance(module, RoadLayer) else module
 
 
