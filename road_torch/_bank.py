@@ -1,12 +1,9 @@
-"""The coefficients of all adapters of one layer, as two tables."""
+"""The coefficients of the adapters of one layer, as two tables."""
 
 import torch
 from torch import Tensor
 
 from road_torch._kernels import default
-
-# What a row of a batch that wants no adapter calls itself, as in PEFT.
-BASE = "__base__"
 
 
 class Bank:
@@ -21,8 +18,8 @@ class Bank:
         self._written: dict[int, tuple[Tensor, int, Tensor, int]] = {}
         # Tensors made in inference mode could not be used in training later.
         with torch.inference_mode(False):
-            self.first = torch.ones(2, out, device=device)
-            self.cross = torch.zeros(2, out, device=device)
+            self.first = _growing(torch.ones(2, out, device=device))
+            self.cross = _growing(torch.zeros(2, out, device=device))
 
     def update(self, row: int, theta: Tensor, alpha: Tensor, variant: str, group_size: int) -> None:
         """Forms a row again if θ or α were replaced or written to since the last time."""
@@ -36,14 +33,34 @@ class Bank:
         self._written[row] = now
 
     def clear(self, row: int) -> None:
-        """Makes a row the identity again, for its adapter is gone."""
-        if self._written.pop(row, None):
+        """Makes a row the identity, for an adapter that this layer doesn't have gets it."""
+        self.forget(row)
+        if row < len(self.first):
             with torch.inference_mode(False), torch.no_grad():
                 self.first[row], self.cross[row] = 1.0, 0.0
 
-    def reserve(self, row: int) -> None:
-        """Grows the tables until they have this row."""
+    def forget(self, row: int) -> None:
+        """Lets go of θ and α; the coefficients stay until another adapter gets the row."""
+        self._written.pop(row, None)
+
+    def reserve(self, row: int, limit: int | None = None) -> None:
+        """Grows the tables until they have this row: to twice the size, but not beyond a limit that suffices."""
+        if row < len(self.first):
+            return
+        size = 1 << row.bit_length()
+        if limit is not None:
+            size = max(min(size, limit + 1), row + 1)
         with torch.inference_mode(False), torch.no_grad():
-            while row >= len(self.first):
-                self.first = torch.cat((self.first, torch.ones_like(self.first)))
-                self.cross = torch.cat((self.cross, torch.zeros_like(self.cross)))
+            first, cross = (table.new_empty(size, table.shape[1]) for table in (self.first, self.cross))
+            old = len(self.first)
+            first[:old], cross[:old] = self.first, self.cross
+            first[old:], cross[old:] = 1.0, 0.0
+            self.first, self.cross = _growing(first), _growing(cross)
+
+
+def _growing(table: Tensor) -> Tensor:
+    import torch._dynamo
+
+    # Otherwise torch.compile would compile anew for a table of another size.
+    torch._dynamo.maybe_mark_dynamic(table, 0)
+    return table

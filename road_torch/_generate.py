@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from road_core import AdapterError
 from road_core._files import inside, read_json, write_file
-from road_torch._bank import BASE
 from road_torch._model import RoadModel
+from road_torch._routing import BASE
 
 Row = Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""Parameters of `RoadLayer` ⇄ `road_core.Adapter`."""
+"""Parameters of `RoadLayer` and `SavedModule` ⇄ `road_core.Adapter`."""
 
 from collections.abc import Iterable
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from road_core import Adapter, RoadConfig, bfloat16
 from road_torch._layer import RoadLayer
+from road_torch._saved import SavedModule
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
@@ -17,14 +18,28 @@ def to_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, np.float32))
 
 
-def to_adapter(layers: Iterable[RoadLayer], name: str, config: RoadConfig) -> Adapter:
-    """Collects an adapter's θ and α, float32, from the layers that have it."""
+def to_array(tensor: Tensor) -> np.ndarray:
+    """Returns an array of `Adapter` with a tensor's values, bfloat16 bit for bit."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(bfloat16).copy()
+    return tensor.numpy().copy()
+
+
+def to_adapter(layers: Iterable[RoadLayer], saved: Iterable[SavedModule], name: str, config: RoadConfig) -> Adapter:
+    """Collects an adapter's θ and α, float32, and its copies of modules, in their dtype, from those that have it."""
     modules = {
         layer.module_path: (
-            layer.road_theta[name].detach().cpu().numpy().copy(),
-            layer.road_alpha[name].detach().cpu().numpy().copy(),
+            to_array(layer.road_theta[name]),
+            to_array(layer.road_alpha[name]),
         )
         for layer in layers
         if name in layer.road_theta
     }
-    return Adapter(config, modules)
+    tensors = {
+        f"{module.module_path}.{key}": to_array(value)
+        for module in saved
+        if name in module.modules_to_save
+        for key, value in module.modules_to_save[name].state_dict().items()
+    }
+    return Adapter(config, modules, tensors)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from road_core import AdapterError
 from road_torch._kernels import default
-from road_torch._layer import Pass, RoadLayer, is_conv1d
+from road_torch._layer import RoadLayer, is_conv1d
+from road_torch._routing import Pass
 
 # Rows are widened to float32 in blocks of about this many elements, which stay in the cache.
 _BLOCK = 1 << 18
@@ -67,7 +68,6 @@ def unmerge(layer: RoadLayer) -> None:
         layer.unmerged()
         layer.unmerged = None
         layer.merged_adapters = []
-        layer.forget()
 
 
 def _merge_quantized(layer: RoadLayer, passes: Sequence[Pass], names: Sequence[str], check: bool) -> float:
@@ -97,15 +97,14 @@ def _merge_quantized(layer: RoadLayer, passes: Sequence[Pass], names: Sequence[s
 def _done(layer: RoadLayer, names: Sequence[str], undo: Callable[[], None]) -> None:
     layer.unmerged = undo
     layer.merged_adapters = [name for name in names if name in layer.road_theta]
-    layer.forget()
 
 
 def _rotate_rows(weight: Tensor, passes: Sequence[Pass]) -> Tensor:
     """Returns the rotated weight ``[out, in]`` in its dtype; the arithmetic is in float32."""
     dtype = weight.dtype
-    for first, cross, group_size in passes[:-1]:
+    for first, cross, group_size, _ in passes[:-1]:
         weight = _rotate_rows_once(weight, first, cross, group_size, torch.float32)
-    first, cross, group_size = passes[-1]
+    first, cross, group_size, _ = passes[-1]
     return _rotate_rows_once(weight, first, cross, group_size, dtype)
 
 
@@ -131,7 +130,7 @@ def _bias(base: nn.Module, passes: Sequence[Pass]) -> Tensor | None:
     if bias is None:
         return None
     value = bias.detach().float()
-    for first, cross, group_size in passes:
+    for first, cross, group_size, _ in passes:
         value = default.rotate(value, first.to(value.device), cross.to(value.device), group_size)
     return value.to(bias.dtype)
 

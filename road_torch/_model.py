@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,15 @@ from torch import Tensor, nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, read_peft, select_modules, write_peft
 from road_core._files import check_free, new_directory
-from road_torch import _merge
-from road_torch._bank import BASE
+from road_torch import _kernels, _merge
 from road_torch._io import to_adapter, to_tensor
-from road_torch._layer import RoadLayer, Routing, Shared, features, is_conv1d, layers, routed
+from road_torch._layer import RoadLayer, features, is_conv1d, layers
+from road_torch._routing import BASE, LOCK, Routing, Shared, routed
+from road_torch._saved import SavedModule, copy_of, saved_modules
+from road_torch._weighted import weigh
+
+# What a task's head is called in transformers.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 _Parameters = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -30,6 +37,11 @@ class RoadModel(nn.Module):
         base: any ``nn.Module``; for ``generate`` a Hugging Face model.
         config: of a first adapter, which is made new, active and trainable. Without one there is no adapter yet.
         adapter_name: its name.
+        max_loaded: how many adapters may have their coefficients on the layers' devices at once. With it θ and α of
+            those that were loaded for inference stay on the CPU, and the least recently used make room for those that
+            a call names.
+        kernel: which implementation of the rotation inference uses: ``"default"`` (plain PyTorch), ``"triton"``, or
+            ``"auto"`` for the device's own.
 
     Raises:
         AdapterError: nothing is targeted, or a targeted module can't be adapted; the base is as it was.
@@ -43,14 +55,24 @@ class RoadModel(nn.Module):
 
     base_model: Any
 
-    def __init__(self, base: nn.Module, config: RoadConfig | None = None, adapter_name: str = "default") -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        config: RoadConfig | None = None,
+        adapter_name: str = "default",
+        *,
+        max_loaded: int | None = None,
+        kernel: str = "auto",
+    ) -> None:
         super().__init__()
+        if max_loaded is not None and (not isinstance(max_loaded, int) or max_loaded < 1):
+            raise AdapterError(f"max_loaded: expected a number from 1 up, found {max_loaded!r}")
         if isinstance(base, RoadModel) or next(layers(base), None) is not None:
             raise AdapterError(
                 f"RoadModel: expected a base model without RoAd layers, found {type(base).__name__} with some; "
                 "add adapters to the RoadModel that wraps it"
             )
-        self._shared = Shared()
+        self._shared = Shared(max_loaded, _kernels.check(kernel))
         self.base_model = base
         if config is not None:
             self.add_adapter(adapter_name, config)
@@ -63,13 +85,15 @@ class RoadModel(nn.Module):
         adapter_name: str = "default",
         *,
         is_trainable: bool = False,
+        max_loaded: int | None = None,
+        kernel: str = "auto",
     ) -> "RoadModel":
         """Returns a model with the adapter of a PEFT folder, active.
 
         Raises:
             AdapterError: the folder is broken, or is for another model; the base is as it was.
         """
-        model = cls(base)
+        model = cls(base, max_loaded=max_loaded, kernel=kernel)
         model.load_adapter(directory, adapter_name, is_trainable=is_trainable)
         return model
 
@@ -87,7 +111,7 @@ class RoadModel(nn.Module):
     @property
     def adapter_names(self) -> list[str]:
         """All adapters, in the order in which they came."""
-        return list(self._shared.rows)
+        return list(self._shared.configs)
 
     @property
     def road_configs(self) -> dict[str, RoadConfig]:
@@ -103,6 +127,8 @@ class RoadModel(nn.Module):
         """Returns the base model, with its layers wrapped."""
         return self.base_model
 
+    # Which adapter a row gets is told to the layers by a tensor; of this function a compiled graph must know nothing.
+    @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Calls the base model.
 
@@ -115,18 +141,13 @@ class RoadModel(nn.Module):
         Raises:
             AdapterError: an unknown name, or another number of names than of rows.
         """
-        if adapter_names is None:
-            return self.base_model(*args, **kwargs)
         with self._routed(adapter_names, args, kwargs):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Calls the base model's ``generate``; arguments and errors as `forward`."""
-        generate = self.base_model.generate
-        if adapter_names is None:
-            return generate(*args, **kwargs)
         with self._routed(adapter_names, args, kwargs):
-            return generate(*args, **kwargs)
+            return self.base_model.generate(*args, **kwargs)
 
     def add_adapter(self, adapter_name: str, config: RoadConfig) -> None:
         """Makes a new adapter; the model's first one becomes active, and with it trainable.
@@ -135,7 +156,9 @@ class RoadModel(nn.Module):
             AdapterError: the name is taken or can't be used, or the config doesn't fit the model; nothing has changed.
         """
         self._check_new(adapter_name)
+        config = self._with_head(config)
         chosen = self._select(config)
+        saved = self._copies(config)
         parameters = {}
         for path, module in chosen.items():
             size = parameter_size(config.variant, self._check_layer(path, module, config))
@@ -143,12 +166,78 @@ class RoadModel(nn.Module):
                 parameters[path] = (torch.zeros(size), torch.ones(size))
             else:
                 parameters[path] = (torch.randn(size) * 0.5, 1 + torch.randn(size) * 0.5)
+        self._install(adapter_name, config, parameters, saved)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Makes a new adapter that does what others do one after the other, each as often as its weight says.
+
+        ``R_n^w_n ⋯ R_1^w_1``, the first one applied first, in closed form and rounded once to float32. For road_1 any
+        real weights: α is the product of ``|α_i|^w_i`` and θ the sum of ``w_i θ_i``, with π added to the angle of a
+        negative α_i; order doesn't matter. Where road_2 or road_4 takes part, weights must be whole numbers (0 leaves
+        an adapter out, -1 undoes it), order does matter, and the result is a road_2. A module that an adapter lacks is
+        one that it leaves alone.
+
+        Args:
+            adapters: names of adapters of one group size.
+            weights: one for each.
+            adapter_name: of the new one, which is made for inference if they all are.
+
+        Raises:
+            AdapterError: an unknown name, another number of weights, group sizes differ, or a power doesn't exist;
+                nothing has changed.
+        """
+        self._check_new(adapter_name)
+        names = list(adapters)
+        self._check_known(names)
+        if not names or len(weights) != len(names):
+            raise AdapterError(
+                f"add_weighted_adapter: expected one weight for each of {len(names)} adapters (one at least), "
+                f"found {len(weights)}"
+            )
+        if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+            raise AdapterError(f"add_weighted_adapter: expected finite weights, found {wrong[0]}")
+        self._check_no_copies("add_weighted_adapter", names)
+        configs = [self._shared.configs[name] for name in names]
+        sizes = {config.group_size for config in configs}
+        if len(sizes) > 1:
+            raise AdapterError(f"add_weighted_adapter: expected adapters of one group size, found {sorted(sizes)}")
+        everywhere = all(config.variant == "road_1" for config in configs)
+        parameters, variants = {}, set()
+        for layer in layers(self):
+            parts = [
+                ((layer.road_theta[name].detach().cpu(), layer.road_alpha[name].detach().cpu(), config.variant), weight)
+                for name, config, weight in zip(names, configs, weights, strict=True)
+                if name in layer.road_theta
+            ]
+            if parts:
+                theta, alpha, variant = weigh(parts, configs[0].group_size, layer.module_path, road_1=everywhere)
+                parameters[layer.module_path] = (theta, alpha)
+                variants.add(variant)
+        config = dataclasses.replace(
+            configs[0],
+            variant=variants.pop(),
+            inference_mode=all(config.inference_mode for config in configs),
+            modules_to_save=None,
+            **self._exact_targets(list(parameters), configs),
+        )
         self._install(adapter_name, config, parameters)
 
     def load_adapter(
-        self, directory: str | os.PathLike, adapter_name: str = "default", *, is_trainable: bool = False
+        self,
+        directory: str | os.PathLike,
+        adapter_name: str = "default",
+        *,
+        is_trainable: bool = False,
+        strict: bool = True,
     ) -> None:
         """Reads an adapter from a PEFT folder; the model's first one becomes active.
+
+        Args:
+            directory: the folder.
+            adapter_name: a new name.
+            is_trainable: whether to train it further when it is active.
+            strict: whether every module that the config selects must have its tensors in the file. Without it, those
+                that have none start at the identity, and saved modules as the base's.
 
         Raises:
             AdapterError: the name is taken or can't be used, the folder is broken, or its adapter is for another model
@@ -157,10 +246,6 @@ class RoadModel(nn.Module):
         self._check_new(adapter_name)
         adapter = read_peft(directory)
         config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
-        if adapter.modules_to_save or config.modules_to_save:
-            raise AdapterError(
-                f"{directory}: expected an adapter without modules_to_save, found {config.modules_to_save}"
-            )
         modules = self._modules_by_path()
         for path, (theta, _) in adapter.modules.items():
             if path not in modules:
@@ -175,7 +260,8 @@ class RoadModel(nn.Module):
                     f"found shape {list(theta.shape)}"
                 )
         chosen = self._select(config)
-        if missing := [path for path in chosen if path not in adapter.modules]:
+        missing = [path for path in chosen if path not in adapter.modules]
+        if missing and strict:
             raise AdapterError(
                 f"{directory}: expected θ and α for every module that target_modules selects, found none for "
                 f"{_listed(missing)}"
@@ -185,7 +271,11 @@ class RoadModel(nn.Module):
                 f"{directory}: expected θ and α only for modules that target_modules selects, found {_listed(extra)}"
             )
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
-        self._install(adapter_name, config, tensors)
+        for path in missing:
+            size = parameter_size(config.variant, self._check_layer(path, chosen[path], config))
+            tensors[path] = (torch.zeros(size), torch.ones(size))
+        saved = {path: to_tensor(array) for path, array in adapter.modules_to_save.items()}
+        self._install(adapter_name, config, tensors, self._copies(config, saved, directory, strict=strict))
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Makes these adapters, applied one after the other, the ones that plain calls use.
@@ -200,13 +290,70 @@ class RoadModel(nn.Module):
         if len(set(names)) < len(names):
             raise AdapterError(f"set_adapter: expected each name once, found {', '.join(names)}")
         self._check_unmerged("set_adapter")
-        self._shared.active = tuple(names)
+        self._check_one_copy("set_adapter", names)
+        with LOCK:
+            self._place(names, also_active=names)
+            self._shared.active = tuple(names)
+            self._shared.plain = Routing(self._shared, None)
         for layer in layers(self):
-            layer.forget()
             for name in layer.adapters:
                 trainable = name in names and not self._shared.configs[name].inference_mode
                 layer.road_theta[name].requires_grad_(trainable)
                 layer.road_alpha[name].requires_grad_(trainable)
+        for module in saved_modules(self):
+            for name, own in module.modules_to_save.items():
+                own.requires_grad_(name in names and not self._shared.configs[name].inference_mode)
+
+    def hotswap_adapter(self, directory: str | os.PathLike, adapter_name: str) -> None:
+        """Replaces an adapter's θ and α by those of a PEFT folder, in place.
+
+        A compiled model isn't compiled anew. A call of this model that another thread has begun keeps the old adapter
+        to its end, and every later one has the new adapter: no call sees some of both.
+
+        Raises:
+            AdapterError: the name is unknown or merged, the folder is broken, or its adapter has another variant,
+                group size or other modules; nothing has changed.
+        """
+        self._check_known([adapter_name])
+        if adapter_name in self.merged_adapters:
+            raise AdapterError(f"hotswap_adapter: expected an adapter that is not merged, found {adapter_name!r}")
+        self._check_no_copies("hotswap_adapter", [adapter_name])
+        adapter, old = read_peft(directory), self._shared.configs[adapter_name]
+        if adapter.modules_to_save:
+            raise AdapterError(
+                f"{directory}: expected an adapter without modules_to_save, found {next(iter(adapter.modules_to_save))}"
+            )
+        for field in ("variant", "group_size"):
+            here, there = getattr(old, field), getattr(adapter.config, field)
+            if here != there:
+                raise AdapterError(f"{directory}: expected {field} {here} as {adapter_name!r} has, found {there}")
+        mine = {layer.module_path: layer for layer in layers(self) if adapter_name in layer.road_theta}
+        if wrong := [*(mine.keys() - adapter.modules.keys()), *(adapter.modules.keys() - mine.keys())]:
+            raise AdapterError(
+                f"{directory}: expected θ and α for the {len(mine)} modules of {adapter_name!r}, found "
+                f"{len(adapter.modules)}, differing in {_listed(sorted(wrong))}"
+            )
+        for path, (theta, _) in adapter.modules.items():
+            size = mine[path].road_theta[adapter_name].shape
+            if theta.shape != tuple(size):
+                raise AdapterError(
+                    f"{directory}: expected θ of shape {list(size)} for {path}, found {list(theta.shape)}"
+                )
+        tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
+        config = dataclasses.replace(adapter.config, inference_mode=old.inference_mode)
+        with LOCK:
+            resident = adapter_name in self._shared.rows
+            for path, layer in mine.items():
+                if resident:
+                    # A call that began before reads this row, and may not have done so yet.
+                    layer.place(adapter_name)
+                layer.replace(adapter_name, *tensors[path])
+            self._shared.configs[adapter_name] = config
+            if resident:
+                self._shared.rows[adapter_name] = self._shared.new_row()
+                for layer in layers(self):
+                    layer.place(adapter_name)
+            self._shared.plain = Routing(self._shared, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter. Layers that have none left are unwrapped.
@@ -219,10 +366,18 @@ class RoadModel(nn.Module):
             raise AdapterError(f"delete_adapter: expected an adapter that is not active, found {adapter_name!r}")
         if adapter_name in self.merged_adapters:
             raise AdapterError(f"delete_adapter: expected an adapter that is not merged, found {adapter_name!r}")
-        for layer in list(layers(self)):
-            layer.remove(adapter_name)
-        self._unwrap(lambda layer: not layer.adapters)
-        del self._shared.rows[adapter_name], self._shared.configs[adapter_name]
+        with LOCK:
+            if any(adapter_name in call.rows for call in self._shared.calls):
+                raise AdapterError(f"delete_adapter: expected an adapter that no call uses, found {adapter_name!r}")
+            for layer in list(layers(self)):
+                layer.remove(adapter_name)
+            for module in saved_modules(self):
+                if adapter_name in module.modules_to_save:
+                    del module.modules_to_save[adapter_name]
+            self._unwrap(lambda layer: not layer.adapters)
+            self._put_back(lambda module: None if module.modules_to_save else module.original_module)
+            self._shared.rows.pop(adapter_name, None)
+            del self._shared.configs[adapter_name]
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -241,7 +396,8 @@ class RoadModel(nn.Module):
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> dict[str, float]:
         """Rotates the base's weights and biases themselves, in float32 and rounded once.
 
-        The old weights are kept, so that `unmerge_adapter` puts them back bit for bit.
+        The old weights are kept, so that `unmerge_adapter` puts them back bit for bit. Copies of whole modules that the
+        adapters bring are used meanwhile.
 
         Args:
             adapter_names: applied one after the other; the active ones if not given.
@@ -257,6 +413,7 @@ class RoadModel(nn.Module):
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._check_known(names)
         self._check_unmerged("merge_adapter")
+        self._check_one_copy("merge_adapter", names)
         errors = {}
         done = []
         try:
@@ -297,6 +454,7 @@ class RoadModel(nn.Module):
                 f"merge_and_unload: expected the merged adapters {self.merged_adapters}, found {list(adapter_names)}"
             )
         self._untie()
+        self._put_back(lambda module: module.current())
         return self._give_back()
 
     def unload(self) -> nn.Module:
@@ -333,7 +491,7 @@ class RoadModel(nn.Module):
             config = dataclasses.replace(
                 config, inference_mode=True, base_model_name_or_path=config.base_model_name_or_path or source
             )
-            adapters[name] = to_adapter(layers(self), name, config)
+            adapters[name] = to_adapter(layers(self), saved_modules(self), name, config)
         target = Path(directory)
         if overwrite:
             for name, adapter in adapters.items():
@@ -372,8 +530,25 @@ class RoadModel(nn.Module):
                 raise
             return getattr(self._modules["base_model"], name)
 
-    @contextlib.contextmanager
-    def _routed(self, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    @torch.compiler.disable
+    def _routed(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> routed:
+        """Returns the context in which the layers know which adapter each row gets."""
+        if names is not None:
+            names = self._check_names(names, args, kwargs)
+        with LOCK:
+            if names is None or self._shared.off:
+                routing = self._shared.plain
+            else:
+                self._place([name for name in dict.fromkeys(names) if name != BASE])
+                routing = Routing(self._shared, names)
+            if self._shared.traced:
+                # Compiled layers don't look whether θ and α were written to.
+                for layer in layers(self):
+                    for name in routing.used:
+                        layer.place(name)
+            return routed(routing)
+
+    def _check_names(self, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
         if isinstance(names, str):
             raise AdapterError(f"adapter_names: expected a list with one name a row, found the text {names!r}")
         names = list(names)
@@ -382,16 +557,25 @@ class RoadModel(nn.Module):
         if not names or (rows is not None and rows != len(names)):
             raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(names)}")
         self._check_unmerged("adapter_names")
-        if self._shared.off:
-            yield
-            return
         if torch.is_grad_enabled() and self.training and _checkpoints(self.base_model):
             raise AdapterError(
                 "adapter_names: expected a model without gradient checkpointing, found one that would compute its "
                 "layers a second time after the call"
             )
-        with routed(Routing(self._shared, names)):
-            yield
+        return names
+
+    def _place(self, names: Sequence[str], also_active: Sequence[str] | None = None) -> None:
+        """Sees to it that these adapters have a row in every layer's bank, as the most recently used."""
+        missing = self._shared.make_room(names, self._shared.active if also_active is None else also_active)
+        for name in missing:
+            self._shared.rows[name] = self._shared.new_row()
+        if missing:
+            for layer in layers(self):
+                for name in missing:
+                    layer.place(name)
+        if self._shared.limit is not None:
+            for name in names:
+                self._shared.rows[name] = self._shared.rows.pop(name)
 
     def _select(self, config: RoadConfig) -> dict[str, nn.Module]:
         """Returns the targeted modules by path, by PEFT's rules."""
@@ -406,6 +590,16 @@ class RoadModel(nn.Module):
         )
         return {path: modules[path] for path in chosen}
 
+    def _exact_targets(self, paths: Sequence[str], configs: Sequence[RoadConfig]) -> dict[str, Any]:
+        """Returns the fields of a config that selects these modules and no other: those of the configs if they do."""
+        fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        first = {field: getattr(configs[0], field) for field in fields}
+        if all({field: getattr(config, field) for field in fields} == first for config in configs):
+            return first
+        # Whole paths as a pattern, for in a list each would match the ends of longer ones too.
+        pattern = "|".join(map(re.escape, paths))
+        return {"target_modules": pattern, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+
     def _modules_by_path(self) -> dict[str, nn.Module]:
         """All modules by their path in the base model as it came: what is inside a wrapped layer isn't there."""
         found: dict[str, nn.Module] = {}
@@ -417,7 +611,8 @@ class RoadModel(nn.Module):
             seen.add(id(module))
             found[path] = module
             if not isinstance(module, RoadLayer):
-                for name, child in module._modules.items():
+                inner = module.original_module if isinstance(module, SavedModule) else module
+                for name, child in inner._modules.items():
                     if child is not None:
                         walk(child, f"{path}.{name}" if path else name)
 
@@ -428,6 +623,10 @@ class RoadModel(nn.Module):
         """Returns a layer's number of outputs if it can carry an adapter of this config."""
         if not path:
             raise AdapterError("target_modules: expected modules within the model, found the model itself")
+        for saved in saved_modules(self.base_model):
+            if f"{path}.".startswith(f"{saved.module_path}."):
+                owner = next(iter(saved.modules_to_save))
+                raise AdapterError(f"{path}: expected a module to rotate, found one that {owner!r} brings whole")
         module = _unwrapped(module)
         try:
             _, out = features(module)
@@ -445,24 +644,89 @@ class RoadModel(nn.Module):
         check_group_size(out, config.group_size, path)
         return out
 
-    def _install(self, name: str, config: RoadConfig, parameters: _Parameters) -> None:
-        """Wraps the layers that aren't yet and hands out θ and α. Everything is known to fit."""
+    def _with_head(self, config: RoadConfig) -> RoadConfig:
+        """As PEFT: a task's head, which the checkpoint doesn't have, is trained and saved with the adapter."""
+        named = config.modules_to_save or []
+        heads = [
+            head
+            for head in _HEADS.get(config.task_type or "", ())
+            if head not in named and any(path.endswith(head) for path in self._modules_by_path())
+        ]
+        return dataclasses.replace(config, modules_to_save=[*named, *heads]) if heads else config
+
+    def _copies(
+        self,
+        config: RoadConfig,
+        tensors: Mapping[str, Tensor] | None = None,
+        source: object = "",
+        *,
+        strict: bool = True,
+    ) -> dict[str, nn.Module]:
+        """Returns a copy of each module that a config wants to be saved whole, by path.
+
+        Args:
+            config: a name in its ``modules_to_save`` stands for every module whose path ends with it, as in PEFT.
+            tensors: values by tensor path; without them the copies are like the originals.
+            source: where they are from, for errors.
+            strict: see `load_adapter`.
+        """
+        if not config.modules_to_save:
+            return {}
+        found: dict[str, nn.Module] = {}
+        for path, module in self._modules_by_path().items():
+            within = any(path.startswith(f"{other}.") for other in found)
+            if path and not within and path.endswith(tuple(config.modules_to_save)):
+                found[path] = module
+        if not found:
+            raise AdapterError(
+                f"RoadConfig.modules_to_save: expected a match for {config.modules_to_save}, found no such module"
+            )
+        groups: dict[str, dict[str, Tensor]] = {path: {} for path in found}
+        for key, value in (tensors or {}).items():
+            owner = next((path for path in found if key.startswith(f"{path}.")), None)
+            if owner is None:
+                raise AdapterError(f"{source}: expected tensors of {_listed(list(found))}, found {key}")
+            groups[owner][key.removeprefix(f"{owner}.")] = value
+        copies = {}
+        for path, module in found.items():
+            original = module.original_module if isinstance(module, SavedModule) else module
+            if isinstance(module, RoadLayer) or next(layers(original), None) is not None:
+                raise AdapterError(f"{path}: expected a module to save whole, found one that adapters rotate")
+            copies[path] = copy_of(path, original, None if tensors is None else groups[path], strict=strict)
+        return copies
+
+    def _install(
+        self, name: str, config: RoadConfig, parameters: _Parameters, saved: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Wraps the layers that aren't yet and hands out θ, α and copies. Everything is known to fit."""
         modules = self._modules_by_path()
-        wrapped = {}
+        wrapped: dict[nn.Module, RoadLayer | SavedModule] = {}
+        for path, own in (saved or {}).items():
+            module = modules[path]
+            holder = module if isinstance(module, SavedModule) else SavedModule(module, path, self._shared)
+            holder.modules_to_save[name] = own.requires_grad_(False)
+            if holder is not module:
+                wrapped[module] = holder
+        stored = torch.device("cpu") if self._shared.limit is not None and config.inference_mode else None
         for path, (theta, alpha) in parameters.items():
             module = modules[path]
             layer = module if isinstance(module, RoadLayer) else RoadLayer(module, path, self._shared)
-            layer.add(name, theta, alpha)
+            layer.add(name, theta, alpha, stored)
             if layer is not module:
                 wrapped[module] = layer
-        first = not self._shared.rows
-        self._shared.rows[name] = self._shared.new_row()
+        first = not self._shared.configs
         self._shared.configs[name] = config
         # Wherever a shared module stands, its wrapper takes its place.
         for parent in list(self.base_model.modules()):
             for key, child in list(parent._modules.items()):
-                if child in wrapped and not isinstance(parent, RoadLayer):
+                if child in wrapped and not isinstance(parent, RoadLayer | SavedModule):
                     setattr(parent, key, wrapped[child])
+        with LOCK:
+            for wrapper in wrapped.values():
+                if isinstance(wrapper, RoadLayer):
+                    _ = wrapper.bank
+            if self._shared.limit is None:
+                self._place([name])
         if first:
             for parameter_name, parameter in self.base_model.named_parameters():
                 if ".road_" not in parameter_name:
@@ -473,8 +737,10 @@ class RoadModel(nn.Module):
         for layer in layers(self):
             layer.unmerged = None
         self._unwrap(lambda layer: True)
+        self._put_back(lambda module: module.original_module)
         # The layers are gone; what they looked at must not say that there are adapters.
         self._shared.active, self._shared.merged, self._shared.rows, self._shared.configs = (), (), {}, {}
+        self._shared.plain = Routing(self._shared, None)
         return self.base_model
 
     def _unwrap(self, which: Callable[[RoadLayer], bool]) -> None:
@@ -483,6 +749,13 @@ class RoadModel(nn.Module):
                 if isinstance(child, RoadLayer) and which(child):
                     setattr(parent, key, child.base_layer)
 
+    def _put_back(self, choose: Callable[[SavedModule], nn.Module | None]) -> None:
+        """Replaces the wrappers of saved modules by what is chosen; None leaves one in its place."""
+        for parent in list(self.base_model.modules()):
+            for key, child in list(parent._modules.items()):
+                if isinstance(child, SavedModule) and (chosen := choose(child)) is not None:
+                    setattr(parent, key, chosen)
+
     def _untie(self) -> None:
         """Merging gave a tied head a weight of its own; a config that says otherwise would tie it again on loading."""
         base = self.base_model
@@ -490,7 +763,8 @@ class RoadModel(nn.Module):
         if not getattr(config, "tie_word_embeddings", False) or not hasattr(base, "get_output_embeddings"):
             return
         head = base.get_output_embeddings()
-        if isinstance(head, RoadLayer) and head.merged_adapters:
+        own = isinstance(head, SavedModule) and head.current() is not head.original_module
+        if own or (isinstance(head, RoadLayer) and head.merged_adapters):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
             if hasattr(base, "all_tied_weights_keys"):
                 base.all_tied_weights_keys = {}
@@ -499,19 +773,35 @@ class RoadModel(nn.Module):
         if not isinstance(name, str) or not name or name == BASE:
             raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {name!r}")
         # The name becomes part of parameters' paths and a folder's name.
-        if any(sign in name for sign in "./\\") or hasattr(nn.ParameterDict, name):
+        taken = hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name)
+        if any(sign in name for sign in "./\\") or taken:
             raise AdapterError(
                 f"adapter_name: expected a name without '.', '/' and '\\' that Python leaves free, found {name!r}"
             )
-        if name in self._shared.rows:
+        if name in self._shared.configs:
             raise AdapterError(f"adapter_name: expected a new name, found {name!r}, which is there already")
         self._check_unmerged(f"adapter {name!r}")
 
     def _check_known(self, names: Sequence[str]) -> None:
-        unknown = [name for name in dict.fromkeys(names) if name not in self._shared.rows]
+        unknown = [name for name in dict.fromkeys(names) if name not in self._shared.configs]
         if unknown:
             there = ", ".join(map(repr, self.adapter_names)) or "none"
             raise AdapterError(f"adapter: expected one of {there}, found {', '.join(map(repr, unknown))}")
+
+    def _check_one_copy(self, what: str, names: Sequence[str]) -> None:
+        for module in saved_modules(self):
+            if len(owners := [name for name in names if name in module.modules_to_save]) > 1:
+                raise AdapterError(
+                    f"{what}: expected one adapter at most that brings {module.module_path} whole, "
+                    f"found {', '.join(owners)}"
+                )
+
+    def _check_no_copies(self, what: str, names: Sequence[str]) -> None:
+        for module in saved_modules(self):
+            if owners := [name for name in names if name in module.modules_to_save]:
+                raise AdapterError(
+                    f"{what}: expected adapters without modules_to_save, found {owners[0]!r} with {module.module_path}"
+                )
 
     def _check_unmerged(self, what: str) -> None:
         if merged := self.merged_adapters:
@@ -532,6 +822,8 @@ def _checkpoints(model: nn.Module) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
+    if isinstance(module, SavedModule):
+        return module.original_module
     return module.base_layer if isinstance(module, RoadLayer) else module
 
 

@@ -18,7 +18,7 @@ _SWAP: dict[torch.device, Tensor] = {}
 
 
 def coefficients(theta: Tensor, alpha: Tensor, variant: str, group_size: int) -> tuple[Tensor, Tensor]:
-    """Forms ``first = α cos θ`` and ``cross = ∓α sin θ`` in float32.
+    """Forms ``first = α cos θ`` and ``cross = ∓α sin θ`` in float32, from float64 in float64.
 
     Args:
         theta: ``[..., out/2]``, ``[..., out]`` or ``[..., 2·out]`` for road_1, road_2, road_4; any floating dtype.
@@ -27,10 +27,10 @@ def coefficients(theta: Tensor, alpha: Tensor, variant: str, group_size: int) ->
         group_size: even; divides ``out``.
 
     Returns:
-        ``first`` and ``cross``, each float32 ``[..., out]``.
+        ``first`` and ``cross``, each ``[..., out]``.
     """
     lead, half = theta.shape[:-1], group_size // 2
-    theta, alpha = theta.float(), alpha.float()
+    theta, alpha = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (theta, alpha))
     if variant == "road_4":
         # [..., groups, cosine or sine coefficients, half of the group, element]
         theta, alpha = (v.reshape(*lead, -1, 2, 2, half) for v in (theta, alpha))
@@ -51,20 +51,39 @@ def partner(y: Tensor, group_size: int) -> Tensor:
     return y.reshape(-1, 2, group_size // 2).roll(1, 1).view(y.shape)
 
 
-def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int) -> Tensor:
+def rows(y: Tensor, first: Tensor, cross: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the coefficients of ``y`` in its dtype, those of a table gathered: ``[batch, 1, …, out]``."""
+    if index is not None:
+        shape = (len(index), *[1] * (y.ndim - 2), y.shape[-1]) if y.ndim > 1 else y.shape
+        first, cross = first[index].view(shape), cross[index].view(shape)
+    return first.to(y.dtype), cross.to(y.dtype)
+
+
+def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tensor | None = None) -> Tensor:
     """Returns ``y * first + partner(y) * cross``.
 
     Args:
-        y: ``[..., out]``.
-        first: broadcasts against ``y``, and has its dtype.
+        y: ``[..., out]``, any floating dtype, which is the result's.
+        first: broadcasts against ``y``; with ``index`` a table ``[adapters, out]``.
         cross: as ``first``.
         group_size: even; divides ``out``.
+        index: the table's row for each of ``y``'s first axis, int64 ``[batch]``; ``[1]`` is one for all.
     """
+    first, cross = rows(y, first, cross, index)
     return torch.addcmul(y * first, partner(y, group_size), cross)
 
 
-def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, scratch: Tensor | None = None) -> Tensor:
+def rotate_(
+    y: Tensor,
+    first: Tensor,
+    cross: Tensor,
+    group_size: int,
+    index: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> Tensor:
     """As `rotate`, but overwrites ``y``, which must be contiguous; ``scratch`` is memory of its shape and dtype."""
+    if index is not None or first.dtype is not y.dtype:
+        first, cross = rows(y, first, cross, index)
     if scratch is None and y.numel() > SMALL:
         other = partner(y, group_size)
         return y.mul_(first).addcmul_(other, cross)

@@ -37,7 +37,7 @@ def test_rotate_against_the_reference(shape, dtype, variant, group_size):
     scratch = torch.empty_like(y)
     for place in (None, scratch):
         over = before.clone()
-        assert default.rotate_(over, first, cross, group_size, place) is over
+        assert default.rotate_(over, first, cross, group_size, None, place) is over
         assert torch.equal(over, given)
 
 

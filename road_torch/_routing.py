@@ -1,0 +1,250 @@
+"""What all layers of a model look at, and which adapter each row of a call gets."""
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from road_core import AdapterError, RoadConfig
+from road_torch._kernels import Kernel, default
+
+if TYPE_CHECKING:
+    from road_torch._bank import Bank
+
+# What a row of a batch that wants no adapter calls itself, as in PEFT.
+BASE = "__base__"
+
+# Held while rows of the banks are written, read or handed out, never while a model computes.
+LOCK = threading.RLock()
+
+
+class Pass(NamedTuple):
+    """One rotation of a layer's output. Adapters of several group sizes need one each.
+
+    Attributes:
+        first: coefficients, broadcasting against the output; with ``rows`` a table ``[adapters, out]``.
+        cross: as ``first``.
+        group_size: of the rotation.
+        rows: of the tables, one for each row of the output, int64 ``[batch]``.
+    """
+
+    first: Tensor
+    cross: Tensor
+    group_size: int
+    rows: Tensor | None = None
+
+
+class Plan:
+    """The rotations that a layer applies, ready for one dtype; of a mixed batch, for one shape.
+
+    A plan is made for the device that its first output was on: who moves a layer moves it through ``_apply``, which
+    drops the plan, and a mixed batch's routing lives for one call.
+    """
+
+    __slots__ = ("changes", "dtype", "passes", "scratch", "shape", "sources", "versions")
+
+    def __init__(self, dtype: torch.dtype, passes: list[Pass], sources: Sequence[Tensor], changes: int) -> None:
+        self.dtype = dtype
+        self.passes = passes
+        self.sources = sources
+        self.versions = [source._version for source in sources]
+        self.changes = changes
+        # Of a mixed batch's output.
+        self.shape: torch.Size | None = None
+        self.scratch: Tensor | None = None
+
+    def outdated(self, changes: int) -> bool:
+        """True where θ or α were replaced or written to."""
+        return changes != self.changes or [source._version for source in self.sources] != self.versions
+
+
+class Shared:
+    """What all layers of a model look at.
+
+    Attributes:
+        active: the adapters that a plain call applies, one after the other.
+        off: True while adapters are disabled.
+        merged: the adapters that stand in the base's weights, in the order in which they were applied.
+        configs: of every adapter, in the order in which they came.
+        rows: the row of the banks for each adapter that has one, the least recently used first; 0 is the identity.
+        limit: how many adapters may have a row at once; None for all.
+        plain: what a plain call follows. It is replaced, never changed, so that a call in flight keeps its own.
+        calls: those in flight. Their rows are left alone.
+        devices: where there are layers.
+        kernel: the name of the rotation's implementation; "auto" is each device's own.
+        traced: whether a compiled model reads the banks, which must then be right before it runs.
+    """
+
+    def __init__(self, limit: int | None = None, kernel: str = "auto") -> None:
+        self.active: tuple[str, ...] = ()
+        self.off = False
+        self.merged: tuple[str, ...] = ()
+        self.configs: dict[str, RoadConfig] = {}
+        self.rows: dict[str, int] = {}
+        self.limit = limit
+        self.calls: list[Routing] = []
+        self.devices: set[torch.device] = set()
+        self.kernel = kernel
+        self.traced = False
+        self.plain = Routing(self, None)
+
+    def new_row(self) -> int:
+        """Returns the lowest row that no adapter and no call in flight has."""
+        used = {*self.rows.values(), *(row for call in self.calls for row in call.rows.values())}
+        return next(row for row in range(1, len(used) + 2) if row not in used)
+
+    def make_room(self, wanted: Sequence[str], active: Sequence[str]) -> list[str]:
+        """Takes their rows from the least recently used adapters until those that are wanted fit.
+
+        Args:
+            wanted: names that shall have a row.
+            active: names that keep theirs.
+
+        Returns:
+            The wanted adapters that have no row yet.
+
+        Raises:
+            AdapterError: so many can't have a row at once; nothing has changed.
+        """
+        missing = [name for name in wanted if name not in self.rows]
+        if self.limit is None or not missing:
+            return missing
+        kept = {*wanted, *active, *(name for call in self.calls for name in call.rows)}
+        idle = [name for name in self.rows if name not in kept]
+        surplus = len(self.rows) + len(missing) - self.limit
+        if surplus > len(idle):
+            raise AdapterError(
+                f"max_loaded: expected at most {self.limit} adapters at once, those that are active or in another call "
+                f"among them, found {len(kept)}"
+            )
+        for name in idle[: max(surplus, 0)]:
+            del self.rows[name]
+        return missing
+
+
+class Routing:
+    """Which adapter each row of a call gets.
+
+    Layers keep here what they gathered. A mixed batch's routing lives for its call, that of plain calls until another
+    adapter becomes active.
+
+    Attributes:
+        shared: of the model that was called; layers of another one take no notice.
+        names: one a row; None for a plain call, in which all rows get the active adapters.
+        batch: how many names there are; 0 for a plain call. Compiled models look at this, for of names each other one
+            would be a reason to compile again.
+        used: the adapters among them.
+        rows: their rows in the banks. An adapter that is swapped meanwhile gets another one.
+        trainable: whether one of them may be in training.
+        steps: by device, ``(group size, rows of the banks)`` for a compiled model, int64 ``[batch]`` or ``[1]``.
+        plans: what each layer gathered.
+        scratch: memory that layers use one after the other, by its shape, dtype and device.
+    """
+
+    def __init__(self, shared: Shared, names: Sequence[str] | None) -> None:
+        self.shared = shared
+        self.names = None if names is None else tuple(names)
+        self.batch = len(names or ())
+        wanted = shared.active if names is None else names
+        self.used = tuple(name for name in dict.fromkeys(wanted) if name != BASE)
+        self.rows = {name: shared.rows[name] for name in self.used}
+        self.trainable = any(name in shared.active and not shared.configs[name].inference_mode for name in self.used)
+        self.plans: dict[nn.Module, Plan] = {}
+        self.scratch: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
+        self._indices: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
+        self.steps: dict[torch.device, list[tuple[int, Tensor]]] = {}
+        for device in shared.devices:
+            self.steps[device] = self.indices(1, device)
+
+    def indices(self, repeats: int, device: torch.device) -> list[tuple[int, Tensor]]:
+        """Returns ``(group size, rows of the banks)``: for each size in a mixed batch, for each active adapter else."""
+        key = (repeats, device)
+        if key not in self._indices:
+            sizes = {name: self.shared.configs[name].group_size for name in self.used}
+            if self.names is None:
+                found = [(size, [self.rows[name]]) for name, size in sizes.items()]
+            else:
+                found = [
+                    (size, [self.rows[name] if sizes.get(name) == size else 0 for name in self.names])
+                    for size in dict.fromkeys(sizes.values())
+                ]
+            with torch.inference_mode(False):
+                self._indices[key] = [
+                    (size, torch.tensor(rows, device=device).repeat_interleave(repeats)) for size, rows in found
+                ]
+        return self._indices[key]
+
+    def repeats(self, y: Tensor, path: str) -> int:
+        """How many rows of ``y`` in a row belong to one name: beams, returned sequences, flattened tokens.
+
+        Raises:
+            AdapterError: the number of rows is no multiple of that of the names.
+        """
+        repeats, rest = divmod(len(y) if y.ndim > 1 else 0, self.batch)
+        if rest or not repeats:
+            raise AdapterError(
+                f"{path}: expected a multiple of the {self.batch} rows that adapter_names has, "
+                f"found a tensor of shape {list(y.shape)}"
+            )
+        return repeats
+
+    def gather(self, bank: "Bank", names: Sequence[str], y: Tensor, path: str, kernel: Kernel) -> list[Pass]:
+        """Returns the rotations of ``y`` for these adapters, those of them that a layer has, from its bank."""
+        if self.names is None:
+            return self._compose(bank, names, y.dtype)
+        repeats = self.repeats(y, path)
+        sizes = {self.shared.configs[name].group_size for name in names}
+        passes = []
+        for size, index in self.indices(repeats, y.device):
+            if size in sizes:
+                if kernel.gathers:
+                    passes.append(Pass(bank.first, bank.cross, size, index))
+                else:
+                    shape = (len(y), *[1] * (y.ndim - 2), y.shape[-1])
+                    first, cross = (table[index].to(y.dtype).view(shape) for table in (bank.first, bank.cross))
+                    passes.append(Pass(first, cross, size))
+        return passes
+
+    def _compose(self, bank: "Bank", names: Sequence[str], dtype: torch.dtype) -> list[Pass]:
+        """Neighbours of one group size become one rotation."""
+        passes: list[Pass] = []
+        for name in names:
+            size = self.shared.configs[name].group_size
+            then = bank.first[self.rows[name]], bank.cross[self.rows[name]]
+            if passes and passes[-1].group_size == size:
+                before = passes.pop()
+                then = default.compose(before[:2], then, size)
+            passes.append(Pass(*then, size))
+        # A copy, for the row may be written anew.
+        return [Pass(first.to(dtype, copy=True), cross.to(dtype, copy=True), size) for first, cross, size, _ in passes]
+
+
+class _Local(threading.local):
+    """A compiled model reads this too; of a context variable torch.compile makes a break in the graph."""
+
+    def __init__(self) -> None:
+        self.routing: Routing | None = None
+
+
+LOCAL = _Local()
+
+
+class routed:  # noqa: N801 - a context manager, and so lean because it stands around every call
+    """While it is open, the calls of this thread on this model follow a routing."""
+
+    def __init__(self, routing: Routing) -> None:
+        self._routing = routing
+        routing.shared.calls.append(routing)
+
+    @torch.compiler.disable
+    def __enter__(self) -> None:
+        self._before = LOCAL.routing
+        LOCAL.routing = self._routing
+
+    @torch.compiler.disable
+    def __exit__(self, *error: object) -> None:
+        LOCAL.routing = self._before
+        with LOCK:
+            self._routing.shared.calls.remove(self._routing)

@@ -1,0 +1,128 @@
+"""`SavedModule`: a module that adapters bring trained whole (``modules_to_save``), each a copy of its own."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from road_core import AdapterError
+from road_torch._routing import BASE, LOCAL, Routing, Shared
+
+
+class SavedModule(nn.Module):
+    """Calls the copy that an adapter brought, or the original for adapters that brought none.
+
+    In a mixed batch each copy is called with its own rows. For this the module must be called with one tensor whose
+    first axis is the batch's, and give one: heads, embeddings and norms do.
+
+    Args:
+        original_module: the base's.
+        module_path: its path, for error messages.
+        shared: what all layers of the model look at.
+
+    Attributes:
+        modules_to_save: the copies by adapter.
+    """
+
+    original_module: nn.Module
+    modules_to_save: nn.ModuleDict
+
+    def __init__(self, original_module: nn.Module, module_path: str, shared: Shared) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict()
+        self.module_path = module_path
+        self._shared = shared
+        self.train(original_module.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the copy of the active adapter, of each row's adapter, or the original."""
+        routing = LOCAL.routing
+        if routing is None or routing.shared is not self._shared:
+            routing = self._shared.plain
+        if not routing.batch or self._shared.off:
+            return self.current(routing)(*args, **kwargs)
+        kinds = [name if name in self.modules_to_save else BASE for name in routing.names or ()]
+        if len(set(kinds)) == 1:
+            return self._copy_for(kinds[0])(*args, **kwargs)
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            raise AdapterError(
+                f"{self.module_path}: expected a call with one tensor, whose rows can go to the adapters' own modules, "
+                f"found {len(args)} arguments and {len(kwargs)} by name; give rows with one such module alone"
+            )
+        x = args[0]
+        repeats = routing.repeats(x, self.module_path)
+        kinds = [kind for kind in kinds for _ in range(repeats)]
+        result = None
+        for kind in dict.fromkeys(kinds):
+            rows = torch.tensor([i for i, other in enumerate(kinds) if other == kind], device=x.device)
+            y = self._copy_for(kind)(x[rows])
+            if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(rows):
+                raise AdapterError(
+                    f"{self.module_path}: expected a module that gives one tensor with a row for each that it gets, "
+                    f"found {type(y).__name__}; give rows with one such module alone"
+                )
+            if result is None:
+                result = y.new_empty(len(x), *y.shape[1:])
+            result = result.index_copy(0, rows, y)
+        return result
+
+    def current(self, routing: Routing | None = None) -> nn.Module:
+        """Returns what a plain call uses."""
+        if self._shared.off:
+            return self.original_module
+        names = self._shared.merged or (self._shared.plain if routing is None else routing).used
+        return self._copy_for(next((name for name in names if name in self.modules_to_save), BASE))
+
+    def __getattr__(self, name: str) -> Any:
+        """Looks in the module that a plain call uses: models read ``weight`` and the like."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "modules_to_save" not in self.__dict__.get("_modules", {}) or "_shared" not in self.__dict__:
+                raise
+            return getattr(self.current(), name)
+
+    def _copy_for(self, name: str) -> nn.Module:
+        return self.original_module if name == BASE else self.modules_to_save[name]
+
+
+def saved_modules(model: nn.Module) -> Iterator[SavedModule]:
+    """Yields the model's modules of which adapters have copies, each once."""
+    return (module for module in model.modules() if isinstance(module, SavedModule))
+
+
+def copy_of(path: str, module: nn.Module, tensors: Mapping[str, Tensor] | None, *, strict: bool) -> nn.Module:
+    """Copies a module for an adapter.
+
+    Args:
+        path: the module's.
+        module: the original.
+        tensors: values by state-dict key, rounded to the module's dtypes; without them the original's are kept.
+        strict: whether every key must have a value.
+
+    Raises:
+        AdapterError: the module can't be trained whole, or a tensor is missing, misshapen or not the module's.
+    """
+    state = module.state_dict()
+    wrong = [key for key, value in state.items() if not value.is_floating_point()]
+    if wrong or not state or type(module).forward is nn.Module.forward:
+        raise AdapterError(
+            f"{path}: expected a module for modules_to_save that is called and has floating-point tensors only, found "
+            f"{type(module).__name__}" + (f" with {wrong[0]} of {state[wrong[0]].dtype}" if wrong else "")
+        )
+    if tensors is not None:
+        if extra := [key for key in tensors if key not in state]:
+            raise AdapterError(f"{path}: expected only tensors of the module ({', '.join(state)}), found {extra[0]}")
+        if strict and (missing := [key for key in state if key not in tensors]):
+            raise AdapterError(f"{path}: expected a value for every tensor of the module, found none for {missing[0]}")
+        for key, value in tensors.items():
+            if value.shape != state[key].shape:
+                raise AdapterError(f"{path}.{key}: expected shape {list(state[key].shape)}, found {list(value.shape)}")
+    with torch.inference_mode(False), torch.no_grad():
+        new = copy.deepcopy(module)
+        for key, value in (tensors or {}).items():
+            new.state_dict()[key].copy_(value)
+    return new

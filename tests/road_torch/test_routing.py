@@ -1,0 +1,391 @@
+"""Which adapter a row gets: under torch.compile, while adapters are swapped, and with more of them than have room."""
+
+import copy
+import dataclasses
+import threading
+
+import pytest
+import torch
+from _compare import assert_close, named_values
+from _models import small_model
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import road_core
+from road_core import read_peft, write_peft
+from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
+
+IN, OUT = 16, 64
+X = torch.from_numpy(named_values("x", 4, 3, IN))
+IDS = torch.arange(3, 31).reshape(4, 7)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(IN, OUT), nn.Linear(OUT, IN)
+
+    def forward(self, x):
+        return self.down(self.up(x))
+
+
+def config(**changes):
+    fields = {"target_modules": ["up", "down"], "group_size": 8, "init_weights": False, "inference_mode": True}
+    return RoadConfig(**{**fields, **changes})
+
+
+def road(names, *, max_loaded=None, **changes):
+    model = RoadModel(Net(), max_loaded=max_loaded).eval()
+    for name in names:
+        torch.manual_seed(sum(map(ord, name)))
+        model.add_adapter(name, config(**changes))
+    return model
+
+
+def reference(model, name):
+    """What road_core says that the whole net gives, float64."""
+    value, net = X.double(), Net().double()
+    for path in ("up", "down"):
+        value = getattr(net, path)(value).detach()
+        layer = getattr(model.base_model, path)
+        if name in getattr(layer, "road_theta", {}):
+            theta, alpha = layer.road_theta[name].detach(), layer.road_alpha[name].detach()
+            fields = model.road_configs[name]
+            rotated = road_core.rotate(value, theta, alpha, variant=fields.variant, group_size=fields.group_size)
+            value = torch.from_numpy(rotated)
+    return value
+
+
+def check(given, model, names):
+    for row, name in enumerate(names):
+        assert_close(given[row].detach(), reference(model, name)[row], "float32")
+
+
+def saved(tmp_path, name, **changes):
+    road([name], **changes).save_pretrained(tmp_path / f"of {name}", [name])
+    return tmp_path / f"of {name}" / name
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_not_compiled_again(tmp_path):
+    model = road("ab")
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    check(compiled(X), model, "aaaa")
+    check(compiled(X, adapter_names=list("abab")), model, "abab")
+    once = counter.frame_count
+    assert once == 2
+    model.set_adapter("b")
+    check(compiled(X), model, "bbbb")
+    for names in ("bbba", ["__base__", "a", "b", "__base__"], "aaaa"):
+        check(compiled(X, adapter_names=list(names)), model, names)
+    model.hotswap_adapter(saved(tmp_path, "z"), "b")
+    check(compiled(X), model, "bbbb")
+    check(compiled(X, adapter_names=list("abab")), model, "abab")
+    for name in "cdefgh":
+        model.add_adapter(name, config(target_modules=["up", "down"]))
+        check(compiled(X, adapter_names=[name, "a", "b", "a"]), model, [name, "a", "b", "a"])
+    model.delete_adapter("a")
+    check(compiled(X, adapter_names=list("chbd")), model, "chbd")
+    with torch.no_grad():
+        model.base_model.up.road_theta["c"].add_(0.5)
+    check(compiled(X, adapter_names=list("cccc")), model, "cccc")
+    assert counter.frame_count == once
+
+
+@torch.no_grad()
+def test_compiled_with_group_sizes_and_layers_that_differ():
+    model = road("a")
+    model.add_adapter("b", config(group_size=64, variant="road_4", target_modules=["up"]))
+    model.add_adapter("c", config(variant="road_2", target_modules=["down"]))
+    compiled = torch.compile(model, backend="eager", fullgraph=False)
+    names = ["c", "b", "a", "__base__"]
+    check(compiled(X, adapter_names=names), model, names)
+    model.set_adapter("b")
+    check(compiled(X), model, "bbbb")
+    with model.disable_adapter():
+        check(compiled(X), model, ["__base__"] * 4)
+    model.merge_adapter()
+    check(compiled(X), model, "bbbb")
+
+
+@torch.no_grad()
+def test_a_compiled_decoder():
+    model = RoadModel(small_model())
+    for name in "ab":
+        model.add_adapter(name, config(target_modules="all-linear"))
+    names = ["a", "b", "__base__", "a"]
+    plain, mixed = model(IDS).logits, model(IDS, adapter_names=names).logits
+    compiled = torch.compile(model, backend="eager")
+    assert_close(compiled(IDS).logits, plain, "float32")
+    assert_close(compiled(IDS, adapter_names=names).logits, mixed, "float32", moved_from=plain)
+
+
+def test_a_compiled_model_is_trained():
+    model, twin = (road("a", inference_mode=False) for _ in range(2))
+    compiled = torch.compile(model, backend="aot_eager")
+    for trained in (model, twin):
+        optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (compiled if trained is model else twin)(X).square().mean().backward()
+            optimizer.step()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    check(compiled(X), model, "aaaa")
+
+
+@pytest.mark.parametrize("names", [None, ["b", "b"]])
+@torch.no_grad()
+def test_a_swap_in_the_middle_of_a_generation(names, tmp_path):
+    """From another thread, while the first forward pass stands between two layers."""
+
+    def new(seed):
+        model = RoadModel(small_model())
+        torch.manual_seed(seed)
+        for name in "ab":
+            model.add_adapter(name, config(target_modules="all-linear"))
+        model.set_adapter("b")
+        return model
+
+    other, model = new(5), new(6)
+    other.save_pretrained(tmp_path / "other")
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    kwargs["attention_mask"] = torch.ones_like(IDS[:2])
+    old = model.generate(IDS[:2], adapter_names=names, **kwargs)
+    expected = other.generate(IDS[:2], adapter_names=names, **kwargs)
+    assert not torch.equal(old, expected)
+    errors = []
+
+    def swap():
+        try:
+            model.hotswap_adapter(tmp_path / "other" / "b", "b")
+        except BaseException as error:
+            errors.append(error)
+
+    def hook(*_):
+        if not threads:
+            threads.append(threading.Thread(target=swap))
+            threads[0].start()
+            threads[0].join(30)
+
+    threads = []
+    # Nothing of the call was gathered before this one: it is the model's first.
+    for layer in (m for m in model.modules() if isinstance(m, RoadLayer)):
+        model._shared.plain.plans.pop(layer, None)
+    handle = model.base_model.model.layers[1].register_forward_pre_hook(hook)
+    assert torch.equal(model.generate(IDS[:2], adapter_names=names, **kwargs), old)
+    handle.remove()
+    assert not errors
+    assert torch.equal(model.generate(IDS[:2], adapter_names=names, **kwargs), expected)
+    assert model._shared.calls == []
+
+
+@torch.no_grad()
+def test_swaps_while_other_threads_call(tmp_path):
+    model = road("ab")
+    folders = [saved(tmp_path, name) for name in ("x", "y")]
+    allowed = []
+    for folder in folders:
+        model.hotswap_adapter(folder, "b")
+        allowed.append((model(X, adapter_names=list("baba")), model(X, adapter_names=list("bbbb"))))
+    stop, wrong = threading.Event(), []
+
+    def call():
+        while not stop.is_set():
+            with torch.no_grad():
+                for i, names in enumerate(("baba", "bbbb")):
+                    given = model(X, adapter_names=list(names))
+                    if not any(torch.equal(given, pair[i]) for pair in allowed):
+                        wrong.append(given)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for i in range(60):
+        model.hotswap_adapter(folders[i % 2], "b")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert torch.equal(model(X, adapter_names=list("bbbb")), allowed[1][1])
+
+
+def test_a_swap_keeps_parameters_and_trainability(tmp_path):
+    model = road("a", inference_mode=False)
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    model.hotswap_adapter(saved(tmp_path, "z"), "a")
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert sum(p.requires_grad for p in model.parameters()) == 4
+    check(model(X), model, "aaaa")
+    theta = read_peft(saved(tmp_path, "y")).modules["up"][0]
+    model.hotswap_adapter(tmp_path / "of y" / "y", "a")
+    assert torch.equal(model.base_model.up.road_theta["a"].detach(), torch.from_numpy(theta.copy()))
+
+
+def fewer(adapter):
+    kept = dataclasses.replace(adapter.config, target_modules=["up"])
+    return dataclasses.replace(adapter, config=kept, modules={"up": adapter.modules["up"]})
+
+
+def more(adapter):
+    return dataclasses.replace(adapter, modules={**adapter.modules, "middle": adapter.modules["up"]})
+
+
+def wider(adapter):
+    pair = tuple(named_values(part, 2 * OUT) for part in ("theta", "alpha"))
+    return dataclasses.replace(adapter, modules={**adapter.modules, "up": pair})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variant": "road_2"}, r"expected variant road_1 as 'a' has, found road_2"),
+        ({"group_size": 16}, r"expected group_size 8 as 'a' has, found 16"),
+        (fewer, r"the 2 modules of 'a', found 1, differing in down"),
+        (more, r"the 2 modules of 'a', found 3, differing in middle"),
+        (wider, r"θ of shape \[32\] for up, found \[128\]"),
+        ("truncated", r"expected a whole safetensors file"),
+        ("nowhere", r"expected a folder, found nothing"),
+    ],
+)
+def test_a_refused_swap_changes_nothing(change, message, tmp_path):
+    model = road("ab")
+    folder = saved(tmp_path, "z", **(change if isinstance(change, dict) else {}))
+    if callable(change):
+        folder = tmp_path / "changed"
+        write_peft(folder, change(read_peft(tmp_path / "of z" / "z")))
+    elif change == "truncated":
+        file = folder / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-4])
+    elif change == "nowhere":
+        folder = tmp_path / "nowhere"
+    before = {name: (id(p), p._version) for name, p in model.named_parameters()}
+    rows, plain, expected = dict(model._shared.rows), model._shared.plain, model(X)
+    with pytest.raises(AdapterError, match=message) as caught:
+        model.hotswap_adapter(folder, "a")
+    assert "\n" not in str(caught.value)
+    assert {name: (id(p), p._version) for name, p in model.named_parameters()} == before
+    assert (model._shared.rows, model._shared.plain) == (rows, plain)
+    assert torch.equal(model(X), expected)
+
+
+def test_a_merged_or_unknown_adapter_is_not_swapped(tmp_path):
+    model, folder = road("ab"), saved(tmp_path, "z")
+    with pytest.raises(AdapterError, match="found 'q'"):
+        model.hotswap_adapter(folder, "q")
+    model.merge_adapter(["b"])
+    with pytest.raises(AdapterError, match="not merged, found 'b'"):
+        model.hotswap_adapter(folder, "b")
+    model.hotswap_adapter(folder, "a")
+    model.unmerge_adapter()
+    check(model(X), model, "aaaa")
+
+
+def table_bytes(model):
+    return sum(
+        table.nbytes
+        for layer in model.modules()
+        if isinstance(layer, RoadLayer)
+        for table in (layer.bank.first, layer.bank.cross)
+    )
+
+
+@torch.no_grad()
+def test_many_adapters_in_little_memory(monkeypatch):
+    names = [f"adapter{i}" for i in range(200)]
+    model = road(names[:5], max_loaded=4)
+    model(X, adapter_names=["adapter1", "adapter2", "adapter3", "__base__"])
+    tables = table_bytes(model)
+    # The identity and four adapters: two coefficients in float32 for each output.
+    assert tables == 5 * 2 * 4 * (OUT + IN)
+    modules = {name: id(module) for name, module in model.named_modules()}
+    for name in names[5:]:
+        torch.manual_seed(sum(map(ord, name)))
+        model.add_adapter(name, config())
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    stored = sum(p.nbytes for name, p in model.named_parameters() if ".road_" in name)
+    assert stored == 200 * 2 * 4 * (OUT + IN) // 2
+    for start in range(0, 200, 3):
+        chosen = [*names[start : start + 3], "__base__", "adapter0", "adapter0", "adapter0"][:4]
+        check(model(X, adapter_names=chosen), model, chosen)
+    assert table_bytes(model) == tables
+    assert len(model._shared.rows) == 4
+    check(model(X), model, ["adapter0"] * 4)
+
+
+@torch.no_grad()
+def test_the_least_recently_used_makes_room(monkeypatch):
+    from road_torch._kernels import default
+
+    formed = []
+    form = default.coefficients
+    monkeypatch.setattr(default, "coefficients", lambda *args: formed.append(args) or form(*args))
+    model = road("abcd", max_loaded=3)
+    assert list(model._shared.rows) == ["a"]
+    model(X, adapter_names=list("bcbc"))
+    model(X, adapter_names=["b", "__base__", "b", "b"])
+    assert set(model._shared.rows) == set("abc")
+    formed.clear()
+    check(model(X, adapter_names=list("dddd")), model, "dddd")
+    assert set(model._shared.rows) == set("abd")
+    assert len(formed) == 2
+    with pytest.raises(AdapterError, match=r"at most 3 adapters at once, .* found 4"):
+        model(X, adapter_names=list("bcdb"))
+    assert set(model._shared.rows) == set("abd")
+    model.delete_adapter("d")
+    check(model(X, adapter_names=list("cbcb")), model, "cbcb")
+    model.set_adapter(["c", "b"])
+    twice = copy.deepcopy(model)
+    assert torch.equal(twice(X), model(X))
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, "two"])
+def test_max_loaded_is_a_number_from_1_up(number):
+    with pytest.raises(AdapterError, match="max_loaded: expected a number from 1 up"):
+        RoadModel(Net(), max_loaded=number)
+
+
+@torch.no_grad()
+def test_a_layer_without_the_adapter_that_got_a_used_row():
+    model = road("a", max_loaded=2)
+    model.add_adapter("b", config(target_modules=["up"]))
+    for names in ("bbbb", "abab", "bbab"):
+        check(model(X, adapter_names=list(names)), model, names)
+    model.add_adapter("c", config(target_modules=["down"]))
+    for names in ("cccc", "aacc", "bbbb", "abab"):
+        check(model(X, adapter_names=list(names)), model, names)
+
+
+def test_an_adapter_in_use_is_not_deleted():
+    model = road("ab")
+    errors = []
+
+    def hook(*_):
+        with pytest.raises(AdapterError, match="no call uses, found 'b'"):
+            model.delete_adapter("b")
+        errors.append(1)
+
+    handle = model.base_model.down.register_forward_pre_hook(hook)
+    model(X, adapter_names=list("abab"))
+    assert errors
+    handle.remove()
+    model.delete_adapter("b")
+    assert model.adapter_names == ["a"]
+
+
+def test_a_plain_call_within_a_mixed_one():
+    model = road("ab")
+    plain = model(X[:1])
+    given = []
+
+    def hook(*_):
+        if not given:
+            given.append(None)
+            given[0] = model(X[:1])
+
+    handle = model.base_model.down.register_forward_pre_hook(hook)
+    check(model(X, adapter_names=list("baba")), model, "baba")
+    assert torch.equal(given[0], plain)
+    handle.remove()

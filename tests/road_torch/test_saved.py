@@ -1,0 +1,308 @@
+"""modules_to_save: copies of whole modules, trained, saved, loaded, mixed and merged; and loading that isn't strict."""
+
+import copy
+import dataclasses
+
+import peft
+import pytest
+import torch
+import transformers
+from _compare import assert_close, named_values
+from _models import small_config, small_model
+from torch import nn
+
+from road_core import read_peft, write_peft
+from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
+
+IDS = torch.arange(3, 31).reshape(4, 7)
+
+
+def classifier(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return transformers.LlamaForSequenceClassification(small_config(num_labels=3)).to(dtype).eval()
+
+
+def config(**changes):
+    fields = {
+        "target_modules": ["q_proj", "down_proj"],
+        "group_size": 8,
+        "init_weights": False,
+        "inference_mode": True,
+        "task_type": "SEQ_CLS",
+    }
+    return RoadConfig(**{**fields, **changes})
+
+
+def road(names="ab", base=None, **changes):
+    model = RoadModel(classifier() if base is None else base)
+    for name in names:
+        torch.manual_seed(ord(name))
+        model.add_adapter(name, config(**changes))
+        fill(model.base_model.score, name)
+    return model.eval()
+
+
+def fill(module, name):
+    """Gives an adapter's copy values that depend on its name."""
+    with torch.no_grad():
+        for key, value in module.modules_to_save[name].named_parameters():
+            value.copy_(torch.from_numpy(named_values(f"{name} {key}", *value.shape)))
+
+
+@torch.no_grad()
+def logits(model, **kwargs):
+    return model(IDS, **kwargs).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peft_loads_what_we_write(dtype, tmp_path):
+    model = road("a", classifier(dtype=dtype))
+    assert model.road_configs["a"].modules_to_save == ["score"]
+    model.save_pretrained(tmp_path / "saved", ["a"])
+    theirs = peft.PeftModel.from_pretrained(classifier(dtype=dtype), tmp_path / "saved" / "a").eval()
+    name = str(dtype).removeprefix("torch.")
+    assert_close(
+        logits(theirs).double(), logits(model).double(), name, moved_from=logits(classifier(dtype=dtype)).double()
+    )
+    again = RoadModel.from_pretrained(classifier(dtype=dtype), tmp_path / "saved" / "a", "x")
+    assert torch.equal(logits(again), logits(model))
+    assert again.base_model.score.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_we_load_what_peft_writes(task, tmp_path):
+    torch.manual_seed(0)
+    fields = {"target_modules": ["q_proj"], "group_size": 8, "init_weights": False, "task_type": task}
+    theirs = peft.get_peft_model(
+        classifier(), peft.RoadConfig(**fields, modules_to_save=["score", "embed_tokens"])
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = RoadModel.from_pretrained(classifier(), tmp_path, "a")
+    assert_close(logits(ours), logits(theirs), "float32", moved_from=logits(classifier()))
+    merged = ours.merge_and_unload()
+    assert_close(logits(merged), logits(theirs.merge_and_unload()), "float32", moved_from=logits(classifier()))
+    assert type(merged.score) is nn.Linear
+    assert type(merged.model.embed_tokens) is nn.Embedding
+
+
+def test_each_row_has_its_adapter_s_head():
+    model = road("ab")
+    model.add_adapter("c", config(task_type=None))
+    by_name = {"__base__": logits(classifier())}
+    for name in "abc":
+        model.set_adapter(name)
+        by_name[name] = logits(model)
+        assert (by_name[name] - by_name["__base__"]).abs().max() > 1e-2
+    for names in (["b", "__base__", "a", "c"], ["a", "a", "b", "b"], ["c", "__base__", "c", "c"], ["a"] * 4):
+        mixed = logits(model, adapter_names=names)
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row], by_name[name][row], rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), by_name["__base__"])
+        assert torch.equal(logits(model, adapter_names=list("abca")), by_name["__base__"])
+
+
+def test_a_head_and_an_embedding_in_generation():
+    base = small_model()
+    model = RoadModel(base)
+    for name, saved in {"a": ["lm_head"], "b": ["embed_tokens", "norm"], "c": None}.items():
+        model.add_adapter(name, config(task_type=None, modules_to_save=saved))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * parameter.std())
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": 2}
+    names = ["b", "__base__", "a", "c"]
+    mixed = model.generate(IDS, adapter_names=names, attention_mask=torch.ones_like(IDS), **kwargs)
+    for row, name in enumerate(names):
+        model.set_adapter([] if name == "__base__" else name)
+        one = IDS[row : row + 1]
+        assert torch.equal(mixed[row], model.generate(one, attention_mask=torch.ones_like(one), **kwargs)[0])
+    # As PEFT, "norm" stands for every module whose path ends with it.
+    assert sum("layernorm" in name and "modules_to_save.b" in name for name, _ in model.named_parameters()) == 6
+
+
+def test_copies_are_trained_and_the_originals_are_not():
+    model = road("ab", inference_mode=False).train()
+    head = model.base_model.score
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(IDS, labels=torch.tensor([0, 1, 2, 1])).loss.backward()
+    optimizer.step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert "base_model.score.modules_to_save.a.weight" in changed
+    assert all(name.endswith((".a", ".a.weight")) for name in changed)
+    model.set_adapter("b")
+    assert [n for n, p in head.named_parameters() if p.requires_grad] == ["modules_to_save.b.weight"]
+
+
+def test_merging_deleting_and_unloading():
+    base = classifier()
+    original, plain = base.score, logits(base)
+    model = road("ab", base)
+    expected = logits(model, adapter_names=["b"] * 4)
+    model.merge_adapter(["b"])
+    assert_close(logits(model), expected, "float32", moved_from=plain)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    model.unmerge_adapter()
+    model.delete_adapter("b")
+    assert list(base.score.modules_to_save) == ["a"]
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    assert model.unload() is base
+    assert base.score is original
+    assert torch.equal(logits(base), plain)
+    merged = twin.merge_and_unload()
+    assert_close(logits(merged), logits(road("a")), "float32", moved_from=plain)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.heads = nn.ModuleList([nn.Linear(8, 8)])
+        self.counted = nn.BatchNorm1d(8)
+        self.pair = Pair()
+
+    def forward(self, x):
+        return self.pair(self.body(x), 2.0)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x, scale):
+        return scale * self.inner(x)
+
+
+def net(**changes):
+    return RoadModel(Net(), config(task_type=None, target_modules=["body"], **changes))
+
+
+REFUSED = {
+    "nothing": ({"modules_to_save": ["hed"]}, r"modules_to_save: expected a match for \['hed'\]"),
+    "list": ({"modules_to_save": ["heads"]}, r"heads: expected a module .* that is called .* found ModuleList"),
+    "integers": ({"modules_to_save": ["counted"]}, r"counted: .* num_batches_tracked of torch.int64"),
+    "rotated": (
+        {"target_modules": ["pair.inner"], "modules_to_save": ["body"]},
+        "body: .* found one that adapters rotate",
+    ),
+    "whole": ({"target_modules": ["pair"], "modules_to_save": None}, "pair: expected a linear layer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    changes, message = REFUSED[case]
+    model = net()
+    modules = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(AdapterError, match=message) as caught:
+        model.add_adapter("b", config(**{"task_type": None, "target_modules": ["body"], **changes}))
+    assert "\n" not in str(caught.value)
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    assert model.adapter_names == ["default"]
+
+
+def test_a_copy_and_a_rotation_of_one_module():
+    model = net(modules_to_save=["pair"])
+    with pytest.raises(
+        AdapterError, match=r"pair\.inner: expected a module to rotate, found one that 'default' brings"
+    ):
+        model.add_adapter("b", config(task_type=None, target_modules=["inner"]))
+
+
+def test_two_copies_of_one_module_at_once():
+    model = road("ab")
+    for call in (model.set_adapter, model.merge_adapter):
+        with pytest.raises(AdapterError, match="one adapter at most that brings score whole, found a, b"):
+            call(["a", "b"])
+    assert model.active_adapters == ["a"]
+    for call in (
+        lambda: model.add_weighted_adapter(["a"], [1], "sum"),
+        lambda: model.hotswap_adapter("nowhere", "a"),
+    ):
+        with pytest.raises(AdapterError, match="without modules_to_save, found 'a' with score"):
+            call()
+
+
+def test_a_module_that_takes_more_than_rows_in_a_mixed_batch():
+    model = net(modules_to_save=["pair"])
+    model.add_adapter("b", config(task_type=None, target_modules=["body"]))
+    x = torch.randn(2, 8)
+    with pytest.raises(AdapterError, match="pair: expected a call with one tensor"):
+        model(x, adapter_names=["default", "b"])
+    with torch.no_grad():
+        assert torch.equal(model(x, adapter_names=["default", "default"]), model(x))
+
+
+def changed_file(tmp_path, change):
+    road("a").save_pretrained(tmp_path / "saved", ["a"])
+    adapter = read_peft(tmp_path / "saved" / "a")
+    write_peft(tmp_path / "changed", change(adapter))
+    return tmp_path / "changed"
+
+
+def replace_saved(**tensors):
+    return lambda adapter: dataclasses.replace(adapter, modules_to_save=tensors)
+
+
+WRONG = {
+    "missing": (replace_saved(), "score: expected a value for every tensor .* none for weight"),
+    "shape": (
+        replace_saved(**{"score.weight": named_values("w", 2, 128)}),
+        r"score\.weight: expected shape \[3, 128\]",
+    ),
+    "extra": (
+        replace_saved(**{"score.weight": named_values("w", 3, 128), "score.bias": named_values("b", 3)}),
+        "score: expected only tensors of the module .*, found bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_files_that_are_refused(case, tmp_path):
+    change, message = WRONG[case]
+    folder = changed_file(tmp_path, change)
+    base = classifier()
+    modules = dict(base.named_modules())
+    with pytest.raises(AdapterError, match=message):
+        RoadModel.from_pretrained(base, folder)
+    assert dict(base.named_modules()) == modules
+
+
+def test_missing_tensors_by_the_caller_s_word(tmp_path):
+    def change(adapter):
+        modules = {path: pair for path, pair in adapter.modules.items() if "layers.1" not in path}
+        return dataclasses.replace(adapter, modules=modules, modules_to_save={})
+
+    folder = changed_file(tmp_path, change)
+    model = RoadModel(classifier())
+    with pytest.raises(
+        AdapterError, match=r"found none for model\.layers\.1\.self_attn\.q_proj, model\.layers\.1\.mlp"
+    ):
+        model.load_adapter(folder, "a")
+    assert not any(isinstance(module, RoadLayer) for module in model.modules())
+    model.load_adapter(folder, "a", strict=False)
+    layer = model.base_model.model.layers[1].mlp.down_proj
+    assert torch.equal(layer.road_theta["a"], torch.zeros(64))
+    assert torch.equal(layer.road_alpha["a"], torch.ones(64))
+    expected = road("a")
+    with torch.no_grad():
+        for path in ("self_attn.q_proj", "mlp.down_proj"):
+            one = expected.base_model.get_submodule(f"model.layers.1.{path}")
+            one.road_theta["a"].zero_()
+            one.road_alpha["a"].fill_(1.0)
+        expected.base_model.score.modules_to_save["a"].weight.copy_(classifier().score.weight)
+    torch.testing.assert_close(logits(model), logits(expected))
+    # What is there besides, or misshapen, is refused all the same.
+    narrower = dataclasses.replace(read_peft(folder).config, target_modules=["q_proj"])
+    write_peft(tmp_path / "extra", dataclasses.replace(read_peft(folder), config=narrower))
+    with pytest.raises(AdapterError, match="only for modules that target_modules selects"):
+        model.load_adapter(tmp_path / "extra", "b", strict=False)
