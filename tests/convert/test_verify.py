@@ -34,7 +34,7 @@ PROMPTS = ["one two three four", "ten nine", "five </s> six seven eight nine ten
 
 @pytest.mark.parametrize(("kind", "layout"), [("llama", "scanned"), ("qwen3", "unrolled")])
 def test_both_frameworks_agree(kind, layout, tmp_path):
-    flax, theirs, base = make(tmp_path, kind, layout)
+    flax, theirs, base = make(tmp_path, kind, layout, modules_to_save=["lm_head"])
     with open(os.devnull, "w") as quiet:
         result = convert.verify(flax, theirs, base, prompts=PROMPTS, console=Console(file=quiet))
     assert result.positions == 4 + 2 + 8
