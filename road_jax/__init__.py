@@ -10,6 +10,7 @@ from road_jax._io import save_adapter as save_adapter
 from road_jax._quantize import QuantizedKernel as QuantizedKernel
 from road_jax._quantize import dequantize as dequantize
 from road_jax._quantize import quantize as quantize
+from road_jax._rotate import rotate as rotate
 from road_jax._sharding import shardings as shardings
 from road_jax._stack import stack_adapters as stack_adapters
 from road_jax._transform import Road as Road

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, output_size
 from road_jax._quantize import QuantizedKernel
-from road_jax._rotate import coefficients, determinants, inverse_coefficients, rotate
+from road_jax._rotate import coefficients, determinants, inverse_coefficients, rotate_blocks
 from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, overlay, unflatten
 
 
@@ -56,7 +56,7 @@ def _rotate_outputs(
         if invert:
             first, second = inverse_coefficients(first, second)
         flat = array.reshape(*array.shape[: array.ndim - axes], out).astype(first.dtype)
-        return rotate(flat, first, second).reshape(array.shape).astype(array.dtype)
+        return rotate_blocks(flat, first, second).reshape(array.shape).astype(array.dtype)
 
     function = rotate_one
     for kernel_axis, theta_axis in reversed(stack):

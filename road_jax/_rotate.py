@@ -46,9 +46,45 @@ def coefficients(theta: jax.Array, alpha: jax.Array, *, variant: str, group_size
     return blocks(*polar(theta, alpha), variant=variant, group_size=group_size)
 
 
+def rotate(y: jax.Array, theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int) -> jax.Array:
+    """Rotates and scales the pairs of a linear layer's output: for models that are functions of params.
+
+    A model that is no Flax module calls it after each product that it wants adapted, and takes θ and α as it takes its
+    other params; ``y * first + rotate_half(y) * second``, see `road_core.rotate`.
+
+    Args:
+        y: ``[..., out]``, any floating dtype.
+        theta: ``[out/2]``, ``[out]`` or ``[2·out]`` for road_1, road_2, road_4; coefficients are formed in float32.
+        alpha: of the same shape.
+        variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
+        group_size: even; divides ``out``.
+
+    Returns:
+        The shape and dtype of ``y``.
+
+    Raises:
+        AdapterError: the sizes don't fit each other.
+
+    Example:
+        >>> import jax.numpy as jnp, road_jax
+        >>> def dense(params, x):
+        ...     y = x @ params["w"]
+        ...     return road_jax.rotate(y, params["theta"], params["alpha"], variant="road_1", group_size=2)
+        >>> params = {"w": jnp.eye(2), "theta": jnp.array([jnp.pi / 2]), "alpha": jnp.array([2.0])}
+        >>> dense(params, jnp.array([[1.0, 0.0]])).round(5).tolist()
+        [[-0.0, 2.0]]
+    """
+    check_layer("rotate", theta.shape[-1], y.shape[-1], variant=variant, group_size=group_size)
+    if theta.ndim != 1 or alpha.shape != theta.shape:
+        raise AdapterError(
+            f"theta and alpha: expected one axis and one shape, found {list(theta.shape)} and {list(alpha.shape)}"
+        )
+    return rotate_blocks(y, *coefficients(theta, alpha, variant=variant, group_size=group_size))
+
+
 @jax.custom_vjp
-def rotate(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """Rotates and scales the pairs of a layer's output (`road_core.rotate` is the definition).
+def rotate_blocks(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """The rotation with coefficients laid out by `blocks`.
 
     ``y'0 = first0 y0 − second0 y1`` and ``y'1 = first1 y1 + second1 y0``, for the halves y0 and y1 of each group.
     Differentiable in reverse mode. The one residual besides the coefficients is ``y``, which is also what a plain
@@ -68,7 +104,7 @@ def rotate(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def rotate_rows(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """As `rotate`, with coefficients of each row's own.
+    """As `rotate_blocks`, with coefficients of each row's own.
 
     Args:
         y: ``[batch, ..., out]``, any floating dtype.
@@ -80,7 +116,7 @@ def rotate_rows(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _turn(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """The formula of `rotate`; coefficients ``[..., groups, 1 or 2, half]`` broadcast against ``y``'s rows."""
+    """The formula of `rotate_blocks`; coefficients ``[..., groups, 1 or 2, half]`` broadcast against ``y``'s rows."""
     first, second = first.astype(y.dtype), second.astype(y.dtype)
     y0, y1 = _halves(y, first)
     upper = y0 * first[..., 0, :] - y1 * second[..., 0, :]
@@ -89,13 +125,13 @@ def _turn(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _forward(y: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return rotate(y, first, second), (y, first, second)
+    return rotate_blocks(y, first, second), (y, first, second)
 
 
 def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     y, first, second = residuals
     # The transpose of [[f0, −s0], [s1, f1]] is the rotation with f and the other half's s, turned back.
-    dy = rotate(d, first, -second[..., ::-1, :])
+    dy = rotate_blocks(d, first, -second[..., ::-1, :])
     (y0, y1), (d0, d1) = _halves(y, first), _halves(d, first)
     y0, y1, d0, d1 = (v.astype(first.dtype) for v in (y0, y1, d0, d1))
     rows = tuple(range(y.ndim - 1))
@@ -109,7 +145,7 @@ def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array
     return dy, dfirst, dsecond
 
 
-rotate.defvjp(_forward, _backward)
+rotate_blocks.defvjp(_forward, _backward)
 
 
 def _halves(y: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules
 from road_jax import _merge, _quantize
-from road_jax._rotate import blocks, check_layer, polar, rotate, rotate_rows
+from road_jax._rotate import blocks, check_layer, polar, rotate_blocks, rotate_rows
 from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unflatten
 
 # The usual names of the layer that "all-linear" leaves out: PEFT asks the model for it, a Linen module can't be asked.
@@ -150,7 +150,7 @@ class Road:
             check_layer(path, cosines.shape[-1], flat.shape[-1], variant=variant, group_size=group_size)
             first, second = blocks(cosines, sines, variant=variant, group_size=group_size)
             if adapter_ids is None:
-                return rotate(flat, first, second).reshape(shape)
+                return rotate_blocks(flat, first, second).reshape(shape)
             if flat.ndim < 2 or len(flat) != len(adapter_ids):
                 raise AdapterError(
                     f"{path}: expected an output with the {len(adapter_ids)} rows of adapter_ids first, "

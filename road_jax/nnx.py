@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules
-from road_jax._rotate import coefficients, rotate
+from road_jax._rotate import coefficients, rotate_blocks
 from road_jax._transform import OUTPUT_HEADS, einsum_outputs
 
 _COVERED = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
@@ -50,7 +50,9 @@ class RoadLayer(nnx.Module):
         first, second = coefficients(
             self.road_theta[...], self.road_alpha[...], variant=self.variant, group_size=self.group_size
         )
-        return rotate(y.reshape(*y.shape[: y.ndim - _output_axes(self.base)], out), first, second).reshape(y.shape)
+        return rotate_blocks(y.reshape(*y.shape[: y.ndim - _output_axes(self.base)], out), first, second).reshape(
+            y.shape
+        )
 
     def __getattr__(self, name: str) -> Any:
         # A model may ask its layer for in_features, dtype and the like.

@@ -8,7 +8,6 @@ from flax import linen as nn
 import road_core
 import road_jax
 from road_core import AdapterError, RoadConfig
-from road_jax._rotate import coefficients, rotate
 
 VARIANTS = ["road_1", "road_2", "road_4"]
 GROUP_SIZES = [2, 8, 64]
@@ -163,12 +162,22 @@ def test_gradients_are_those_of_the_reference(x):
         expected = np.array([(reference(point + s) - reference(point - s)) / 2e-6 for s in steps])
 
         def ours(y, theta, alpha, variant=variant, weight=weight):
-            turned = rotate(y, *coefficients(theta, alpha, variant=variant, group_size=8))
+            turned = road_jax.rotate(y, theta, alpha, variant=variant, group_size=8)
             return jnp.sum(turned * jnp.asarray(weight, jnp.float32))
 
         arguments = [jnp.asarray(v, jnp.float32) for v in (y, theta, alpha)]
         found = jax.grad(ours, argnums=(0, 1, 2))(*arguments)
         assert_close(np.concatenate([np.ravel(g) for g in found]), expected, "float32", moved_from=np.zeros(point.size))
+
+
+def test_a_rotation_that_does_not_fit_is_refused():
+    y, theta = jnp.ones((2, 16)), jnp.zeros(8)
+    with pytest.raises(
+        AdapterError, match=r"rotate\.road_theta: expected \[16\] for road_2 on 16 outputs, found \[8\]"
+    ):
+        road_jax.rotate(y, theta, theta, variant="road_2", group_size=8)
+    with pytest.raises(AdapterError, match=r"expected one axis and one shape, found \[8\] and \[4\]"):
+        road_jax.rotate(y, theta, theta[:4], variant="road_1", group_size=8)
 
 
 def test_the_gradient_computes_no_kernel_gradient(x):
