@@ -37,8 +37,8 @@ def shardings(
         >>> mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
         >>> kernel = {"params": {"proj": {"kernel": NamedSharding(mesh, P(None, "model"))}}}
         >>> adapter = {"proj": {"road_theta": np.zeros(64), "road_alpha": np.ones(64)}}
-        >>> road_jax.shardings(adapter, kernel)["proj"]["road_theta"].spec
-        PartitionSpec('model',)
+        >>> tuple(road_jax.shardings(adapter, kernel)["proj"]["road_theta"].spec)
+        ('model',)
     """
     given = flatten(variables_shardings["params"])
     found = {}

@@ -1,0 +1,201 @@
+"""What a gradient costs in JAX, by what is trained: FLOPs, temporary memory and time of the compiled program.
+
+A decoder of 6 layers (width 512, MLP 2048, 8 heads, vocabulary 512), float32, 4 × 256 tokens, a loss at every token.
+Arms: the forward pass; biases alone, the floor that anything trained behind a frozen kernel pays; RoAd 1, 2 and 4; LoRA
+r8 as qwix, the field's own JAX library, builds it; all kernels; and RoAd by rotating the kernels, the naive way. FLOPs
+are XLA's count of the unrolled program, time and memory those of the scanned one, as it is trained, with what linear
+layers gave kept (``remat="linears"``) and with everything kept (``"none"``). Arms take turns within a round. Writes
+``benchmarks/results/jax_cost.json`` and ``.png``.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import linen as nn
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import road_jax
+from benchmarks._common import RESULTS, bars, device, median_ratios, write
+from road_jax import RoadConfig
+from road_jax._tree import flatten, unflatten
+from road_jax.models import Decoder, DecoderConfig
+
+FLOOR = "biases (the floor)"
+FORWARD = "forward"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Counts and times gradients of RoAd, LoRA, biases and all kernels in JAX."""
+
+    # Rows and tokens a row.
+    rows: int = 4
+    length: int = 256
+    # Every arm runs once a round; 0 counts without timing.
+    rounds: int = 15
+    # Where the figures go.
+    out: Path = RESULTS
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    console = Console()
+    results: dict[str, Any] = {"device": device(), "options": {k: str(v) for k, v in vars(options).items()}, "arms": {}}
+    flops = {name: program.flops() for name, program in arms(options, scan=False, remat="none").items()}
+    scanned = arms(options, scan=True, remat="linears")
+    plain = arms(options, scan=True, remat="none")
+    for name, program in scanned.items():
+        results["arms"][name] = {
+            "flops": flops[name],
+            "flops_over_floor": flops[name] / flops[FLOOR],
+            "temp_mib": program.temp_mib(),
+            "temp_mib_nothing_recomputed": plain[name].temp_mib(),
+            "trained": program.trained,
+        }
+    if options.rounds:
+        times: dict[str, list[float]] = {name: [] for name in scanned}
+        with Progress(console=console) as bar:
+            task = bar.add_task(f"{options.rounds} rounds", total=options.rounds * len(scanned))
+            for number in range(-1, options.rounds):
+                order = [*scanned][number % len(scanned) :] + [*scanned][: number % len(scanned)]
+                for name in order:
+                    start = time.perf_counter()
+                    scanned[name].run()
+                    # The first round warms up.
+                    if number >= 0:
+                        times[name].append(time.perf_counter() - start)
+                        bar.advance(task)
+        for name, (ratio, ratios) in median_ratios(times, FLOOR).items():
+            results["arms"][name] |= {
+                "time_over_floor": ratio,
+                "ratios": ratios,
+                "seconds": statistics.median(times[name]),
+            }
+        shown = {"time": {name: row["time_over_floor"] for name, row in results["arms"].items()}}
+        bars(shown, options.out / "jax_cost.png", title=f"A gradient in JAX\n{results['device']}", of=FLOOR)
+    write(options.out / "jax_cost.json", results)
+    console.print(table(results))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled gradient: its executable, what it is called with, and how many parameters it trains."""
+
+    compiled: Any
+    arguments: tuple[Any, ...]
+    trained: int
+
+    def run(self) -> None:
+        """Runs it to the end."""
+        jax.block_until_ready(self.compiled(*self.arguments))
+
+    def flops(self) -> float:
+        """Returns XLA's count; the body of a loop counts once."""
+        return float(self.compiled.cost_analysis()["flops"])
+
+    def temp_mib(self) -> float:
+        """Returns what the program needs besides arguments and results."""
+        return self.compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def arms(options: Options, *, scan: bool, remat: Any, only: tuple[str, ...] = ()) -> dict[str, Program]:
+    """Compiles every arm, or those that are named."""
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 512, (options.rows, options.length)), jnp.int32)
+    model = Decoder(_config(), scan=scan, remat=remat)
+    variables = jax.jit(model.init)(jax.random.key(0), ids[:, :8])
+    found: dict[str, Program] = {}
+
+    def add(
+        name: str, logits: Callable[[Any, Any], jax.Array], trained: Any, frozen: Any, *, grad: bool = True
+    ) -> None:
+        if only and name not in only:
+            return
+
+        def loss(trained: Any, frozen: Any) -> jax.Array:
+            scores = logits(trained, frozen)[:, :-1]
+            return optax.softmax_cross_entropy_with_integer_labels(scores, ids[:, 1:]).mean()
+
+        program = jax.jit(jax.value_and_grad(loss) if grad else loss)
+        compiled = program.lower(trained, frozen).compile()
+        found[name] = Program(compiled, (trained, frozen), sum(leaf.size for leaf in jax.tree.leaves(trained)))
+
+    add(FORWARD, lambda _, frozen: model.apply(frozen, ids), {}, variables, grad=False)
+    biases, rest = _split(variables, lambda path: path[-1] == "bias")
+    add(FLOOR, lambda trained, frozen: model.apply(_join(trained, frozen), ids), biases, rest)
+    for variant in ("road_1", "road_2", "road_4"):
+        road = road_jax.transform(model, RoadConfig(variant=variant, target_modules="all-linear"))
+        adapter = road.init(jax.random.key(1), variables, ids)
+        add(f"RoAd {variant[-1]}", lambda a, v, road=road: road.apply(v, a, ids), adapter, variables)
+        if variant == "road_1":
+            naive = (lambda a, v, road=road: model.apply(road.merge(v, a), ids), adapter, variables)
+    lora, lora_variables = _lora(model, ids)
+    factors, rest = _split(lora_variables, lambda path: "lora" in path[-1])
+    add("LoRA r8 (qwix)", lambda trained, frozen: lora.apply(_join(trained, frozen), ids), factors, rest)
+    kernels, rest = _split(variables, lambda path: path[-1] == "kernel" and "lm_head" not in path)
+    add("all kernels", lambda trained, frozen: model.apply(_join(trained, frozen), ids), kernels, rest)
+    add("RoAd 1, kernels rotated", *naive)
+    return found
+
+
+def _config() -> DecoderConfig:
+    fields = {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "attention_bias": True,
+        "mlp_bias": True,
+    }
+    return DecoderConfig.from_hugging_face(fields, "benchmark")
+
+
+def _lora(model: Decoder, ids: jax.Array) -> tuple[nn.Module, Any]:
+    import qwix
+
+    rule = qwix.LoraRule(module_path=r"model/layers/.*_proj", rank=8, alpha=16.0)
+    lora = qwix.apply_lora_to_model(model, qwix.LoraProvider([rule]))
+    variables = jax.jit(lora.init)(jax.random.key(0), ids[:, :8])
+    return lora, variables
+
+
+def _split(variables: Any, wanted: Callable[[tuple[str, ...]], bool]) -> tuple[Any, Any]:
+    """Returns the params that are trained, and variables with the others."""
+    leaves = flatten(variables["params"])
+    trained = {path: leaf for path, leaf in leaves.items() if wanted(path)}
+    if not trained:
+        raise SystemExit("expected params to train, found none")
+    frozen = {path: leaf for path, leaf in leaves.items() if path not in trained}
+    return unflatten(trained), {**variables, "params": unflatten(frozen)}
+
+
+def _join(trained: Any, frozen: Any) -> Any:
+    return {**frozen, "params": unflatten({**flatten(frozen["params"]), **flatten(trained)})}
+
+
+def table(results: dict[str, Any]) -> Table:
+    """The figures of all arms."""
+    shown = Table(title="a gradient in JAX, float32", caption=results["device"])
+    for column in ("arm", "trained", "FLOPs / floor", "time / floor", "temp MiB", "temp MiB, all kept"):
+        shown.add_column(column, justify="left" if column == "arm" else "right")
+    for name, row in results["arms"].items():
+        timed = f"{row['time_over_floor']:.2f}" if "time_over_floor" in row else ""
+        numbers = (f"{row['trained']:,}", f"{row['flops_over_floor']:.3f}", timed)
+        shown.add_row(name, *numbers, f"{row['temp_mib']:.0f}", f"{row['temp_mib_nothing_recomputed']:.0f}")
+    return shown
+
+
+if __name__ == "__main__":
+    main()

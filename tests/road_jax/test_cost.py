@@ -1,0 +1,22 @@
+"""What a gradient costs, in counts of the compiled program: `benchmarks.jax_cost` without its clock."""
+
+from benchmarks import jax_cost
+from benchmarks.jax_cost import FLOOR, Options
+
+ROAD = ("RoAd 1", "RoAd 2", "RoAd 4")
+
+
+def test_the_rotation_adds_hardly_a_flop_to_the_floor():
+    """Nothing trained behind frozen kernels can do with less than biases do."""
+    found = jax_cost.arms(Options(rows=1, length=128), scan=False, remat="none", only=(FLOOR, *ROAD, "all kernels"))
+    floor = found[FLOOR].flops()
+    for name in ROAD:
+        assert floor < found[name].flops() < 1.02 * floor
+    assert found["all kernels"].flops() > 1.3 * floor
+
+
+def test_the_rotation_keeps_little_beyond_the_floor():
+    """With what linear layers gave kept, and the rest computed anew."""
+    found = jax_cost.arms(Options(), scan=True, remat="linears", only=(FLOOR, "RoAd 1", "LoRA r8 (qwix)"))
+    assert found["RoAd 1"].temp_mib() < 1.3 * found[FLOOR].temp_mib()
+    assert found["RoAd 1"].temp_mib() < found["LoRA r8 (qwix)"].temp_mib()
