@@ -122,7 +122,7 @@ class RoadLayer(nn.Module):
                 return self._differentiable(y, routing)
             if y.requires_grad:
                 for first, cross, group_size, index in plan.passes:
-                    y = _ops.rotate(y, *default.rows(y, first, cross, index), group_size)
+                    y = _ops.rotate(y, *default.rows(y, first, cross, index), group_size, shared.kernel)
                 return y
         if self._gives_new and not base._forward_hooks and y.is_contiguous():
             for first, cross, group_size, index in plan.passes:
@@ -234,7 +234,12 @@ class RoadLayer(nn.Module):
 
     def _differentiable(self, y: Tensor, routing: Routing) -> Tensor:
         """The rotation with gradients for ``y``, θ and α, nothing prepared."""
-        rotate = default.rotate if torch.compiler.is_compiling() else _ops.rotate
+
+        def rotate(y: Tensor, first: Tensor, cross: Tensor, size: int) -> Tensor:
+            if torch.compiler.is_compiling():
+                return default.rotate(y, first, cross, size)
+            return _ops.rotate(y, first, cross, size, self._shared.kernel)
+
         if routing.names is None:
             for first, cross, size, _ in self.passes(routing.used, device=y.device):
                 y = rotate(y, first.to(y.dtype), cross.to(y.dtype), size)

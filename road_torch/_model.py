@@ -328,10 +328,15 @@ class RoadModel(nn.Module):
             if here != there:
                 raise AdapterError(f"{directory}: expected {field} {here} as {adapter_name!r} has, found {there}")
         mine = {layer.module_path: layer for layer in layers(self) if adapter_name in layer.road_theta}
-        if wrong := [*(mine.keys() - adapter.modules.keys()), *(adapter.modules.keys() - mine.keys())]:
+        if wrong := sorted(mine.keys() ^ adapter.modules.keys()):
             raise AdapterError(
                 f"{directory}: expected θ and α for the {len(mine)} modules of {adapter_name!r}, found "
-                f"{len(adapter.modules)}, differing in {_listed(sorted(wrong))}"
+                f"{len(adapter.modules)}, differing in {_listed(wrong)}"
+            )
+        if wrong := sorted(mine.keys() ^ self._select(adapter.config).keys()):
+            raise AdapterError(
+                f"{directory}: expected target_modules that select the modules of {adapter_name!r}, "
+                f"found a choice that differs in {_listed(wrong)}"
             )
         for path, (theta, _) in adapter.modules.items():
             size = mine[path].road_theta[adapter_name].shape

@@ -1,17 +1,19 @@
 """``torch.ops.road.rotate``: schema, fake and autograd of the rotation. No arithmetic of its own but the gradient's.
 
-In inference `RoadLayer` calls a kernel directly, for a dispatched op costs more than a decoded token's rotation; and a
-compiled model traces the plain one, which inductor fuses. The op is for gradients: it saves ``y`` and no intermediate.
+Where no gradient is wanted `RoadLayer` calls a kernel directly, for a dispatched op costs more than a decoded token's
+rotation; and a compiled model traces the plain one, which inductor fuses. The op is for gradients: it saves ``y`` and
+no intermediate.
 """
 
 import torch
 from torch import Tensor
 
+from road_torch import _kernels
 from road_torch._kernels import default
 
 
 @torch.library.custom_op("road::rotate", mutates_args=())
-def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int) -> Tensor:
+def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int, kernel: str = "auto") -> Tensor:
     """Returns ``y * first + partner(y) * cross`` in the dtype of ``y``.
 
     Args:
@@ -19,19 +21,20 @@ def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int) -> Tensor:
         first: broadcasts against ``y``; any floating dtype, rounded to that of ``y`` before the product.
         cross: as ``first``.
         group_size: even; divides ``out``.
+        kernel: the implementation's name.
     """
-    return default.rotate(y, first.to(y.dtype), cross.to(y.dtype), group_size)
+    return _kernels.choose(kernel, y.device).rotate(y, first, cross, group_size)
 
 
 @rotate.register_fake
-def _(y: Tensor, first: Tensor, cross: Tensor, group_size: int) -> Tensor:
+def _(y: Tensor, first: Tensor, cross: Tensor, group_size: int, kernel: str = "auto") -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    y, first, cross, group_size = inputs
+    y, first, cross, group_size, kernel = inputs
     ctx.save_for_backward(y, first, cross)
-    ctx.group_size = group_size  # type: ignore[attr-defined]
+    ctx.group_size, ctx.kernel = group_size, kernel  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -41,15 +44,14 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     grad_y = grad_first = grad_cross = None
     if needs[0]:
         # The transpose of a block: partner() is its own.
-        grad_y = default.rotate(
-            grad, first.to(grad.dtype), default.partner(cross.to(grad.dtype), group_size), group_size
-        )
+        kernel: str = ctx.kernel  # type: ignore[attr-defined]
+        grad_y = rotate(grad, first, default.partner(cross, group_size), group_size, kernel)
     # Many rows add up to one coefficient: float32, whatever the activations are.
     if needs[1]:
         grad_first = (grad.float() * y.float()).sum_to_size(first.shape).to(first.dtype)
     if needs[2]:
         grad_cross = (grad.float() * default.partner(y, group_size).float()).sum_to_size(cross.shape).to(cross.dtype)
-    return grad_y, grad_first, grad_cross, None
+    return grad_y, grad_first, grad_cross, None, None
 
 
 rotate.register_autograd(_backward, setup_context=_save)

@@ -1,5 +1,8 @@
 """Implementations of the rotation, one file each, all with the same signatures."""
 
+import functools
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,20 +30,43 @@ class Kernel(NamedTuple):
 DEFAULT = Kernel(default.rotate, default.rotate_, gathers=False)
 
 
-NAMES = ("auto", "default")
+NAMES = ("auto", "default", "triton")
 
 
 def check(name: str) -> str:
     """Returns the name of an implementation.
 
     Raises:
-        AdapterError: there is none of this name.
+        AdapterError: there is none of this name, or it isn't installed.
     """
     if name not in NAMES:
         raise AdapterError(f"kernel: expected one of {', '.join(NAMES)}, found {name!r}")
+    if name == "triton" and not _has_triton():
+        raise AdapterError("kernel: expected the package triton for the kernel 'triton', found it isn't installed")
     return name
 
 
 def choose(name: str, device: torch.device) -> Kernel:
-    """Returns the implementation of this name; ``"auto"`` is the device's own."""
+    """Returns the implementation of this name; ``"auto"`` is Triton's on a GPU where it is installed.
+
+    Raises:
+        AdapterError: the device can't run it.
+    """
+    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise AdapterError("kernel: expected a model on a GPU for the kernel 'triton', found it on the CPU")
+    if name == "triton" or (name == "auto" and device.type == "cuda" and _has_triton()):
+        return _triton()
     return DEFAULT
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton() -> Kernel:
+    # Its import takes a moment, and it isn't everywhere.
+    from road_torch._kernels import triton
+
+    return Kernel(triton.rotate, triton.rotate_, gathers=True)

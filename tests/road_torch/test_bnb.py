@@ -17,7 +17,7 @@ KINDS = {
     "int8": {},
     "int8-threshold": {"threshold": 6.0},
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 X = torch.from_numpy(named_values("x", 4, 3, IN))
 pytestmark = pytest.mark.filterwarnings("ignore:.*inputs will be cast")
 
@@ -87,6 +87,24 @@ def test_forward(kind, dtype, variant, group_size):
             assert_close(mixed[row].double(), expected, dtype, moved_from=y[row].double())
     with model.disable_adapter():
         assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_variants_and_group_sizes_in_one_batch(kind, dtype):
+    base = Model(make(kind, DTYPES[dtype])[0])
+    x = X.to(DTYPES[dtype])
+    y = base(x).clone()
+    model, layer = road(base, "road_1", 64)
+    model.add_adapter("c", RoadConfig(variant="road_4", group_size=8, target_modules=["proj"], init_weights=False))
+    model.add_adapter("d", RoadConfig(variant="road_2", group_size=2, target_modules=["proj"], init_weights=False))
+    names = ["d", "a", "__base__", "c"]
+    mixed = model(x, adapter_names=names).detach()
+    assert mixed.dtype == y.dtype
+    assert torch.equal(mixed[2], y[2])
+    for row, (name, variant, size) in {0: ("d", "road_2", 2), 1: ("a", "road_1", 64), 3: ("c", "road_4", 8)}.items():
+        expected = reference(y[row], layer, name, variant, size)
+        assert_close(mixed[row].double(), expected, dtype, moved_from=y[row].double())
 
 
 @pytest.mark.parametrize("forward_first", [False, True])

@@ -1,11 +1,13 @@
 """Generation in mixed batches, and the road-generate command."""
 
+import copy
 import json
 import re
 import sys
 
 import pytest
 import torch
+import transformers
 from _models import small_checkpoint, small_model, word_tokenizer
 
 import road_torch
@@ -71,6 +73,57 @@ def test_assisted_generation_with_an_adapted_assistant():
     expected = model.generate(IDS[2:3], adapter_names=["b"], **GREEDY)
     given = model.generate(IDS[2:3], adapter_names=["b"], assistant_model=assistant.base_model, **GREEDY)
     assert torch.equal(given, expected)
+
+
+def test_sampled_rows_are_those_of_the_adapter_alone():
+    model = with_adapters()
+    kwargs = {**GREEDY, "do_sample": True, "temperature": 1.5, "attention_mask": MASK}
+
+    def drawn(**names):
+        torch.manual_seed(7)
+        return model.generate(IDS, **names, **kwargs)
+
+    names = ["b", "__base__", "a", "c"]
+    mixed = drawn(adapter_names=names)
+    assert not torch.equal(mixed, model.generate(IDS, adapter_names=names, **kwargs))
+    for row, name in enumerate(names):
+        model.set_adapter([] if name == "__base__" else name)
+        assert torch.equal(drawn()[row], mixed[row])
+
+
+def test_a_prompt_that_stands_in_a_cache():
+    model, names = with_adapters(), ["b", "__base__", "a", "c"]
+    ids = IDS.clamp(min=3)
+    kwargs = {**GREEDY, "attention_mask": torch.ones_like(ids), "adapter_names": names}
+    expected = model.generate(ids, **kwargs)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :3], past_key_values=cache, use_cache=True, adapter_names=names)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **kwargs), expected)
+
+
+def test_gpt2_whose_layers_are_conv1d():
+    torch.manual_seed(0)
+    fields = {"vocab_size": 160, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).eval()
+    model = RoadModel(base)
+    for name, changes in {
+        "a": {"variant": "road_1", "group_size": 64, "target_modules": "all-linear"},
+        "b": {"variant": "road_4", "group_size": 8, "target_modules": ["c_attn", "c_fc"]},
+        "c": {"variant": "road_2", "group_size": 2, "target_modules": ["c_proj"]},
+    }.items():
+        model.add_adapter(name, RoadConfig(**changes, init_weights=False, inference_mode=True))
+    names = ["b", "__base__", "a", "c"]
+    kwargs = {**GREEDY, "attention_mask": MASK}
+    mixed = model.generate(IDS, adapter_names=names, **kwargs)
+    for row, name in enumerate(names):
+        model.set_adapter([] if name == "__base__" else name)
+        alone = model.generate(IDS, **kwargs)
+        assert torch.equal(mixed[row], alone[row])
+        if name == "b":
+            merged, logits = copy.deepcopy(model).merge_and_unload(), model(IDS).logits
+            torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    assert len({tuple(row[5:].tolist()) for row in mixed}) == 4
 
 
 def test_a_gather_serves_a_whole_call(monkeypatch):
