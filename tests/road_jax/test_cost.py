@@ -1,6 +1,6 @@
 """What a gradient costs, in counts of the compiled program: `benchmarks.jax_cost` without its clock."""
 
-from benchmarks import jax_cost
+from benchmarks import capacity, jax_cost
 from benchmarks.jax_cost import FLOOR, Options
 
 ROAD = ("RoAd 1", "RoAd 2", "RoAd 4")
@@ -20,3 +20,14 @@ def test_the_rotation_keeps_little_beyond_the_floor():
     found = jax_cost.arms(Options(), scan=True, remat="linears", only=(FLOOR, "RoAd 1", "LoRA r8 (qwix)"))
     assert found["RoAd 1"].temp_mib() < 1.3 * found[FLOOR].temp_mib()
     assert found["RoAd 1"].temp_mib() < found["LoRA r8 (qwix)"].temp_mib()
+
+
+def test_the_capacity_plan_counts_what_the_paper_counts():
+    count = capacity.sizes(capacity.config_of(*capacity.MODELS["7B"]))
+    assert count["RoAd 1"] == 1_359_872
+    assert count["full"] == 6_738_415_616
+
+
+def test_the_capacity_plan_is_near_what_compiles():
+    for case, planned, compiled in capacity.check():
+        assert 0.75 < compiled / planned < 1.1, case
