@@ -4,6 +4,8 @@ A layer's coefficients stand as ``[groups, 1 or 2, half]`` with ``half = group_s
 first half and those of its second, or one row where both halves share them (road_1).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -134,15 +136,28 @@ def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array
     dy = rotate_blocks(d, first, -second[..., ::-1, :])
     (y0, y1), (d0, d1) = _halves(y, first), _halves(d, first)
     y0, y1, d0, d1 = (v.astype(first.dtype) for v in (y0, y1, d0, d1))
-    rows = tuple(range(y.ndim - 1))
-    # Complex numbers let XLA on CPU do two sums in one pass over contiguous pairs: 2.5x faster than two plain ones.
     if first.shape[-2] == 1:
-        total = jnp.sum(jax.lax.complex(d0, d1) * jax.lax.complex(y0, -y1), axis=rows)
-        return dy, jnp.real(total)[..., None, :], jnp.imag(total)[..., None, :]
-    by_first = jnp.sum(jax.lax.complex(d0 * y0, d1 * y1), axis=rows)
-    by_second = jnp.sum(jax.lax.complex(-d0 * y1, d1 * y0), axis=rows)
-    dfirst, dsecond = (jnp.stack([jnp.real(v), jnp.imag(v)], axis=-2) for v in (by_first, by_second))
-    return dy, dfirst, dsecond
+        by_first, by_second = _sum_rows(d0 * y0 + d1 * y1, d1 * y0 - d0 * y1)
+        return dy, by_first[..., None, :], by_second[..., None, :]
+    sums = _sum_rows(d0 * y0, d1 * y1, -d0 * y1, d1 * y0)
+    return dy, jnp.stack(sums[:2], axis=-2), jnp.stack(sums[2:], axis=-2)
+
+
+def _sum_rows(*products: jax.Array) -> list[jax.Array]:
+    """Sums arrays ``[..., groups, half]`` to ``[groups, half]`` each."""
+
+    def plain(*products: jax.Array) -> list[jax.Array]:
+        return [jnp.sum(product, axis=tuple(range(product.ndim - 2))) for product in products]
+
+    def by_product(*products: jax.Array) -> list[jax.Array]:
+        # XLA on CPU sums rows one column at a time; a product with ones takes 1/5 of that.
+        # Groups stay outermost: where they are sharded, so is what is summed.
+        together = jnp.stack(products, axis=-2)
+        flat = together.reshape(-1, math.prod(together.shape[-3:]))
+        sums = jnp.dot(jnp.ones(len(flat), flat.dtype), flat, precision="highest").reshape(together.shape[-3:])
+        return [sums[:, i] for i in range(len(products))]
+
+    return jax.lax.platform_dependent(*products, cpu=by_product, default=plain)
 
 
 rotate_blocks.defvjp(_forward, _backward)
