@@ -1,0 +1,40 @@
+"""The folder of a demo: new, or in the place of a former demo's once the new one is whole."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from road_core import AdapterError
+from road_core._files import check_free, new_directory, read_json
+
+# The file with the figures, and the field that a former demo's folder is known by.
+FIGURES = "demo.json"
+MADE_BY = {"made_by": "examples.demo"}
+
+
+@contextlib.contextmanager
+def demo_folder(out: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``out`` that takes its place when the block ends, and is gone if it fails.
+
+    Raises:
+        AdapterError: ``out`` holds something that isn't a former demo.
+    """
+    if not _is_demo(out):
+        check_free(out)
+        with new_directory(out) as draft:
+            yield draft
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        new, old = Path(folder) / "new", Path(folder) / "old"
+        with new_directory(new) as draft:
+            yield draft
+        out.replace(old)
+        new.replace(out)
+
+
+def _is_demo(out: Path) -> bool:
+    try:
+        return read_json(out / FIGURES).items() >= MADE_BY.items()
+    except AdapterError:
+        return False

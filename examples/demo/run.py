@@ -1,0 +1,192 @@
+"""The demo's stages, from a checkpoint and tasks to figures: score the base, train, convert, verify, serve."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+
+import convert
+import road_torch
+from examples.demo.flax_model import ROWS, FlaxModel
+from examples.demo.report import Results, Shown, TaskResult
+from examples.demo.stages import Stages, device_name, peak_memory
+from examples.demo.tasks import Scores, Task
+from road_jax.train import TrainOptions, train
+
+# Rows of a training batch and tokens in a row: about 900 tokens a step when lines are packed.
+TRAIN_ROWS, TRAIN_LENGTH = 4, 256
+
+# Answered lines of the training data that the base sees before the question, when it isn't asked without.
+EXAMPLES = 2
+
+# The kind of weights that the adapters are trained on and served with. Trained on the weights as they are in the
+# checkpoint, an adapter loses accuracy where it meets the same weights in 4 bits.
+QUANTIZE: Literal["nf4"] = "nf4"
+
+# What a row calls itself that wants no adapter.
+BASE = "__base__"
+
+# Held-out lines of each task that the base answers too, in the same mixed batch.
+BASE_LINES = 16
+
+# What `run_demo` and `examples.demo.__main__` announce for two tasks.
+STAGES = 7
+
+
+def run_demo(base: Path, tasks: Sequence[Task], folder: Path, stages: Stages) -> Results:
+    """Trains an adapter for each task in Flax and serves all on the 4-bit model in PyTorch.
+
+    Args:
+        base: the folder of a Hugging Face checkpoint.
+        tasks: with other names.
+        folder: gets ``data``, ``flax``, ``torch`` and the answers of the mixed batch.
+        stages: the clock, with its console.
+
+    Returns:
+        Everything that the report tells.
+    """
+    console = stages.console
+    with stages.stage("Scoring the base model, in Flax"):
+        model = FlaxModel(base)
+        parameters = model.parameters
+        base_scores = {task.name: _score_base(model, task, console) for task in tasks}
+    # Every stage loads its own model; one at a time is enough.
+    del model
+    options = {task.name: _train_options(base, task, folder) for task in tasks}
+    trained = {}
+    for task in tasks:
+        with stages.stage(f"Training the {task.name} adapter, in Flax"):
+            trained[task.name] = train(options[task.name], console=console)
+    with stages.stage("Scoring both adapters by their answers, in Flax"):
+        model = FlaxModel(base, QUANTIZE)
+        flax_answers = {
+            task.name: model.answer(
+                [task.prompt(line) for line in task.held_out],
+                adapter=folder / "flax" / task.name,
+                max_new_tokens=_most_tokens(tasks),
+                console=console,
+            )
+            for task in tasks
+        }
+    del model
+    jax.clear_caches()
+    with stages.stage("Converting both adapters, and verifying them in both frameworks"):
+        verified = {}
+        for task in tasks:
+            flax, torch = (folder / side / task.name for side in ("flax", "torch"))
+            convert.to_torch(flax, torch)
+            verified[task.name] = convert.verify(flax, torch, base, console=console)
+    with stages.stage("Answering in mixed batches on the 4-bit model, in PyTorch"):
+        torch_answers, base_answers = _serve(base, tasks, folder, console)
+    return Results(
+        device=device_name(),
+        base=base,
+        base_parameters=parameters,
+        tasks=[
+            TaskResult(
+                task=task,
+                base=base_scores[task.name],
+                flax=task.score(flax_answers[task.name]),
+                torch=task.score(torch_answers[task.name]),
+                options=options[task.name],
+                training=trained[task.name],
+                flax_bytes=_size(folder / "flax" / task.name / "road_adapter.safetensors"),
+                torch_bytes=_size(folder / "torch" / task.name / "adapter_model.safetensors"),
+                verification=verified[task.name],
+                shown=[
+                    Shown(task.held_out[i], before, flax_answers[task.name][i], torch_answers[task.name][i])
+                    for i, before in enumerate(base_answers[task.name])
+                ],
+            )
+            for task in tasks
+        ],
+        base_rows=sum(len(answers) for answers in base_answers.values()),
+        batch_rows=ROWS,
+        stages=stages.done,
+        peak_memory=peak_memory(),
+    )
+
+
+def interleave(*groups: Sequence[Any]) -> list[Any]:
+    """Returns all items in one list, each group spread evenly over it in its own order."""
+    places = [((i + 0.5) / len(group), n, item) for n, group in enumerate(groups) for i, item in enumerate(group)]
+    return [item for *_, item in sorted(places, key=lambda place: place[:2])]
+
+
+def _score_base(model: FlaxModel, task: Task, console: Console) -> dict[str, Scores]:
+    """Scores the base by its likelier label, or by its text with the format told: without examples and with some."""
+    if task.labels:
+        conversations = [task.prompt(line) for line in task.held_out]
+        return {"the likelier label": task.score(model.choose(conversations, task.labels, console=console))}
+    scores = {}
+    for how, examples in (("format told", 0), (f"format told and {EXAMPLES} examples", EXAMPLES)):
+        conversations = [task.prompt(line, examples) for line in task.held_out]
+        answers = model.answer(conversations, max_new_tokens=task.answer_tokens, console=console)
+        scores[how] = task.score(answers)
+    return scores
+
+
+def _train_options(base: Path, task: Task, folder: Path) -> TrainOptions:
+    data, _ = task.write(folder / "data")
+    devices = jax.device_count()
+    return TrainOptions(
+        base=base,
+        data=data,
+        out=folder / "flax" / task.name,
+        # What is held out is scored by answers afterwards.
+        eval_lines=0,
+        steps=task.steps,
+        learning_rate=task.learning_rate,
+        # Each device has its share of the rows.
+        batch_size=-(-TRAIN_ROWS // devices) * devices,
+        max_length=TRAIN_LENGTH,
+        quantize=QUANTIZE,
+        # As fast as bfloat16 in XLA on a processor, and exact.
+        dtype="float32",
+    )
+
+
+def _serve(
+    base: Path, tasks: Sequence[Task], folder: Path, console: Console
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Answers every held-out line with its task's adapter and some without one, all in mixed batches.
+
+    Returns:
+        The answers with an adapter, and those of the base, by task and in the lines' order.
+    """
+    decoder, tokenizer = road_torch.load(base, quantize=QUANTIZE)
+    model = road_torch.RoadModel(decoder)
+    for task in tasks:
+        model.load_adapter(folder / "torch" / task.name, adapter_name=task.name)
+    prompts = [
+        [{"task": task.name, "adapter": name, "messages": task.prompt(line)} for line in task.held_out[:count]]
+        for task in tasks
+        for name, count in ((task.name, None), (BASE, BASE_LINES))
+    ]
+    rows = interleave(*prompts)
+    answers = road_torch.generate(
+        model.eval(), tokenizer, rows, max_new_tokens=_most_tokens(tasks), batch_size=ROWS, console=console
+    )
+    _write_lines(folder / "prompts.jsonl", rows)
+    _write_lines(folder / "answers.jsonl", answers)
+    adapted: dict[str, list[str]] = {task.name: [] for task in tasks}
+    plain: dict[str, list[str]] = {task.name: [] for task in tasks}
+    for answer in answers:
+        (plain if answer["adapter"] == BASE else adapted)[answer["task"]].append(answer["completion"])
+    return adapted, plain
+
+
+def _write_lines(path: Path, rows: Sequence[Any]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _most_tokens(tasks: Sequence[Task]) -> int:
+    """One bound for all tasks, so that one program serves them; an answer ends with its end token."""
+    return max(task.answer_tokens for task in tasks)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
