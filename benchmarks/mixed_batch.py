@@ -94,17 +94,19 @@ def measure(
     arms: dict[str, Callable[[], tuple[float, float]]] = {}
     failed: dict[str, str] = {}
     for label, make in _arms().items():
-        model = make(load(checkpoint, quantize=quantize, dtype=dtype)[0])
-        model.eval().requires_grad_(False)
+        model = _load(checkpoint, quantize, dtype, make)
         runs = {"": {}} if label == "bare" else {", one": {}, ", 8 mixed": {"adapter_names": ADAPTERS}}
+        able = {}
         for suffix, kwargs in runs.items():
-            run = functools.partial(decode, model, options, kwargs)
             try:
-                run()
+                decode(model, options, kwargs)
             except Exception as error:  # a peer that can't do it is a result
                 failed[label + suffix] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                # PEFT's hooks stay after an exception, and every later call would fail as well.
+                model = _load(checkpoint, quantize, dtype, make)
             else:
-                arms[label + suffix] = run
+                able[suffix] = kwargs
+        arms |= {label + suffix: functools.partial(decode, model, options, kwargs) for suffix, kwargs in able.items()}
     times: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
     with Progress(console=console) as bar:
         task = bar.add_task(f"{name}: {options.rounds} rounds of {len(arms)} arms", total=options.rounds * len(arms))
@@ -129,6 +131,11 @@ def measure(
             "tokens_per_second": len(ADAPTERS) * (options.new_tokens - 1) / statistics.median(decodes),
         }
     return {**found, **{arm: {"failed": reason} for arm, reason in failed.items()}}
+
+
+def _load(checkpoint: Path, quantize: str, dtype: str, make: Callable[[Any], Any]) -> Any:
+    """Returns an arm's model, in eval mode and frozen, as those of all arms are."""
+    return make(load(checkpoint, quantize=quantize, dtype=dtype)[0]).eval().requires_grad_(False)
 
 
 def decode(model: Any, options: Options, kwargs: dict[str, Any]) -> tuple[float, float]:

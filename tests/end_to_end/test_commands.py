@@ -1,0 +1,235 @@
+"""The installed commands as a user runs them: the whole way, and what bad input gets."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from _compare import named_values
+from _models import WORDS, small_checkpoint
+
+from road_core import Adapter, RoadConfig, read_peft, write_peft
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+LAYERS = 2
+
+
+def command(name, *arguments, cwd):
+    """Runs what pip would install under this name."""
+    module, function = SCRIPTS[name].split(":")
+    code = f"import sys; sys.argv[0] = {name!r}; from {module} import {function}; {function}()"
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def done(name, *arguments, cwd):
+    """Runs a command that has to succeed, and returns what it printed."""
+    found = command(name, *arguments, cwd=cwd)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small_checkpoint(tmp_path_factory.mktemp("base"), num_hidden_layers=LAYERS, vocab_size=len(WORDS))
+
+
+def test_from_lines_to_answers(base, tmp_path):
+    starts = np.random.default_rng(0).integers(0, 7, 80)
+    write_lines(tmp_path / "data.jsonl", [{"prompt": NUMBERS[i], "completion": NUMBERS[i + 1]} for i in starts])
+    arguments = {
+        "--base": base,
+        "--data": "data.jsonl",
+        "--out": "run",
+        "--steps": 12,
+        "--batch-size": 8,
+        "--max-length": 32,
+        "--learning-rate": 0.03,
+        "--dtype": "float32",
+        "--eval-lines": 16,
+        "--variant": "road_2",
+        "--group-size": 32,
+    }
+    out = done("road-train", *(part for pair in arguments.items() for part in pair), cwd=tmp_path)
+    losses = [float(loss) for loss in re.findall(r"held-out loss (\d+\.\d+)", out)]
+    assert len(losses) == 2
+    assert losses[1] < 0.7 * losses[0]
+    modules, parameters = 7 * LAYERS, 2 * LAYERS * (2 * 128 + 2 * 64 + 2 * 192 + 128)
+    assert f"{parameters:,} parameters, 12 steps" in out
+
+    out = done("road-convert", "to-torch", "run", "adapter", cwd=tmp_path)
+    assert out == f"PEFT adapter, {modules} modules, {parameters:,} parameters: adapter\n"
+    assert {theta.shape for theta, _ in read_peft(tmp_path / "adapter").modules.values()} == {(64,), (128,), (192,)}
+
+    out = done("road-convert", "inspect", "adapter", cwd=tmp_path)
+    assert '  variant: "road_2"' in out.splitlines()
+    assert len(re.findall(r"^model\.layers\.[01]\.\w+\.\w+_proj ", out, re.MULTILINE)) == modules
+
+    out = done("road-convert", "verify", "run", "adapter", "--base", base, "--prompt", "one two", cwd=tmp_path)
+    assert "within the tolerance of 0.0001 of the greatest logit" in out
+    assert "note:" not in out
+
+    done("road-convert", "to-flax", "adapter", "again", cwd=tmp_path)
+    again = contents(tmp_path / "again")
+    assert again
+    assert again == {name: (tmp_path / "run" / name).read_bytes() for name in again}
+
+    rows = [{"prompt": "three", "adapter": "count", "id": 1}, {"prompt": "three", "id": 2}]
+    write_lines(tmp_path / "prompts.jsonl", rows)
+    arguments = ["--base", base, "--adapter", "count=adapter", "--prompts", "prompts.jsonl", "--max-new-tokens", 6]
+    for quantize in ("none", "nf4"):
+        out = done("road-generate", *arguments, "--quantize", quantize, cwd=tmp_path)
+        answers = [json.loads(line) for line in out.splitlines()]
+        assert [(row["id"], row["adapter"]) for row in answers] == [(1, "count"), (2, "__base__")]
+        assert answers[0]["completion"] != answers[1]["completion"]
+
+
+def peft_adapter(folder, *, layers=LAYERS, wrong=0.0, **fields):
+    """Writes an adapter for `q_proj` of each layer; one α of it is off by ``wrong``."""
+    modules = {}
+    for layer in range(layers):
+        path = f"model.layers.{layer}.self_attn.q_proj"
+        modules[path] = (named_values(f"{path}.theta", 64), named_values(f"{path}.alpha", 64, mean=1.0))
+    write_peft(folder, Adapter(RoadConfig(target_modules=["q_proj"], **fields), modules))
+    if wrong:
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-4] + np.float32(wrong).tobytes())
+
+
+def broken(base, folder, how):
+    """Copies a checkpoint and spoils the copy."""
+    shutil.copytree(base, folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "truncated":
+        os.truncate(weights, weights.stat().st_size - 1000)
+    else:
+        config.write_text(config.read_text().replace('"llama"', '"lama"'))
+    return folder
+
+
+def train(here, base, *more):
+    write_lines(here / "data.jsonl", [{"prompt": "one", "completion": "two"}] * 20)
+    arguments = ["--base", base, "--data", "data.jsonl", "--out", "run", "--steps", 1, "--eval-lines", 0]
+    return "road-train", *arguments, "--batch-size", 8, "--max-length", 16, *more
+
+
+def train_on(here, base, text):
+    given = train(here, base)
+    (here / "data.jsonl").write_text(f'{{"prompt": "one", "completion": "two"}}\n\n{text}\n')
+    return given
+
+
+def train_into_full_folder(here, base):
+    (here / "run").mkdir()
+    (here / "run" / "notes").write_text("mine")
+    return train(here, base)
+
+
+def generate(here, base, **fields):
+    peft_adapter(here / "adapter", **fields)
+    write_lines(here / "prompts.jsonl", [{"prompt": "one", "adapter": "a"}])
+    arguments = ["--base", base, "--adapter", "a=adapter", "--prompts", "prompts.jsonl", "--out", "answers.jsonl"]
+    return "road-generate", *arguments, "--quantize", "nf4"
+
+
+def generate_with_other_group_size(here, base):
+    given = generate(here, base)
+    path = here / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "group_size": 96}))
+    return given
+
+
+def verify(here, base, **fields):
+    peft_adapter(here / "adapter", **fields)
+    done("road-convert", "to-flax", "adapter", "run", cwd=here)
+    return "road-convert", "verify", "run", "adapter", "--base", base
+
+
+# What makes the folder and gives the command; what its one line says.
+BAD = {
+    "train, no checkpoint": (
+        lambda d, b: train(d, d / "none"),
+        "none: expected a folder with a checkpoint, found noth",
+    ),
+    "train, truncated checkpoint": (
+        lambda d, b: train(d, broken(b, d / "base", "truncated")),
+        r"model\.safetensors: expected a whole safetensors file, found a broken one",
+    ),
+    "train, unknown model type": (
+        lambda d, b: train(d, broken(b, d / "base", "model type")),
+        r"config\.json: expected a model type out of .*llama.*, found 'lama'",
+    ),
+    "train, no JSON": (lambda d, b: train_on(d, b, "{'prompt'"), r"data\.jsonl, line 3: expected JSON, found"),
+    "train, no completion": (
+        lambda d, b: train_on(d, b, '{"prompt": "one"}'),
+        r"data\.jsonl, line 3: expected text in 'completion'",
+    ),
+    "train, full folder": (train_into_full_folder, "run: expected an empty or new folder, found one that already hol"),
+    "train, group size": (
+        lambda d, b: train(d, b, "--group-size", 96),
+        r"self_attn\.q_proj: expected a number of outputs that group_size 96 divides, found 128",
+    ),
+    "generate, NaN": (lambda d, b: generate(d, b, wrong=np.nan), r"road_alpha: expected finite values, found 1"),
+    "generate, more layers": (
+        lambda d, b: generate(d, b, layers=3),
+        r"adapter: expected modules of LlamaForCausalLM, found model\.layers\.2\.self_attn\.q_proj",
+    ),
+    "generate, fewer layers": (lambda d, b: generate(d, b, layers=1), r"found none for model\.layers\.1\.self_attn"),
+    "generate, group size": (generate_with_other_group_size, "adapter: expected group_size 64, .* found 96"),
+    "verify, more layers": (lambda d, b: verify(d, b, layers=3), f"run: expected {LAYERS} layers, .* found 3"),
+    "verify, truncated checkpoint": (
+        lambda d, b: verify(d, broken(b, d / "base", "truncated")),
+        r"model\.safetensors: expected a whole safetensors file, found a broken one",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(base, tmp_path_factory):
+    """Every case in a folder of its own: what its command ended with, and the folder's files before and after."""
+    here = tmp_path_factory.mktemp("bad")
+
+    def run(case):
+        number, name = case
+        folder = here / str(number)
+        folder.mkdir()
+        given = BAD[name][0](folder, base)
+        before = contents(folder)
+        return command(*given, cwd=folder), before, contents(folder)
+
+    # Most of the time goes into imports.
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BAD, pool.map(run, enumerate(BAD)), strict=True))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(name, refusals):
+    found, before, after = refusals[name]
+    assert found.returncode == 2, found.stderr
+    assert found.stdout == ""
+    assert re.fullmatch(rf"error: .*{BAD[name][1]}.*\n", found.stderr), found.stderr
+    assert after == before
