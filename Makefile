@@ -28,6 +28,7 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) -m benchmarks.train_step
+	$(RUN) -m benchmarks.jax_cost
 	$(RUN) -m benchmarks.mixed_batch
 
 clean:

@@ -80,9 +80,10 @@ def main() -> None:
         if not options.only or name in options.only:
             results["bases"][name] = measure(checkpoint, name, quantize, dtype, options, console)
             console.print(table(name, results["bases"][name], device))
+            # After each base, so that a run that is cut short keeps what it has.
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "mixed_batch.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
             gc.collect()
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "mixed_batch.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     draw(results, options.out / "mixed_batch.png")
     console.print(f"{options.out / 'mixed_batch.json'} and .png")
 

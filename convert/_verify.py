@@ -193,6 +193,8 @@ def _progress(console: "Console | None") -> Iterator[Callable[[str, int], None]]
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+    # Elsewhere than in a terminal a transient bar leaves an empty line.
+    silent = not console.is_terminal
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=silent) as bar:
         task = bar.add_task("", total=len(_SIDES))
         yield lambda text, done: bar.update(task, description=text, completed=done)

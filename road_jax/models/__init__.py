@@ -4,3 +4,4 @@ from road_jax.models._config import DecoderConfig as DecoderConfig
 from road_jax.models._decoder import Cache as Cache
 from road_jax.models._decoder import Decoder as Decoder
 from road_jax.models._load import load as load
+from road_jax.models._load import read_config as read_config

@@ -55,8 +55,7 @@ def load(
         >>> from road_jax import models
         >>> module, variables = models.load("checkpoints/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
-    config_path = inside(directory, "config.json")
-    config = DecoderConfig.from_hugging_face(read_json(config_path), str(config_path))
+    config = read_config(directory)
     with _open(directory) as tensors:
         own = dtype is None
         dtype = jnp.dtype(_dtype(tensors, directory) if dtype is None else dtype)
@@ -67,6 +66,16 @@ def load(
         layers = config.num_hidden_layers if scan else None
         params = {path: _read(tensors, path, leaf, layers, own_dtype=own) for path, leaf in wanted.items()}
     return module, {"params": unflatten(params)}
+
+
+def read_config(directory: str | os.PathLike) -> DecoderConfig:
+    """Reads a Hugging Face folder's ``config.json``.
+
+    Raises:
+        AdapterError: there is none, or it describes another model than the decoders here.
+    """
+    path = inside(directory, "config.json")
+    return DecoderConfig.from_hugging_face(read_json(path), str(path))
 
 
 class _Tensors(Mapping[str, Any]):

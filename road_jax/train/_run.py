@@ -248,12 +248,14 @@ def load_tokenizer(base: Path) -> Any:
     """Loads a checkpoint's tokenizer from its folder alone.
 
     Raises:
-        AdapterError: there is no folder, or no tokenizer in it.
+        AdapterError: there is no folder, no tokenizer in it, or a model that isn't known.
     """
     if not base.is_dir():
         raise AdapterError(
             f"{base}: expected a folder with a checkpoint, found {'a file' if base.exists() else 'nothing'}"
         )
+    # transformers would speak of an unknown model type on stderr.
+    models.read_config(base)
     from transformers import AutoTokenizer
 
     try:

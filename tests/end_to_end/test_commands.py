@@ -109,7 +109,7 @@ def test_from_lines_to_answers(base, tmp_path):
 
 
 def peft_adapter(folder, *, layers=LAYERS, wrong=0.0, **fields):
-    """Writes an adapter for `q_proj` of each layer; one α of it is off by ``wrong``."""
+    """Writes an adapter for `q_proj` of each layer; its last θ is ``wrong``, where that is not 0."""
     modules = {}
     for layer in range(layers):
         path = f"model.layers.{layer}.self_attn.q_proj"
@@ -181,25 +181,28 @@ BAD = {
     ),
     "train, unknown model type": (
         lambda d, b: train(d, broken(b, d / "base", "model type")),
-        r"config\.json: expected a model type out of .*llama.*, found 'lama'",
+        r"config\.json: expected model_type to be one of llama, .*, found 'lama'",
     ),
     "train, no JSON": (lambda d, b: train_on(d, b, "{'prompt'"), r"data\.jsonl, line 3: expected JSON, found"),
     "train, no completion": (
         lambda d, b: train_on(d, b, '{"prompt": "one"}'),
-        r"data\.jsonl, line 3: expected text in 'completion'",
+        r"data\.jsonl, line 3: expected text in the field 'completion'",
     ),
     "train, full folder": (train_into_full_folder, "run: expected an empty or new folder, found one that already hol"),
     "train, group size": (
         lambda d, b: train(d, b, "--group-size", 96),
         r"self_attn\.q_proj: expected a number of outputs that group_size 96 divides, found 128",
     ),
-    "generate, NaN": (lambda d, b: generate(d, b, wrong=np.nan), r"road_alpha: expected finite values, found 1"),
+    "generate, NaN": (lambda d, b: generate(d, b, wrong=np.nan), r"road_theta: expected finite values, found 1"),
     "generate, more layers": (
         lambda d, b: generate(d, b, layers=3),
         r"adapter: expected modules of LlamaForCausalLM, found model\.layers\.2\.self_attn\.q_proj",
     ),
     "generate, fewer layers": (lambda d, b: generate(d, b, layers=1), r"found none for model\.layers\.1\.self_attn"),
-    "generate, group size": (generate_with_other_group_size, "adapter: expected group_size 64, .* found 96"),
+    "generate, group size": (
+        generate_with_other_group_size,
+        r"adapter_config\.json: expected group_size 64, .* found 96",
+    ),
     "verify, more layers": (lambda d, b: verify(d, b, layers=3), f"run: expected {LAYERS} layers, .* found 3"),
     "verify, truncated checkpoint": (
         lambda d, b: verify(d, broken(b, d / "base", "truncated")),
