@@ -628,9 +628,11 @@ class RoadModel(nn.Module):
         """Returns a layer's number of outputs if it can carry an adapter of this config."""
         if not path:
             raise AdapterError("target_modules: expected modules within the model, found the model itself")
-        for saved in saved_modules(self.base_model):
-            if f"{path}.".startswith(f"{saved.module_path}."):
-                owner = next(iter(saved.modules_to_save))
+        inner: nn.Module = self.base_model
+        for name in path.split("."):
+            inner = inner.get_submodule(name)
+            if isinstance(inner, SavedModule):
+                owner = next(iter(inner.modules_to_save))
                 raise AdapterError(f"{path}: expected a module to rotate, found one that {owner!r} brings whole")
         module = _unwrapped(module)
         try:
