@@ -30,6 +30,7 @@ bench: $(VENV)/installed
 	$(RUN) -m benchmarks.train_step
 	$(RUN) -m benchmarks.jax_cost
 	$(RUN) -m benchmarks.mixed_batch
+	$(RUN) -m benchmarks.adapters
 
 clean:
 	rm -rf $(VENV) runs

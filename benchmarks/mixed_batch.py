@@ -1,31 +1,29 @@
 """Decoding a batch in which every row has an adapter of its own, against the bare model and PEFT.
 
-SmolLM2-135M-Instruct, 8 rows, adapters on all linear layers. Arms, each frozen alike, one after the other in every
-round, so that a busy machine slows all of them:
+SmolLM2-135M-Instruct, 8 rows, adapters on all linear layers, or as the options say. Arms, each frozen alike, one after
+the other in every round, so that a busy machine slows all of them:
 
 - ``bare``: the model without adapters;
-- ``road_torch``: one adapter active for all rows, and 8 adapters mixed;
+- ``road_torch``: one adapter active for all rows, and as many adapters as rows, mixed;
 - ``PEFT RoAd``, ``PEFT LoRA r8``: the same.
 
 A figure is the median over the rounds of an arm's time over the bare model's in the same round. Decoding is the time
 from the first new token to the last, so that the prompt is not in it; the first token is told apart. Writes
-``benchmarks/results/mixed_batch.json`` and ``.png``.
+``benchmarks/results/mixed_batch.json`` and ``.png``; of other than the defaults, with the options in their names.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
-import json
 import logging
-import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -39,11 +37,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks._common import RESULTS, device, write
 from examples.demo.model import prepare_model
 from road_torch import RoadConfig, RoadModel, load
 
-RESULTS = Path(__file__).parent / "results"
-ADAPTERS = [f"adapter_{i}" for i in range(8)]
+TARGETS: dict[str, Any] = {"all-linear": "all-linear", "qv": ["q_proj", "v_proj"]}
 # name, quantisation, dtype of the computation
 BASES = [
     ("fp32", "none", "float32"),
@@ -55,8 +53,12 @@ BASES = [
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Times decoding with 8 adapters in a batch of 8, against the bare model and PEFT."""
+    """Times decoding with another adapter for each row of a batch, against the bare model and PEFT."""
 
+    # Rows of the batch, and adapters.
+    rows: int = 8
+    # The layers that have adapters: all linear ones, or q_proj and v_proj.
+    targets: Literal["all-linear", "qv"] = "all-linear"
     # Tokens of the prompt, and new ones.
     prompt_tokens: int = 16
     new_tokens: int = 13
@@ -69,23 +71,46 @@ class Options:
     # Where the figures go.
     out: Path = RESULTS
 
+    @property
+    def adapters(self) -> list[str]:
+        """Their names."""
+        return [f"adapter_{i}" for i in range(self.rows)]
+
+    @property
+    def mixed(self) -> str:
+        """What the mixed arms' names end with."""
+        return f", {self.rows} mixed"
+
+    @property
+    def title(self) -> str:
+        """What is the same for all bases."""
+        return f"batch {self.rows}, adapters on {'all linears' if self.targets == 'all-linear' else 'q and v'}"
+
+    @property
+    def path(self) -> Path:
+        """Of the figures, without an ending."""
+        plain = (self.rows, self.targets) == (8, "all-linear")
+        return self.out / ("mixed_batch" if plain else f"mixed_batch_{self.rows}_{self.targets}")
+
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console()
     checkpoint = prepare_model(options.cache / "smollm2-135m-instruct", options.cache, console=console)
-    device = _device()
-    results: dict[str, Any] = {"device": device, "options": {k: str(v) for k, v in vars(options).items()}, "bases": {}}
+    results: dict[str, Any] = {
+        "device": device(),
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "bases": {},
+    }
     for name, quantize, dtype in BASES:
         if not options.only or name in options.only:
             results["bases"][name] = measure(checkpoint, name, quantize, dtype, options, console)
-            console.print(table(name, results["bases"][name], device))
+            console.print(table(f"{name}, {options.title}", results["bases"][name], results["device"]))
             # After each base, so that a run that is cut short keeps what it has.
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / "mixed_batch.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write(options.path.with_suffix(".json"), results)
             gc.collect()
-    draw(results, options.out / "mixed_batch.png")
-    console.print(f"{options.out / 'mixed_batch.json'} and .png")
+    draw(results, options)
+    console.print(f"{options.path}.json and .png")
 
 
 def measure(
@@ -94,9 +119,9 @@ def measure(
     """Returns for each arm its times and ratios, or why it has none."""
     arms: dict[str, Callable[[], tuple[float, float]]] = {}
     failed: dict[str, str] = {}
-    for label, make in _arms().items():
+    for label, make in _arms(options).items():
         model = _load(checkpoint, quantize, dtype, make)
-        runs = {"": {}} if label == "bare" else {", one": {}, ", 8 mixed": {"adapter_names": ADAPTERS}}
+        runs = {"": {}} if label == "bare" else {", one": {}, options.mixed: {"adapter_names": options.adapters}}
         able = {}
         for suffix, kwargs in runs.items():
             try:
@@ -129,7 +154,7 @@ def measure(
             "decode_ratios": ratios[1],
             "first_token_ratio": statistics.median(ratios[0]),
             "decode_seconds": statistics.median(decodes),
-            "tokens_per_second": len(ADAPTERS) * (options.new_tokens - 1) / statistics.median(decodes),
+            "tokens_per_second": options.rows * (options.new_tokens - 1) / statistics.median(decodes),
         }
     return {**found, **{arm: {"failed": reason} for arm, reason in failed.items()}}
 
@@ -141,7 +166,7 @@ def _load(checkpoint: Path, quantize: str, dtype: str, make: Callable[[Any], Any
 
 def decode(model: Any, options: Options, kwargs: dict[str, Any]) -> tuple[float, float]:
     """Returns the seconds until the first new token, and those from there to the last."""
-    ids = (torch.arange(len(ADAPTERS) * options.prompt_tokens) * 37 % 4000 + 1000).view(len(ADAPTERS), -1)
+    ids = (torch.arange(options.rows * options.prompt_tokens) * 37 % 4000 + 1000).view(options.rows, -1)
     ids = ids.to(model.device)
     stamps: list[float] = []
 
@@ -166,36 +191,33 @@ def decode(model: Any, options: Options, kwargs: dict[str, Any]) -> tuple[float,
     return stamps[0] - start, stamps[-1] - stamps[0]
 
 
-def _arms() -> dict[str, Callable[[Any], Any]]:
-    return {"bare": lambda base: base, "road_torch": _ours, "PEFT RoAd": _peft_road, "PEFT LoRA r8": _peft_lora}
+def _arms(options: Options) -> dict[str, Callable[[Any], Any]]:
+    import peft
+
+    targets = TARGETS[options.targets]
+    return {
+        "bare": lambda base: base,
+        "road_torch": lambda base: _ours(base, options),
+        "PEFT RoAd": lambda base: _peft(base, peft.RoadConfig(target_modules=targets), options),
+        "PEFT LoRA r8": lambda base: _peft(base, peft.LoraConfig(target_modules=targets, r=8, lora_alpha=16), options),
+    }
 
 
-def _ours(base: Any) -> RoadModel:
+def _ours(base: Any, options: Options) -> RoadModel:
     model = RoadModel(base)
-    for name in ADAPTERS:
-        model.add_adapter(name, RoadConfig(target_modules="all-linear", inference_mode=True))
+    for name in options.adapters:
+        model.add_adapter(name, RoadConfig(target_modules=TARGETS[options.targets], inference_mode=True))
     return _noisy(model)
 
 
-def _peft_road(base: Any) -> Any:
+def _peft(base: Any, config: Any, options: Options) -> Any:
     import peft
 
-    return _peft(base, lambda: peft.RoadConfig(target_modules="all-linear"))
-
-
-def _peft_lora(base: Any) -> Any:
-    import peft
-
-    return _peft(base, lambda: peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16))
-
-
-def _peft(base: Any, config: Callable[[], Any]) -> Any:
-    import peft
-
+    first, *others = options.adapters
     # Adapters in the base's dtype: with float32 ones PEFT's mixed batch fails on a bfloat16 layer.
-    model = peft.get_peft_model(base, config(), adapter_name=ADAPTERS[0], autocast_adapter_dtype=False)
-    for name in ADAPTERS[1:]:
-        model.add_adapter(name, config(), autocast_adapter_dtype=False)
+    model = peft.get_peft_model(base, copy.deepcopy(config), adapter_name=first, autocast_adapter_dtype=False)
+    for name in others:
+        model.add_adapter(name, copy.deepcopy(config), autocast_adapter_dtype=False)
     dtype = next(p.dtype for p in base.parameters() if p.dtype.is_floating_point)
     for name, parameter in model.named_parameters():
         if "lora_" in name or "road_" in name:
@@ -220,19 +242,9 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def table(name: str, arms: dict[str, dict[str, Any]], device: str) -> Table:
+def table(title: str, arms: dict[str, dict[str, Any]], machine: str) -> Table:
     """The figures of one base."""
-    shown = Table(title=f"{name}, batch 8, all linears", caption=device)
+    shown = Table(title=title, caption=machine)
     for column in ("arm", "decode / bare", "spread", "first token / bare", "tokens/s"):
         shown.add_column(column, justify="left" if column == "arm" else "right")
     for arm, row in arms.items():
@@ -245,14 +257,14 @@ def table(name: str, arms: dict[str, dict[str, Any]], device: str) -> Table:
     return shown
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, Any], options: Options) -> None:
     """Bars of decode time over the bare model's, a group a base."""
     bases = results["bases"]
     arms = [arm for arm in next(iter(bases.values())) if arm != "bare"]
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     width = 0.8 / len(arms)
     colours = {"road_torch": "#1b7f5c", "PEFT RoAd": "#c2572b", "PEFT LoRA r8": "#6b6fb3"}
-    for i, arm in enumerate(sorted(arms, key=lambda arm: (", 8" in arm, arm), reverse=True)):
+    for i, arm in enumerate(sorted(arms, key=lambda arm: (options.mixed in arm, arm), reverse=True)):
         values = [bases[base].get(arm, {}).get("decode_ratio") for base in bases]
         at = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(bases))]
         bars = axis.bar(
@@ -261,16 +273,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
             width,
             label=arm,
             color=colours[arm.partition(",")[0]],
-            alpha=1 if ", 8" in arm else 0.5,
+            alpha=1 if options.mixed in arm else 0.5,
         )
         axis.bar_label(bars, [f"{v:.2f}" if v else "fails" for v in values], fontsize=7, rotation=90, padding=2)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xticks(range(len(bases)), list(bases))
     axis.set_ylim(0, axis.get_ylim()[1] * 1.12)
     axis.set_ylabel("decode time / bare model")
-    axis.set_title(f"SmolLM2-135M, batch 8, adapters on all linears\n{results['device']}", fontsize=9)
+    axis.set_title(f"SmolLM2-135M, {options.title}\n{results['device']}", fontsize=9)
     axis.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=150)
+    figure.savefig(options.path.with_suffix(".png"), dpi=150)
     plt.close(figure)
 
 

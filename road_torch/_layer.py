@@ -316,6 +316,10 @@ def layers(model: nn.Module) -> Iterator[RoadLayer]:
 
 
 def _device(module: nn.Module) -> torch.device:
+    # Where accelerate keeps the weights elsewhere, and brings them for each call.
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type != "meta":
             return tensor.device

@@ -1,7 +1,7 @@
 """What the demo found, as a report with pictures and as a table for the terminal."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -35,7 +35,8 @@ class TaskResult:
 
     Attributes:
         task: with the lines that were scored.
-        base: the base model's scores, by how it was asked.
+        asked: how the base model was asked.
+        base: its scores.
         flax: of the answers with the adapter in Flax.
         torch: of the answers with the converted adapter on the 4-bit model in PyTorch.
         options: of the training.
@@ -47,7 +48,8 @@ class TaskResult:
     """
 
     task: Task
-    base: Mapping[str, Scores]
+    asked: str
+    base: Scores
     flax: Scores
     torch: Scores
     options: TrainOptions
@@ -57,16 +59,10 @@ class TaskResult:
     verification: Verification
     shown: Sequence[Shown]
 
-    @property
-    def best_base(self) -> tuple[str, Scores]:
-        """How the base did best, and its scores then."""
-        return max(self.base.items(), key=lambda item: item[1]["exact"])
-
     def rows(self) -> Iterator[tuple[str, tuple[float, float, float]]]:
         """Yields each metric with the scores of the base, in Flax and in PyTorch; ``"exact"`` comes first."""
-        _, base = self.best_base
         for metric in self.flax:
-            yield metric, (base[metric], self.flax[metric], self.torch[metric])
+            yield metric, (self.base[metric], self.flax[metric], self.torch[metric])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,13 +188,12 @@ def _how(results: Results) -> str:
     lines = []
     for result in results.tasks:
         task = result.task
-        tries = ", ".join(f"{how} {_percent(scores['exact'])}" for how, scores in result.base.items())
         count = len(task.held_out)
         lines.append(
             f"- **{task.name}**: {task.summary} {count} held-out lines, none of them trained on; a score of 50 % has a "
             f"standard error of {50 / count**0.5:.1f} points. Data: {task.package.name} {task.package.version} "
             f"({task.package.license}). The system message of every line, the base's too: “{task.instruction}” "
-            f"The base in Flax, float32: {tries}{'; the best counts' if len(result.base) > 1 else ''}."
+            f"The base was asked in Flax, float32: {result.asked}."
         )
     lines.append(
         "- **With an adapter**, every line is answered by greedy generation and its text is scored. The adapters were "
@@ -304,6 +299,7 @@ def _figures(results: Results) -> dict:
         "tasks": {
             result.task.name: {
                 "lines": len(result.task.held_out),
+                "asked": result.asked,
                 "base": result.base,
                 "flax": result.flax,
                 "torch": result.torch,

@@ -19,7 +19,7 @@ from road_jax.train import TrainOptions, train
 # Rows of a training batch and tokens in a row: about 900 tokens a step when lines are packed.
 TRAIN_ROWS, TRAIN_LENGTH = 4, 256
 
-# Answered lines of the training data that the base sees before the question, when it isn't asked without.
+# Answered lines of the training data that the base sees before the question; without any it gets no address right.
 EXAMPLES = 2
 
 # The kind of weights that the adapters are trained on and served with. Trained on the weights as they are in the
@@ -88,7 +88,8 @@ def run_demo(base: Path, tasks: Sequence[Task], folder: Path, stages: Stages) ->
         tasks=[
             TaskResult(
                 task=task,
-                base=base_scores[task.name],
+                asked=base_scores[task.name][0],
+                base=base_scores[task.name][1],
                 flax=task.score(flax_answers[task.name]),
                 torch=task.score(torch_answers[task.name]),
                 options=options[task.name],
@@ -116,17 +117,14 @@ def interleave(*groups: Sequence[Any]) -> list[Any]:
     return [item for *_, item in sorted(places, key=lambda place: place[:2])]
 
 
-def _score_base(model: FlaxModel, task: Task, console: Console) -> dict[str, Scores]:
-    """Scores the base by its likelier label, or by its text with the format told: without examples and with some."""
+def _score_base(model: FlaxModel, task: Task, console: Console) -> tuple[str, Scores]:
+    """Returns how the base was asked (by its likelier label, or with examples), and its scores."""
     if task.labels:
         conversations = [task.prompt(line) for line in task.held_out]
-        return {"the likelier label": task.score(model.choose(conversations, task.labels, console=console))}
-    scores = {}
-    for how, examples in (("format told", 0), (f"format told and {EXAMPLES} examples", EXAMPLES)):
-        conversations = [task.prompt(line, examples) for line in task.held_out]
-        answers = model.answer(conversations, max_new_tokens=task.answer_tokens, console=console)
-        scores[how] = task.score(answers)
-    return scores
+        return "the likelier label counts", task.score(model.choose(conversations, task.labels, console=console))
+    conversations = [task.prompt(line, EXAMPLES) for line in task.held_out]
+    answers = model.answer(conversations, max_new_tokens=task.answer_tokens, console=console)
+    return f"with the format told and {EXAMPLES} answered examples", task.score(answers)
 
 
 def _train_options(base: Path, task: Task, folder: Path) -> TrainOptions:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -21,9 +22,9 @@ def config(**changes):
     return RoadConfig(**{**fields, **changes})
 
 
-def with_adapters(names="ab", **changes):
+def with_adapters(names="ab", base=None, **changes):
+    model = RoadModel(small_model() if base is None else base)
     torch.manual_seed(1)
-    model = RoadModel(small_model())
     for name in names:
         model.add_adapter(name, config(**changes))
     return model
@@ -409,6 +410,21 @@ def test_gradient_checkpointing_and_a_mixed_batch():
     with pytest.raises(AdapterError, match="without gradient checkpointing"):
         model(IDS, adapter_names=["a"] * 4)
     model(IDS).logits.sum().backward()
+
+
+@torch.no_grad()
+def test_a_base_that_accelerate_keeps_on_disk(tmp_path):
+    names = ["a", "__base__", "b", "a"]
+    expected = with_adapters()
+    offloaded = small_model()
+    accelerate.disk_offload(offloaded, tmp_path, execution_device="cpu")
+    assert offloaded.lm_head.weight.is_meta
+    model = with_adapters(base=offloaded)
+    assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    assert torch.equal(model(IDS, adapter_names=names).logits, expected(IDS, adapter_names=names).logits)
+    with pytest.raises(AdapterError, match="expected a floating-point weight to merge into"):
+        model.merge_adapter()
+    assert torch.equal(model(IDS).logits, expected(IDS).logits)
 
 
 def test_config_reaches_the_base():
