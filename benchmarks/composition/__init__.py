@@ -1,0 +1,1 @@
+"""Adapters that were trained apart, used together: ``python -m benchmarks.composition``."""

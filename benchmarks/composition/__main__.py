@@ -1,0 +1,279 @@
+"""Adapters trained apart and used together, without more training: the paper's experiment in small (section 4.3).
+
+SmolLM2-135M-Instruct and the two tasks of `benchmarks.composition.tasks`. For each seed, which orders the lines, every
+adapter is trained on its own task alone, with the same batches:
+
+- ``halves``: RoAd in Flax, one adapter on the first half of each layer's 2x2 blocks, the other on the second half;
+- ``whole``: RoAd in Flax, both on all blocks;
+- ``LoRA r8``: PEFT, both on all linear layers.
+
+Trained at once, with every line turning the half of its task, the halves would get these same gradients: none of them
+depends on the other half. What a training apart gives is therefore what the paper's joint run gives, up to its batches.
+
+Scored are held-out reviews by greedy text: the base, each adapter, and both together: composed (``A+B``), weighted,
+merged task vectors, the sum of the LoRAs. Writes ``benchmarks/results/composition.json`` and ``.png``.
+"""
+
+import dataclasses
+import gc
+import logging
+import statistics
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import peft
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import convert
+import road_torch
+from benchmarks._common import RESULTS, device, write
+from benchmarks.composition.tasks import Scores, Study, prepare, score
+from examples.demo.model import prepare_model
+from examples.demo.tasks import Messages
+from road_jax.train import TrainOptions, _data, train
+
+HALVES = {"skill": (0.0, 0.5), "format": (0.5, 1.0)}
+METRICS = ("skill", "format", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Trains a skill and a format apart, and scores them together."""
+
+    # Each is an order of the training lines.
+    seeds: tuple[int, ...] = (0, 1, 2)
+    # Optimiser steps of each adapter, with their rows and tokens a row.
+    steps: int = 24
+    rows: int = 2
+    length: int = 256
+    # Peak learning rates of RoAd and LoRA.
+    learning_rate: float = 4e-3
+    lora_learning_rate: float = 2e-3
+    # Held-out reviews that are scored.
+    lines: int = 100
+    # Where the model and data are kept.
+    cache: Path = Path("runs/cache")
+    # Where the figures go.
+    out: Path = RESULTS
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    console = Console()
+    checkpoint = prepare_model(options.cache / "smollm2-135m-instruct", options.cache, console=console)
+    asked = {name: str(value) for name, value in vars(options).items()}
+    results: dict[str, Any] = {"device": device(), "options": asked, "seeds": {}}
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        study = prepare(options.cache, Path(name) / "data", options.lines, console)
+        for seed in options.seeds:
+            console.rule(f"seed {seed}")
+            found = run(checkpoint, study, seed, options, Path(name) / str(seed), console)
+            results["seeds"][seed] = {arm: dataclasses.asdict(scores) for arm, scores in found.items()}
+            results["mean"] = mean(results["seeds"])
+            # After each seed, so that a run that is cut short keeps what it has.
+            write(options.out / "composition.json", results)
+    console.print(table(results))
+    draw(results, options.out / "composition.png")
+    console.print(f"{options.out / 'composition.json'} and .png")
+
+
+def run(
+    checkpoint: Path, study: Study, seed: int, options: Options, folder: Path, console: Console
+) -> dict[str, Scores]:
+    """Trains all adapters with one order of the lines and scores every arm."""
+    for kind, spaces in (("halves", HALVES), ("whole", dict.fromkeys(HALVES))):
+        for task, subspace in spaces.items():
+            flax = folder / "flax" / f"{kind}-{task}"
+            train(_options(checkpoint, study.data[task], flax, subspace, seed, options), console=console)
+            convert.to_torch(flax, folder / f"{kind}-{task}")
+    jax.clear_caches()
+    found = {arm: score(answers, study.labels) for arm, answers in _road(checkpoint, folder, study).items()}
+    gc.collect()
+    lora = _lora(checkpoint, study, seed, options, console)
+    return found | {arm: score(answers, study.labels) for arm, answers in lora.items()}
+
+
+def _options(
+    checkpoint: Path, data: Path, out: Path, subspace: tuple[float, float] | None, seed: int, options: Options
+) -> TrainOptions:
+    return TrainOptions(
+        base=checkpoint,
+        data=data,
+        out=out,
+        eval_lines=0,
+        steps=options.steps,
+        batch_size=options.rows,
+        max_length=options.length,
+        learning_rate=options.learning_rate,
+        dtype="float32",
+        subspace=subspace,
+        seed=seed,
+    )
+
+
+def _road(checkpoint: Path, folder: Path, study: Study) -> dict[str, list[str]]:
+    """Answers with every arm of RoAd, each as rows of mixed batches, and with merged task vectors."""
+    base, tokenizer = road_torch.load(checkpoint)
+    model = road_torch.RoadModel(base).eval()
+    for kind in ("halves", "whole"):
+        for task in HALVES:
+            model.load_adapter(folder / f"{kind}-{task}", adapter_name=f"{kind}-{task}")
+    arms = {"base": "__base__"}
+    for kind in ("halves", "whole"):
+        a, b = f"{kind}-skill", f"{kind}-format"
+        arms |= {
+            f"{kind}: A": a,
+            f"{kind}: B": b,
+            f"{kind}: A+B": f"{a}+{b}",
+            f"{kind}: 0.7 A + 0.3 B": f"{a}:0.7+{b}:0.3",
+            f"{kind}: 0.3 A + 0.7 B": f"{a}:0.3+{b}:0.7",
+        }
+    found = {
+        arm: _answers(model, tokenizer, study.prompts, arm, adapter_names=[name] * len(study.prompts))
+        for arm, name in arms.items()
+    }
+    for kind in ("halves", "whole"):
+        found[f"{kind}: task vectors"] = _task_vectors(model, tokenizer, study, kind)
+    return found
+
+
+def _task_vectors(model: road_torch.RoadModel, tokenizer: Any, study: Study, kind: str) -> list[str]:
+    """Answers with ``W + (W_A - W) + (W_B - W)`` for every adapted weight."""
+    layers = [module for module in model.modules() if isinstance(module, road_torch.RoadLayer)]
+    plain = [layer.base_layer.weight.detach().clone() for layer in layers]
+    total = [weight.clone() for weight in plain]
+    for task in HALVES:
+        model.merge_adapter([f"{kind}-{task}"])
+        for layer, before, sum_ in zip(layers, plain, total, strict=True):
+            sum_ += layer.base_layer.weight.detach() - before
+        model.unmerge_adapter()
+    try:
+        for layer, weight in zip(layers, total, strict=True):
+            layer.base_layer.weight.data = weight
+        with model.disable_adapter():
+            return _answers(model, tokenizer, study.prompts, f"{kind}: task vectors")
+    finally:
+        for layer, weight in zip(layers, plain, strict=True):
+            layer.base_layer.weight.data = weight
+
+
+def _lora(checkpoint: Path, study: Study, seed: int, options: Options, console: Console) -> dict[str, list[str]]:
+    """Trains a LoRA for each task on the lines that RoAd's batches had, and answers with each and with their sum."""
+    torch.manual_seed(seed)
+    base, tokenizer = road_torch.load(checkpoint)
+    config = peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16)
+    model: Any = peft.get_peft_model(base, config, adapter_name="A")
+    model.add_adapter("B", config)
+    for name, task in zip("AB", HALVES, strict=True):
+        model.set_adapter(name)
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+        batches = [*_batches(study.data[task], tokenizer, seed, options)]
+        for step, batch in enumerate(track(batches, f"LoRA, {task}", console=console)):
+            for group in optimizer.param_groups:
+                group["lr"] = options.lora_learning_rate * _schedule(step, len(batches))
+            optimizer.zero_grad(set_to_none=True)
+            model(**batch).loss.backward()
+            optimizer.step()
+    model.eval()
+    model.add_weighted_adapter(["A", "B"], [1.0, 1.0], "both", combination_type="cat")
+    found = {}
+    for name, arm in (("A", "LoRA: A"), ("B", "LoRA: B"), ("both", "LoRA: A+B")):
+        model.set_adapter(name)
+        found[arm] = _answers(model, tokenizer, study.prompts, arm)
+    return found
+
+
+def _schedule(step: int, steps: int, warmup: float = 0.1) -> float:
+    """As road-train's: up in a tenth of the steps, then down to nothing."""
+    rise = max(1, round(warmup * steps))
+    return (step + 1) / rise if step < rise else (steps - step) / (steps - rise)
+
+
+def _batches(data: Path, tokenizer: Any, seed: int, options: Options) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields the lines of each of road-train's packed batches, padded."""
+    examples = _data.tokenize(_data.read_lines(data), tokenizer, str(data))
+    packed = _data.packed(examples, rows=options.rows, length=options.length, seed=seed, epochs=99)
+    for element, _ in zip(packed, range(options.steps), strict=False):
+        held = [examples[i] for i in np.unique(element["example"][element["input_ids_segment_ids"] > 0])]
+        longest = max(len(example.input_ids) for example in held)
+        ids, mask, labels = (np.full((len(held), longest), fill, np.int64) for fill in (0, 0, -100))
+        for row, example in enumerate(held):
+            n = len(example.input_ids)
+            ids[row, :n], mask[row, :n] = example.input_ids, 1
+            labels[row, :n] = np.where(example.is_target == 1, example.input_ids, -100)
+        yield {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "labels": torch.from_numpy(labels),
+        }
+
+
+def _answers(
+    model: Any, tokenizer: Any, prompts: list[Messages], arm: str, *, adapter_names: list[str] | None = None
+) -> list[str]:
+    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    tokenizer.padding_side = "left"
+    answers = []
+    for start in range(0, len(texts), 50):
+        rows = slice(start, start + 50)
+        inputs = tokenizer(texts[rows], return_tensors="pt", padding=True, add_special_tokens=False)
+        named = {} if adapter_names is None else {"adapter_names": adapter_names[rows]}
+        with torch.inference_mode():
+            out = model.generate(**inputs, max_new_tokens=14, do_sample=False, **named)
+        answers += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def mean(seeds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Returns for each arm and metric the mean over the seeds and their standard deviation (0 for one seed)."""
+    runs = list(seeds.values())
+    found = {}
+    for arm in runs[0]:
+        values = {metric: [run[arm][metric] for run in runs] for metric in METRICS}
+        found[arm] = {m: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for m, v in values.items()}
+    return found
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """Every arm's scores."""
+    shown = Table(title="Held-out reviews, in percent", caption=results["device"])
+    for column in ("arm", *METRICS):
+        shown.add_column(column, justify="left" if column == "arm" else "right")
+    for arm, scores in results["mean"].items():
+        shown.add_row(arm, *(f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in (scores[metric] for metric in METRICS)))
+    return shown
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Draws every arm's scores as bars."""
+    from matplotlib.figure import Figure
+
+    arms = list(results["mean"])
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axis = figure.subplots()
+    for i, metric in enumerate(METRICS):
+        at = [-y + (1 - i) * 0.27 for y in range(len(arms))]
+        values, spread = zip(*(results["mean"][arm][metric] for arm in arms), strict=True)
+        axis.barh(at, [100 * v for v in values], 0.25, xerr=[100 * s for s in spread], label=metric)
+    axis.set_yticks([-y for y in range(len(arms))], arms, fontsize=8)
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("held-out reviews (%)")
+    axis.set_title(f"A: sentiment, B: JSON; trained apart, SmolLM2-135M\n{results['device']}", fontsize=9)
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

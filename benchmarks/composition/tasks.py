@@ -1,0 +1,97 @@
+"""A skill and a format, each with lines of its own to train on, and lines that need both.
+
+- ``skill``: is a sentence from a film review positive or negative? The answer is one word.
+- ``format``: city, state or ZIP code of a US address. The answer stands in a JSON object, ``{"answer": "…"}``. No film
+  review and no question about sentiment is among these lines.
+
+Scored are held-out reviews, asked as the skill was trained. Both adapters together should give the right word in the
+object, which neither of them was shown.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from examples.demo import tasks
+from examples.demo.tasks import Messages
+
+_QUESTIONS = {
+    "city": "In which city is this address? Answer with one word.",
+    "state": "In which state is this address? Answer with one word.",
+    "zip": "What is the ZIP code of this address? Answer with one word.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What is trained on and scored.
+
+    Attributes:
+        data: JSONL files of ``skill`` and ``format``.
+        prompts: conversations up to the answer, of held-out reviews.
+        labels: the right word for each.
+    """
+
+    data: dict[str, Path]
+    prompts: list[Messages]
+    labels: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Shares of the lines, from 0 to 1.
+
+    Attributes:
+        skill: the answer has the right word and not the other one.
+        format: the answer is a JSON object with ``answer`` alone.
+        both: the object holds the right word and nothing else.
+    """
+
+    skill: float
+    format: float
+    both: float
+
+
+def prepare(cache: Path, folder: Path, lines: int, console: Console | None = None) -> Study:
+    """Writes the training lines and returns them with the held-out ones."""
+    skill = tasks.sentiment(cache, console, held_out=lines)
+    addresses = tasks.address(cache, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"skill": skill.write(folder)[0], "format": folder / "format.jsonl"}
+    with data["format"].open("w", encoding="utf-8") as file:
+        for i, line in enumerate(addresses.train):
+            key = [*_QUESTIONS][i % len(_QUESTIONS)]
+            answer = json.dumps({"answer": json.loads(line.answer)[key]}, ensure_ascii=False)
+            turns = [("system", _QUESTIONS[key]), ("user", line.question), ("assistant", answer)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return Study(data, [skill.prompt(line) for line in skill.held_out], [line.answer for line in skill.held_out])
+
+
+def score(answers: Sequence[str], labels: Sequence[str]) -> Scores:
+    """Scores one answer for each label.
+
+    >>> score(['{"answer": "positive"}', "negative.", "positive or negative"], ["positive", "negative", "negative"])
+    Scores(skill=0.6666666666666666, format=0.3333333333333333, both=0.3333333333333333)
+    """
+    skill, form, both = [], [], []
+    for answer, label in zip(answers, labels, strict=True):
+        text = answer.lower()
+        skill.append([word for word in ("positive", "negative") if word in text] == [label])
+        held = _object(answer)
+        form.append(held is not None)
+        both.append(held is not None and held.strip().lower() == label)
+    return Scores(*(sum(hits) / len(labels) for hits in (skill, form, both)))
+
+
+def _object(answer: str) -> str | None:
+    try:
+        value = json.loads(answer.strip())
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict) and list(value) == ["answer"] and isinstance(value["answer"], str):
+        return value["answer"]
+    return None
