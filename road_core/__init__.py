@@ -17,6 +17,7 @@ from road_core._reference import merge as merge
 from road_core._reference import output_size as output_size
 from road_core._reference import parameter_size as parameter_size
 from road_core._reference import rotate as rotate
+from road_core._reference import subspace_blocks as subspace_blocks
 from road_core._reference import subspace_mask as subspace_mask
 from road_core._reference import unmerge as unmerge
 from road_core._targets import select_modules as select_modules

@@ -89,15 +89,13 @@ class Adapter:
         modules = {}
         for path, arrays in self.modules.items():
             out = output_size(self.config.variant, arrays[0].shape[-1])
-            try:
-                mask = subspace_mask(
-                    out,
-                    variant=self.config.variant,
-                    group_size=self.config.group_size,
-                    subspace=self.config.subspace,
-                )
-            except AdapterError as error:
-                raise AdapterError(f"{path}: {error}") from None
+            mask = subspace_mask(
+                out,
+                variant=self.config.variant,
+                group_size=self.config.group_size,
+                subspace=self.config.subspace,
+                where=path,
+            )
             theta, alpha = (array.copy() for array in arrays)
             theta[..., ~mask] = np.zeros((), theta.dtype)
             alpha[..., ~mask] = np.array((0x3F80,), bfloat16) if alpha.dtype == bfloat16 else 1

@@ -130,10 +130,7 @@ def compose_module(parts: Sequence[Part], variant: str, where: str) -> tuple[Flo
         out = output_size(kind, theta.shape[-1])
         check_group_size(out, group_size, where)
         if subspace is not None:
-            try:
-                mask = subspace_mask(out, variant=kind, group_size=group_size, subspace=subspace)
-            except AdapterError as error:
-                raise AdapterError(f"{where}: {error}") from None
+            mask = subspace_mask(out, variant=kind, group_size=group_size, subspace=subspace, where=where)
             theta, alpha = np.where(mask, theta, 0.0), np.where(mask, alpha, 1.0)
         if part.weight != 1 and kind == "road_1":
             theta, alpha = part.weight * theta, _scale_power(alpha, part.weight, where)

@@ -39,8 +39,8 @@ def check_group_size(out: int, group_size: int, where: str) -> None:
         raise AdapterError(f"{where}: expected a number of outputs that group_size {group_size} divides, found {out}")
 
 
-def subspace_mask(out: int, *, variant: str, group_size: int, subspace: Subspace) -> NDArray[np.bool_]:
-    """Tells which θ and α of a layer belong to a subspace: a run of its 2x2 blocks.
+def subspace_blocks(out: int, subspace: Subspace, where: str = "subspace") -> tuple[int, int]:
+    """Returns the first block of a layer that belongs to a subspace, and the one behind the last.
 
     Blocks are counted as road_1 counts its θ: pair ``p`` of group ``k`` is block ``k g/2 + p``. Of ``n = out/2`` blocks
     the subspace ``(start, stop)`` has those from ``round(start n)`` up to, not including, ``round(stop n)``; so
@@ -48,11 +48,30 @@ def subspace_mask(out: int, *, variant: str, group_size: int, subspace: Subspace
 
     Paper: section 4.3, where halves of the blocks are trained apart.
 
+    Raises:
+        AdapterError: the layer, named by ``where``, is so small that no block is in the subspace.
+    """
+    n = out // 2
+    start, stop = subspace or (0, 1)
+    first, last = round(start * n), round(stop * n)
+    if first == last:
+        raise AdapterError(
+            f"{where}: expected a subspace that takes in at least one of {n} blocks, found ({start}, {stop})"
+        )
+    return first, last
+
+
+def subspace_mask(
+    out: int, *, variant: str, group_size: int, subspace: Subspace, where: str = "subspace"
+) -> NDArray[np.bool_]:
+    """Tells which θ and α of a layer belong to a subspace; see `subspace_blocks`.
+
     Args:
         out: outputs of the layer.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
         subspace: fractions of the blocks, ``0 <= start < stop <= 1``.
+        where: the layer, for errors.
 
     Returns:
         bool ``[parameter_size(variant, out)]``.
@@ -60,17 +79,11 @@ def subspace_mask(out: int, *, variant: str, group_size: int, subspace: Subspace
     Raises:
         AdapterError: ``group_size`` doesn't divide ``out``, or the layer is so small that no block is in the subspace.
     """
-    check_group_size(out, group_size, "subspace")
-    size, n = parameter_size(variant, out), out // 2
-    start, stop = subspace or (0.0, 1.0)
-    first, last = round(start * n), round(stop * n)
-    if first == last:
-        raise AdapterError(
-            f"subspace: expected fractions that take in at least one of a layer's {n} blocks, found ({start}, {stop})"
-        )
-    blocks = np.zeros(n, bool)
+    check_group_size(out, group_size, where)
+    first, last = subspace_blocks(out, subspace, where)
+    blocks = np.zeros(out // 2, bool)
     blocks[first:last] = True
-    copies = 2 * size // out
+    copies = 2 * parameter_size(variant, out) // out
     return np.broadcast_to(blocks.reshape(-1, 1, group_size // 2), (out // group_size, copies, group_size // 2)).ravel()
 
 

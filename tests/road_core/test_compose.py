@@ -104,9 +104,9 @@ def test_bad_subspaces_are_refused(bad):
 
 def test_a_layer_too_small_for_its_subspace_is_named(tmp_path):
     adapter = make("a", subspace=(0, 0.01))
-    with pytest.raises(AdapterError, match=r"q: subspace: expected .* one of a layer's 16 blocks, found \(0.0, 0.01\)"):
+    with pytest.raises(AdapterError, match=r"q: expected a subspace that .* one of 16 blocks, found \(0.0, 0.01\)"):
         write_peft(tmp_path / "a", adapter)
-    with pytest.raises(AdapterError, match="q: subspace: expected"):
+    with pytest.raises(AdapterError, match="q: expected a subspace"):
         compose([adapter, make("b")])
     assert not (tmp_path / "a").exists()
 
