@@ -1,9 +1,9 @@
 """The coefficients of the adapters of one layer, as two tables."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
-
-from road_torch._kernels import default
 
 
 class Bank:
@@ -15,21 +15,23 @@ class Bank:
     """
 
     def __init__(self, out: int, device: torch.device) -> None:
-        self._written: dict[int, tuple[Tensor, int, Tensor, int]] = {}
+        self._written: dict[int, list[tuple[Tensor, int]]] = {}
         # Tensors made in inference mode could not be used in training later.
         with torch.inference_mode(False):
             self.first = _growing(torch.ones(2, out, device=device))
             self.cross = _growing(torch.zeros(2, out, device=device))
 
-    def update(self, row: int, theta: Tensor, alpha: Tensor, variant: str, group_size: int) -> None:
-        """Forms a row again if θ or α were replaced or written to since the last time."""
-        old = self._written.get(row)
-        now = (theta, theta._version, alpha, alpha._version)
-        if old and old[0] is theta and old[2] is alpha and old[1::2] == now[1::2]:
+    def update(self, row: int, sources: Sequence[Tensor], form: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Forms a row again if a θ or α that it is made of was replaced or written to since the last time."""
+        old = self._written.get(row, ())
+        if len(old) == len(sources) and all(
+            source is mine and source._version == version for source, (mine, version) in zip(sources, old, strict=True)
+        ):
             return
         self.reserve(row)
+        now = [(source, source._version) for source in sources]
         with torch.inference_mode(False), torch.no_grad():
-            self.first[row], self.cross[row] = default.coefficients(theta, alpha, variant, group_size)
+            self.first[row], self.cross[row] = form()
         self._written[row] = now
 
     def clear(self, row: int) -> None:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from road_core import AdapterError
 from road_core._files import inside, read_json, write_file
 from road_torch._model import RoadModel
-from road_torch._routing import BASE
+from road_torch._routing import BASE, parts, read_name
 
 Row = Mapping[str, Any]
 
@@ -30,7 +30,8 @@ class GenerateOptions:
     base: Path
     # Adapters in PEFT's format, as NAME=FOLDER.
     adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    # JSONL: {"prompt": ...} or {"messages": [...]} a line, with "adapter": NAME; without it the base model answers.
+    # JSONL: {"prompt": ...} or {"messages": [...]} a line, with "adapter": NAME, or NAME+NAME for several, one after
+    # the other; without it the base model answers.
     prompts: Path
     # JSONL with the lines' fields and "completion"; standard output if not given.
     out: Path | None = None
@@ -63,7 +64,8 @@ def generate(
     Args:
         model: on a Hugging Face decoder.
         tokenizer: the decoder's; conversations go through its chat template, and so do prompts where it has one.
-        rows: ``{"prompt": text}`` or ``{"messages": [...]}``, with ``"adapter"``: a name, ``"__base__"`` or nothing.
+        rows: ``{"prompt": text}`` or ``{"messages": [...]}``, with ``"adapter"``: a name, a mix
+            of them as ``"a+b"``, ``"__base__"`` or nothing.
         max_new_tokens: of an answer, at most.
         batch_size: rows that are answered at once.
         console: where a progress bar is drawn; without it there is none.
@@ -260,9 +262,17 @@ def _check_rows(rows: Sequence[Row], adapters: Any, place: Callable[[int], str])
                 f"{place(i)}: expected text in the field 'prompt' (or a field 'messages'), found {found}"
             )
         name = row.get("adapter")
-        if name is not None and (not isinstance(name, str) or (name != BASE and name not in adapters)):
+        if name is not None and name != BASE and not _is_known(name, adapters):
             there = ", ".join([*adapters, BASE])
             raise AdapterError(f"{place(i)}: expected an adapter out of {there}, found {name!r}")
+
+
+def _is_known(name: object, adapters: Any) -> bool:
+    """True for an adapter's name, and for a mix of such."""
+    try:
+        return isinstance(name, str) and all(part in adapters for part, _ in parts(read_name(name, adapters)))
+    except AdapterError:
+        return False
 
 
 def _tokenize(tokenizer: Any, row: Row, where: str) -> list[int]:

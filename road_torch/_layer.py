@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from road_core import AdapterError
+from road_core._compose import Part, compose_module
 from road_torch import _kernels, _ops
 from road_torch._bank import Bank
 from road_torch._kernels import default
-from road_torch._routing import LOCAL, LOCK, Pass, Plan, Routing, Shared
+from road_torch._routing import LOCAL, LOCK, Mix, Name, Pass, Plan, Routing, Shared, parts
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -163,28 +164,77 @@ class RoadLayer(nn.Module):
                 self.place(name)
         return self._bank
 
-    def place(self, name: str) -> None:
-        """Writes an adapter's row of the bank, unless it is right already."""
+    def place(self, name: Name) -> None:
+        """Writes the row of the bank for an adapter or a mix, unless it is right already.
+
+        Raises:
+            AdapterError: an adapter of the mix has no power of its weight here.
+        """
         row, bank = self._shared.rows[name], self.bank
         bank.reserve(row, self._shared.limit)
-        if name in self.road_theta:
-            config = self._shared.configs[name]
-            bank.update(row, self.road_theta[name], self.road_alpha[name], config.variant, config.group_size)
+        if sources := self._sources(name):
+            bank.update(row, sources, lambda: self._form(name))
         else:
             bank.clear(row)
+
+    def _here(self, name: Name) -> Mix:
+        """The adapters of a name that this layer has, with their weights."""
+        return tuple(part for part in parts(name) if part[0] in self.road_theta)
+
+    def _sources(self, name: Name) -> list[Tensor]:
+        return [v for part, _ in self._here(name) for v in (self.road_theta[part], self.road_alpha[part])]
+
+    def _form(self, name: Name) -> tuple[Tensor, Tensor]:
+        """Forms the coefficients of an adapter, or of a mix in float64 and rounded once, each ``[out]``."""
+        if isinstance(name, str):
+            config = self._shared.configs[name]
+            return default.coefficients(
+                self.road_theta[name], self.road_alpha[name], config.variant, config.group_size, config.subspace
+            )
+        composed = [
+            Part(
+                self.road_theta[part].detach().cpu().numpy(),
+                self.road_alpha[part].detach().cpu().numpy(),
+                self._shared.configs[part],
+                weight,
+            )
+            for part, weight in self._here(name)
+        ]
+        variant = max(part.config.variant for part in composed)
+        theta, alpha = (torch.from_numpy(v) for v in compose_module(composed, variant, self.module_path))
+        first, cross = (v.float() for v in default.coefficients(theta, alpha, variant, composed[0].config.group_size))
+        if not (first.isfinite().all() and cross.isfinite().all()):
+            raise AdapterError(
+                f"{self.module_path}: expected finite coefficients of the mix {name}, found infinite ones"
+            )
+        return first, cross
 
     def passes(self, names: Sequence[str], *, device: torch.device | None = None) -> list[Pass]:
         """Returns float32 rotations that amount to these adapters one after the other, each ``[out]``.
 
         Neighbours of one group size become one rotation.
         """
+        return self._passes([(name, 1.0) for name in names], device)
+
+    def _passes(self, mix: Sequence[tuple[str, float]], device: torch.device | None) -> list[Pass]:
         found: list[Pass] = []
-        for name in names:
+        for name, weight in mix:
             if name not in self.road_theta:
                 continue
             config = self._shared.configs[name]
             theta, alpha = self.road_theta[name].to(device), self.road_alpha[name].to(device)
-            then = default.coefficients(theta, alpha, config.variant, config.group_size)
+            if weight == 1 or config.variant == "road_1":
+                if weight != 1:
+                    theta, alpha = theta * weight, alpha**weight
+                then = default.coefficients(theta, alpha, config.variant, config.group_size, config.subspace)
+            elif theta.requires_grad or alpha.requires_grad:
+                raise AdapterError(
+                    f"adapter_names: expected weight 1 for {name!r} in training, as for every {config.variant}, "
+                    f"found {weight:g}"
+                )
+            else:
+                first, cross = self._form(((name, weight),))
+                then = first.to(device), cross.to(device)
             if found and found[-1].group_size == config.group_size:
                 before = found.pop()
                 then = default.compose((before.first, before.cross), then, config.group_size)
@@ -213,7 +263,7 @@ class RoadLayer(nn.Module):
     def _gather(self, y: Tensor, routing: Routing) -> Plan:
         self._check_order(routing)
         self._kernel = _kernels.choose(self._shared.kernel, y.device)
-        names = [name for name in routing.used if name in self.road_theta]
+        names = [name for name in routing.used if self._here(name)]
         sources: list[Tensor] = []
         with LOCK, torch.inference_mode(False), torch.no_grad():
             changes = self._changes[0]
@@ -221,7 +271,7 @@ class RoadLayer(nn.Module):
                 # A call that began before an adapter was swapped keeps to the row that is no longer written.
                 if routing.rows[name] == self._shared.rows.get(name):
                     self.place(name)
-                    sources += self.road_theta[name], self.road_alpha[name]
+                    sources += self._sources(name)
             passes = routing.gather(self.bank, names, y, self.module_path, self._kernel)
         return Plan(y.dtype, passes, sources, changes)
 
@@ -241,15 +291,17 @@ class RoadLayer(nn.Module):
             return _ops.rotate(y, first, cross, size, self._shared.kernel)
 
         if routing.names is None:
-            for first, cross, size, _ in self.passes(routing.used, device=y.device):
+            for first, cross, size, _ in self._passes(
+                [part for name in routing.used for part in parts(name)], y.device
+            ):
                 y = rotate(y, first.to(y.dtype), cross.to(y.dtype), size)
             return y
         self._check_order(routing)
         repeats = routing.repeats(y, self.module_path)
-        names = [name for name in routing.used if name in self.road_theta]
-        for size in dict.fromkeys(self._shared.configs[name].group_size for name in names):
-            here = [name for name in names if self._shared.configs[name].group_size == size]
-            pairs = [self.passes([name], device=y.device)[0][:2] for name in here]
+        names = [name for name in routing.used if self._here(name)]
+        for size in dict.fromkeys(self._shared.group_size(name) for name in names):
+            here = [name for name in names if self._shared.group_size(name) == size]
+            pairs = [self._passes(parts(name), y.device)[0][:2] for name in here]
             first, cross = (torch.stack(v) for v in zip(*pairs, strict=True))
             first = torch.cat((torch.ones_like(first[:1]), first))
             cross = torch.cat((torch.zeros_like(cross[:1]), cross))

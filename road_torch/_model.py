@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, read_peft, select_modules, write_peft
+from road_core import (
+    AdapterError,
+    RoadConfig,
+    check_group_size,
+    compose,
+    parameter_size,
+    read_peft,
+    select_modules,
+    subspace_blocks,
+    write_peft,
+)
+from road_core._compose import check_group_sizes
 from road_core._files import check_free, new_directory
 from road_torch import _kernels, _merge
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, features, is_conv1d, layers
-from road_torch._routing import BASE, LOCK, Routing, Shared, routed
+from road_torch._routing import BASE, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
 from road_torch._saved import SavedModule, copy_of, saved_modules
-from road_torch._weighted import weigh
 
 # What a task's head is called in transformers.
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -129,22 +137,24 @@ class RoadModel(nn.Module):
 
     # Which adapter a row gets is told to the layers by a tensor; of this function a compiled graph must know nothing.
     @torch.compiler.disable(recursive=False)
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
         """Calls the base model.
 
         Args:
             *args: for the base model.
             adapter_names: for each row of the batch an adapter's name, or ``"__base__"`` for none; without them all
-                rows get the active adapters.
+                rows get the active adapters. A row may name several, applied one after the other: ``"a+b"`` or
+                ``["a", "b"]``, weighted as in ``"a:0.7+b:0.3"`` (see `add_weighted_adapter`). Their composition is
+                formed once, and anew when one of them changes.
             **kwargs: for the base model.
 
         Raises:
-            AdapterError: an unknown name, or another number of names than of rows.
+            AdapterError: an unknown name, another number of names than of rows, or adapters that don't compose.
         """
         with self._routed(adapter_names, args, kwargs):
             return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
         """Calls the base model's ``generate``; arguments and errors as `forward`."""
         with self._routed(adapter_names, args, kwargs):
             return self.base_model.generate(*args, **kwargs)
@@ -171,11 +181,8 @@ class RoadModel(nn.Module):
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Makes a new adapter that does what others do one after the other, each as often as its weight says.
 
-        ``R_n^w_n ⋯ R_1^w_1``, the first one applied first, in closed form and rounded once to float32. For road_1 any
-        real weights: α is the product of ``|α_i|^w_i`` and θ the sum of ``w_i θ_i``, with π added to the angle of a
-        negative α_i; order doesn't matter. Where road_2 or road_4 takes part, weights must be whole numbers (0 leaves
-        an adapter out, -1 undoes it), order does matter, and the result is a road_2. A module that an adapter lacks is
-        one that it leaves alone.
+        ``R_n^w_n ⋯ R_1^w_1``, the first one applied first, in closed form, in float64 and rounded once to float32; see
+        `road_core.compose` for what weights there are and for the variant of the result.
 
         Args:
             adapters: names of adapters of one group size.
@@ -189,38 +196,11 @@ class RoadModel(nn.Module):
         self._check_new(adapter_name)
         names = list(adapters)
         self._check_known(names)
-        if not names or len(weights) != len(names):
-            raise AdapterError(
-                f"add_weighted_adapter: expected one weight for each of {len(names)} adapters (one at least), "
-                f"found {len(weights)}"
-            )
-        if wrong := [weight for weight in weights if not math.isfinite(weight)]:
-            raise AdapterError(f"add_weighted_adapter: expected finite weights, found {wrong[0]}")
         self._check_no_copies("add_weighted_adapter", names)
-        configs = [self._shared.configs[name] for name in names]
-        sizes = {config.group_size for config in configs}
-        if len(sizes) > 1:
-            raise AdapterError(f"add_weighted_adapter: expected adapters of one group size, found {sorted(sizes)}")
-        everywhere = all(config.variant == "road_1" for config in configs)
-        parameters, variants = {}, set()
-        for layer in layers(self):
-            parts = [
-                ((layer.road_theta[name].detach().cpu(), layer.road_alpha[name].detach().cpu(), config.variant), weight)
-                for name, config, weight in zip(names, configs, weights, strict=True)
-                if name in layer.road_theta
-            ]
-            if parts:
-                theta, alpha, variant = weigh(parts, configs[0].group_size, layer.module_path, road_1=everywhere)
-                parameters[layer.module_path] = (theta, alpha)
-                variants.add(variant)
-        config = dataclasses.replace(
-            configs[0],
-            variant=variants.pop(),
-            inference_mode=all(config.inference_mode for config in configs),
-            modules_to_save=None,
-            **self._exact_targets(list(parameters), configs),
-        )
-        self._install(adapter_name, config, parameters)
+        records = [to_adapter(layers(self), (), name, self._shared.configs[name]) for name in names]
+        composed = compose(records, weights, names=[repr(name) for name in names])
+        tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in composed.modules.items()}
+        self._install(adapter_name, composed.config, tensors)
 
     def load_adapter(
         self,
@@ -347,13 +327,15 @@ class RoadModel(nn.Module):
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
         config = dataclasses.replace(adapter.config, inference_mode=old.inference_mode)
         with LOCK:
-            resident = adapter_name in self._shared.rows
+            resident, mixes = adapter_name in self._shared.rows, self._shared.mixes_with(adapter_name)
+            read: list[Name] = [*mixes, *[adapter_name] * resident]
             for path, layer in mine.items():
-                if resident:
-                    # A call that began before reads this row, and may not have done so yet.
-                    layer.place(adapter_name)
+                # A call that began before reads these rows, and may not have done so yet.
+                for name in read:
+                    layer.place(name)
                 layer.replace(adapter_name, *tensors[path])
             self._shared.configs[adapter_name] = config
+            self._forget(mixes)
             if resident:
                 self._shared.rows[adapter_name] = self._shared.new_row()
                 for layer in layers(self):
@@ -372,7 +354,7 @@ class RoadModel(nn.Module):
         if adapter_name in self.merged_adapters:
             raise AdapterError(f"delete_adapter: expected an adapter that is not merged, found {adapter_name!r}")
         with LOCK:
-            if any(adapter_name in call.rows for call in self._shared.calls):
+            if any(adapter_name in dict(parts(name)) for call in self._shared.calls for name in call.rows):
                 raise AdapterError(f"delete_adapter: expected an adapter that no call uses, found {adapter_name!r}")
             for layer in list(layers(self)):
                 layer.remove(adapter_name)
@@ -382,6 +364,7 @@ class RoadModel(nn.Module):
             self._unwrap(lambda layer: not layer.adapters)
             self._put_back(lambda module: None if module.modules_to_save else module.original_module)
             self._shared.rows.pop(adapter_name, None)
+            self._forget(self._shared.mixes_with(adapter_name))
             del self._shared.configs[adapter_name]
 
     @contextlib.contextmanager
@@ -536,10 +519,11 @@ class RoadModel(nn.Module):
             return getattr(self._modules["base_model"], name)
 
     @torch.compiler.disable
-    def _routed(self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> routed:
+    def _routed(
+        self, adapter_names: Sequence[str | Sequence[str]] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> routed:
         """Returns the context in which the layers know which adapter each row gets."""
-        if names is not None:
-            names = self._check_names(names, args, kwargs)
+        names = None if adapter_names is None else self._check_names(adapter_names, args, kwargs)
         with LOCK:
             if names is None or self._shared.off:
                 routing = self._shared.plain
@@ -553,11 +537,13 @@ class RoadModel(nn.Module):
                         layer.place(name)
             return routed(routing)
 
-    def _check_names(self, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-        if isinstance(names, str):
-            raise AdapterError(f"adapter_names: expected a list with one name a row, found the text {names!r}")
-        names = list(names)
-        self._check_known([name for name in names if name != BASE])
+    def _check_names(
+        self, adapter_names: Sequence[str | Sequence[str]], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> list[Name]:
+        if isinstance(adapter_names, str):
+            raise AdapterError(f"adapter_names: expected a list with one name a row, found the text {adapter_names!r}")
+        names = [read_name(name, self._shared.configs) for name in adapter_names]
+        self._check_known([part for name in dict.fromkeys(names) if name != BASE for part, _ in parts(name)])
         rows = _batch_size(args, kwargs)
         if not names or (rows is not None and rows != len(names)):
             raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(names)}")
@@ -569,18 +555,37 @@ class RoadModel(nn.Module):
             )
         return names
 
-    def _place(self, names: Sequence[str], also_active: Sequence[str] | None = None) -> None:
-        """Sees to it that these adapters have a row in every layer's bank, as the most recently used."""
+    def _place(self, names: Sequence[Name], also_active: Sequence[str] | None = None) -> None:
+        """Sees to it that these adapters and mixes have a row in every layer's bank, as the most recently used."""
+        for name in names:
+            if not isinstance(name, str) and name not in self._shared.rows:
+                self._check_mix(name)
         missing = self._shared.make_room(names, self._shared.active if also_active is None else also_active)
         for name in missing:
             self._shared.rows[name] = self._shared.new_row()
-        if missing:
-            for layer in layers(self):
+        try:
+            for layer in layers(self) if missing else ():
                 for name in missing:
                     layer.place(name)
+        except AdapterError:
+            self._forget(missing)
+            raise
         if self._shared.limit is not None:
             for name in names:
                 self._shared.rows[name] = self._shared.rows.pop(name)
+
+    def _forget(self, names: Sequence[Name]) -> None:
+        """Takes their rows from mixes whose adapters changed, or from what couldn't be placed."""
+        for name in names:
+            row = self._shared.rows.pop(name)
+            for layer in layers(self):
+                layer.bank.forget(row)
+
+    def _check_mix(self, mix: Mix) -> None:
+        names = [name for name, _ in mix]
+        check_group_sizes([self._shared.configs[name] for name in names], [repr(name) for name in names])
+        self._check_one_copy("adapter_names", names)
+        self._check_no_copies("adapter_names", [name for name, weight in mix if weight != 1])
 
     def _select(self, config: RoadConfig) -> dict[str, nn.Module]:
         """Returns the targeted modules by path, by PEFT's rules."""
@@ -594,16 +599,6 @@ class RoadModel(nn.Module):
             model_type=getattr(getattr(self.base_model, "config", None), "model_type", None),
         )
         return {path: modules[path] for path in chosen}
-
-    def _exact_targets(self, paths: Sequence[str], configs: Sequence[RoadConfig]) -> dict[str, Any]:
-        """Returns the fields of a config that selects these modules and no other: those of the configs if they do."""
-        fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-        first = {field: getattr(configs[0], field) for field in fields}
-        if all({field: getattr(config, field) for field in fields} == first for config in configs):
-            return first
-        # Whole paths as a pattern, for in a list each would match the ends of longer ones too.
-        pattern = "|".join(map(re.escape, paths))
-        return {"target_modules": pattern, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
 
     def _modules_by_path(self) -> dict[str, nn.Module]:
         """All modules by their path in the base model as it came: what is inside a wrapped layer isn't there."""
@@ -649,6 +644,7 @@ class RoadModel(nn.Module):
                 "weight and would leave the adapter without effect"
             )
         check_group_size(out, config.group_size, path)
+        subspace_blocks(out, config.subspace, path)
         return out
 
     def _with_head(self, config: RoadConfig) -> RoadConfig:

@@ -1,7 +1,9 @@
 """What all layers of a model look at, and which adapter each row of a call gets."""
 
+import contextlib
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +17,43 @@ if TYPE_CHECKING:
 
 # What a row of a batch that wants no adapter calls itself, as in PEFT.
 BASE = "__base__"
+
+# Several adapters as one, in the order in which they are applied: (name, weight) of each.
+Mix = tuple[tuple[str, float], ...]
+
+# What a row of a batch may ask for: an adapter, or a mix of them.
+Name = str | Mix
+
+
+def parts(name: Name) -> Mix:
+    """Returns the adapters that a name stands for, with their weights."""
+    return ((name, 1.0),) if isinstance(name, str) else name
+
+
+def read_name(name: object, known: Container[str]) -> Name:
+    """Reads ``"a+b"``, ``"a:0.7+b:0.3"`` or a list of such parts; what is an adapter's name as it stands is that.
+
+    Raises:
+        AdapterError: no text and no list of it, or a weight that isn't finite. Names aren't checked.
+    """
+    if isinstance(name, str):
+        pieces = [name] if name == BASE or name in known else name.split("+")
+    elif isinstance(name, list | tuple) and name and all(isinstance(piece, str) for piece in name):
+        pieces = list(name)
+    else:
+        raise AdapterError(f"adapter_names: expected a name or a list of names for each row, found {name!r}")
+    found = []
+    for piece in pieces:
+        stem, _, number = piece.rpartition(":")
+        weight = 1.0
+        if stem and piece not in known:
+            with contextlib.suppress(ValueError):
+                weight, piece = float(number), stem
+        if not math.isfinite(weight):
+            raise AdapterError(f"adapter_names: expected finite weights, found {number} for {stem!r}")
+        found.append((piece, weight))
+    return found[0][0] if len(found) == 1 and found[0][1] == 1 else tuple(found)
+
 
 # Held while rows of the banks are written, read or handed out, never while a model computes.
 LOCK = threading.RLock()
@@ -68,7 +107,8 @@ class Shared:
         off: True while adapters are disabled.
         merged: the adapters that stand in the base's weights, in the order in which they were applied.
         configs: of every adapter, in the order in which they came.
-        rows: the row of the banks for each adapter that has one, the least recently used first; 0 is the identity.
+        rows: the row of the banks for each adapter and mix that has one, the least recently used first; 0 is the
+            identity.
         limit: how many adapters may have a row at once; None for all.
         plain: what a plain call follows. It is replaced, never changed, so that a call in flight keeps its own.
         calls: those in flight. Their rows are left alone.
@@ -82,7 +122,7 @@ class Shared:
         self.off = False
         self.merged: tuple[str, ...] = ()
         self.configs: dict[str, RoadConfig] = {}
-        self.rows: dict[str, int] = {}
+        self.rows: dict[Name, int] = {}
         self.limit = limit
         self.calls: list[Routing] = []
         self.devices: set[torch.device] = set()
@@ -90,12 +130,20 @@ class Shared:
         self.traced = False
         self.plain = Routing(self, None)
 
+    def group_size(self, name: Name) -> int:
+        """The group size of an adapter, or of the adapters of a mix."""
+        return self.configs[parts(name)[0][0]].group_size
+
+    def mixes_with(self, adapter: str) -> list[Mix]:
+        """Returns the mixes that have a row and this adapter in them."""
+        return [name for name in self.rows if not isinstance(name, str) and adapter in dict(name)]
+
     def new_row(self) -> int:
         """Returns the lowest row that no adapter and no call in flight has."""
         used = {*self.rows.values(), *(row for call in self.calls for row in call.rows.values())}
         return next(row for row in range(1, len(used) + 2) if row not in used)
 
-    def make_room(self, wanted: Sequence[str], active: Sequence[str]) -> list[str]:
+    def make_room(self, wanted: Sequence[Name], active: Sequence[str]) -> list[Name]:
         """Takes their rows from the least recently used adapters until those that are wanted fit.
 
         Args:
@@ -132,10 +180,10 @@ class Routing:
 
     Attributes:
         shared: of the model that was called; layers of another one take no notice.
-        names: one a row; None for a plain call, in which all rows get the active adapters.
+        names: one a row, or a mix; None for a plain call, in which all rows get the active adapters.
         batch: how many names there are; 0 for a plain call. Compiled models look at this, for of names each other one
             would be a reason to compile again.
-        used: the adapters among them.
+        used: the adapters and mixes among them.
         rows: their rows in the banks. An adapter that is swapped meanwhile gets another one.
         trainable: whether one of them may be in training.
         steps: by device, ``(group size, rows of the banks)`` for a compiled model, int64 ``[batch]`` or ``[1]``.
@@ -143,14 +191,18 @@ class Routing:
         scratch: memory that layers use one after the other, by its shape, dtype and device.
     """
 
-    def __init__(self, shared: Shared, names: Sequence[str] | None) -> None:
+    def __init__(self, shared: Shared, names: Sequence[Name] | None) -> None:
         self.shared = shared
         self.names = None if names is None else tuple(names)
         self.batch = len(names or ())
-        wanted = shared.active if names is None else names
+        wanted: Sequence[Name] = shared.active if names is None else names
         self.used = tuple(name for name in dict.fromkeys(wanted) if name != BASE)
         self.rows = {name: shared.rows[name] for name in self.used}
-        self.trainable = any(name in shared.active and not shared.configs[name].inference_mode for name in self.used)
+        self.trainable = any(
+            name in shared.active and not shared.configs[name].inference_mode
+            for used in self.used
+            for name, _ in parts(used)
+        )
         self.plans: dict[nn.Module, Plan] = {}
         self.scratch: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
         self._indices: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
@@ -162,7 +214,7 @@ class Routing:
         """Returns ``(group size, rows of the banks)``: for each size in a mixed batch, for each active adapter else."""
         key = (repeats, device)
         if key not in self._indices:
-            sizes = {name: self.shared.configs[name].group_size for name in self.used}
+            sizes = {name: self.shared.group_size(name) for name in self.used}
             if self.names is None:
                 found = [(size, [self.rows[name]]) for name, size in sizes.items()]
             else:
@@ -190,12 +242,12 @@ class Routing:
             )
         return repeats
 
-    def gather(self, bank: "Bank", names: Sequence[str], y: Tensor, path: str, kernel: Kernel) -> list[Pass]:
+    def gather(self, bank: "Bank", names: Sequence[Name], y: Tensor, path: str, kernel: Kernel) -> list[Pass]:
         """Returns the rotations of ``y`` for these adapters, those of them that a layer has, from its bank."""
         if self.names is None:
             return self._compose(bank, names, y.dtype)
         repeats = self.repeats(y, path)
-        sizes = {self.shared.configs[name].group_size for name in names}
+        sizes = {self.shared.group_size(name) for name in names}
         passes = []
         for size, index in self.indices(repeats, y.device):
             if size in sizes:
@@ -207,11 +259,11 @@ class Routing:
                     passes.append(Pass(first, cross, size))
         return passes
 
-    def _compose(self, bank: "Bank", names: Sequence[str], dtype: torch.dtype) -> list[Pass]:
+    def _compose(self, bank: "Bank", names: Sequence[Name], dtype: torch.dtype) -> list[Pass]:
         """Neighbours of one group size become one rotation."""
         passes: list[Pass] = []
         for name in names:
-            size = self.shared.configs[name].group_size
+            size = self.shared.group_size(name)
             then = bank.first[self.rows[name]], bank.cross[self.rows[name]]
             if passes and passes[-1].group_size == size:
                 before = passes.pop()

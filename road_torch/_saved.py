@@ -1,14 +1,14 @@
 """`SavedModule`: a module that adapters bring trained whole (``modules_to_save``), each a copy of its own."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from road_core import AdapterError
-from road_torch._routing import BASE, LOCAL, Routing, Shared
+from road_torch._routing import BASE, LOCAL, Name, Routing, Shared, parts
 
 
 class SavedModule(nn.Module):
@@ -44,7 +44,10 @@ class SavedModule(nn.Module):
             routing = self._shared.plain
         if not routing.batch or self._shared.off:
             return self.current(routing)(*args, **kwargs)
-        kinds = [name if name in self.modules_to_save else BASE for name in routing.names or ()]
+        kinds = [
+            next((part for part, _ in parts(name) if part in self.modules_to_save), BASE)
+            for name in routing.names or ()
+        ]
         if len(set(kinds)) == 1:
             return self._copy_for(kinds[0])(*args, **kwargs)
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
@@ -73,8 +76,8 @@ class SavedModule(nn.Module):
         """Returns what a plain call uses."""
         if self._shared.off:
             return self.original_module
-        names = self._shared.merged or (self._shared.plain if routing is None else routing).used
-        return self._copy_for(next((name for name in names if name in self.modules_to_save), BASE))
+        names: Sequence[Name] = self._shared.merged or (self._shared.plain if routing is None else routing).used
+        return self._copy_for(next((n for n in names if isinstance(n, str) and n in self.modules_to_save), BASE))
 
     def __getattr__(self, name: str) -> Any:
         """Looks in the module that a plain call uses: models read ``weight`` and the like."""

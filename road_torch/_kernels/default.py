@@ -10,6 +10,8 @@ with ``partner(y) = concat(y[g/2:], y[:g/2])``. It is ``y * first + rotate_half(
 import torch
 from torch import Tensor
 
+from road_core import output_size, subspace_blocks
+
 # Up to this many elements a call costs more than its arithmetic, and gathering by an index is the cheapest way to
 # swap halves; beyond, copying whole slices is.
 SMALL = 1 << 15
@@ -17,7 +19,9 @@ SMALL = 1 << 15
 _SWAP: dict[torch.device, Tensor] = {}
 
 
-def coefficients(theta: Tensor, alpha: Tensor, variant: str, group_size: int) -> tuple[Tensor, Tensor]:
+def coefficients(
+    theta: Tensor, alpha: Tensor, variant: str, group_size: int, subspace: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor]:
     """Forms ``first = α cos θ`` and ``cross = ∓α sin θ`` in float32, from float64 in float64.
 
     Args:
@@ -25,12 +29,21 @@ def coefficients(theta: Tensor, alpha: Tensor, variant: str, group_size: int) ->
         alpha: of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
+        subspace: the identity outside of it, and no gradient; see `road_core.subspace_blocks`.
 
     Returns:
         ``first`` and ``cross``, each ``[..., out]``.
     """
     lead, half = theta.shape[:-1], group_size // 2
     theta, alpha = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (theta, alpha))
+    if subspace is not None:
+        out = output_size(variant, theta.shape[-1])
+        start, stop = subspace_blocks(out, subspace)
+        block = torch.arange(out // 2, device=theta.device).view(-1, 1, half)
+        inside = (block >= start) & (block < stop)
+        pairs = (*lead, out // group_size, 2 * theta.shape[-1] // out, half)
+        theta = torch.where(inside, theta.reshape(pairs), 0.0).reshape(theta.shape)
+        alpha = torch.where(inside, alpha.reshape(pairs), 1.0).reshape(alpha.shape)
     if variant == "road_4":
         # [..., groups, cosine or sine coefficients, half of the group, element]
         theta, alpha = (v.reshape(*lead, -1, 2, 2, half) for v in (theta, alpha))

@@ -188,6 +188,18 @@ def test_generate_in_batches():
         road_torch.generate(model, tokenizer, [ROWS[0], {"prompt": "one", "adapter": "z"}])
 
 
+def test_a_row_may_name_a_mix():
+    model, tokenizer = with_adapters(), word_tokenizer()
+    model.add_weighted_adapter(["b", "c"], [1, 1], "both")
+    rows = [{"prompt": "four five", "adapter": name} for name in ("b+c", "both", "b", "c")]
+    given = road_torch.generate(model, tokenizer, rows, max_new_tokens=6)
+    assert [row["adapter"] for row in given] == ["b+c", "both", "b", "c"]
+    assert given[0]["completion"] == given[1]["completion"]
+    assert len({row["completion"] for row in given}) == 3
+    with pytest.raises(AdapterError, match=r"row 1: expected an adapter out of .*, found 'a\+z'"):
+        road_torch.generate(model, tokenizer, [{"prompt": "one", "adapter": "a+z"}])
+
+
 def call(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["road-generate", *map(str, arguments)])
     code = 0

@@ -73,8 +73,7 @@ def test_whole_weights_are_repetitions(case, weights, tmp_path):
     model.add_weighted_adapter(["a", "b"], list(weights), "sum")
     assert model.adapter_names == ["a", "b", "sum"]
     assert model.active_adapter == "a"
-    ones = all(variant == "road_1" for variant, _, _ in CASES[case].values())
-    assert model.road_configs["sum"].variant == ("road_1" if ones else "road_2")
+    assert model.road_configs["sum"].variant == max(variant for variant, _, _ in CASES[case].values())
     names = ["a"] * int(weights[0]) + ["b"] * int(weights[1])
     expected = reference(model, names)
     model.set_adapter("sum")
@@ -109,7 +108,6 @@ def test_real_weights_are_the_powers_of_complex_numbers():
         for name in "ab":
             layer.road_theta[name].clamp_(-1.5, 1.5)
             layer.road_alpha[name].abs_()
-            layer.road_alpha[name][0] = 0.0
     weights = (0.3, 1.7)
     model.add_weighted_adapter(["a", "b"], weights, "sum")
     numbers = [
@@ -118,12 +116,12 @@ def test_real_weights_are_the_powers_of_complex_numbers():
     expected = numbers[0] ** weights[0] * numbers[1] ** weights[1]
     given = (layer.road_alpha["sum"].double() * torch.exp(1j * layer.road_theta["sum"].double())).detach().numpy()
     np.testing.assert_allclose(given, expected, rtol=1e-6)
-    assert given[0] == 0
 
 
-def test_half_twice_is_whole_with_negative_scales():
+def test_half_twice_is_whole():
     model = road(a=("road_1", 8, BOTH))
-    assert (model.base_model.up.road_alpha["a"] < 0).any()
+    for path in BOTH:
+        getattr(model.base_model, path).road_alpha["a"].data.abs_()
     model.add_weighted_adapter(["a"], [0.5], "by_half")
     model.add_weighted_adapter(["by_half"], [2], "whole")
     model.set_adapter("whole")
@@ -137,16 +135,26 @@ def singular(model):
 
 REFUSED = {
     "unknown": (lambda m: m.add_weighted_adapter(["a", "z"], [1, 1], "sum"), "found 'z'"),
-    "number": (lambda m: m.add_weighted_adapter(["a", "b"], [1], "sum"), "each of 2 adapters .*, found 1"),
-    "none": (lambda m: m.add_weighted_adapter([], [], "sum"), "one at least"),
+    "number": (lambda m: m.add_weighted_adapter(["a", "b"], [1], "sum"), "each of 2 adapters, found 1"),
+    "none": (lambda m: m.add_weighted_adapter([], [], "sum"), "at least one adapter"),
     "name": (lambda m: m.add_weighted_adapter(["a"], [1], "b"), "a new name, found 'b'"),
-    "nan": (lambda m: m.add_weighted_adapter(["a"], [float("nan")], "sum"), "finite weights, found nan"),
-    "size": (lambda m: m.add_weighted_adapter(["a", "b"], [1, 1], "sum"), r"one group size, found \[8, 16\]"),
-    "power": (lambda m: m.add_weighted_adapter(["c"], [0.5], "sum"), "whole weights where road_2 .* up .*, found 0.5"),
-    "inverse": (lambda m: singular(m) or m.add_weighted_adapter(["a"], [-1], "sum"), "blocks of up .* found 1 values"),
+    "nan": (lambda m: m.add_weighted_adapter(["a"], [float("nan")], "sum"), "finite numbers, found nan"),
+    "size": (
+        lambda m: m.add_weighted_adapter(["a", "b"], [1, 1], "sum"),
+        "one group size, found 8 in 'a' and 16 in 'b'",
+    ),
+    "power": (
+        lambda m: m.add_weighted_adapter(["c"], [0.5], "sum"),
+        "up: expected blocks with a real power for weight",
+    ),
+    "negative": (lambda m: m.add_weighted_adapter(["a"], [0.5], "sum"), "up: expected positive scales for weight 0.5"),
+    "inverse": (
+        lambda m: singular(m) or m.add_weighted_adapter(["a"], [-1], "sum"),
+        "up: expected scales that have an",
+    ),
     "inverse 2": (
         lambda m: m.base_model.up.road_alpha["c"].data.zero_() is None or m.add_weighted_adapter(["c"], [-1], "sum"),
-        "blocks of up .* NaN or infinite",
+        "up: expected blocks that have an inverse",
     ),
 }
 
