@@ -12,6 +12,7 @@ from rich.table import Table
 
 from convert._convert import to_flax, to_torch
 from convert._inspect import Summary, draw, inspect
+from convert._merge import merge
 from convert._verify import Verification, verify
 from road_core._command import run
 
@@ -29,7 +30,7 @@ def main() -> None:
 
 def _main() -> None:
     tyro.extras.subcommand_cli_from_dict(
-        {"to-torch": _to_torch, "to-flax": _to_flax, "inspect": _inspect, "verify": _verify},
+        {"to-torch": _to_torch, "to-flax": _to_flax, "inspect": _inspect, "verify": _verify, "merge": _merge},
         prog="road-convert",
         description="RoAd adapters from Flax to PyTorch and back.",
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -113,6 +114,28 @@ def _verify(
     _report(result, _console())
     if not result.passed:
         sys.exit(1)
+
+
+def _merge(
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")],
+    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")],
+    out: _Out,
+    /,
+    *,
+    family: _Family = None,
+) -> None:
+    """Writes a Hugging Face checkpoint with an adapter merged into it, shard by shard.
+
+    After an interruption the same command goes on behind the last whole shard.
+
+    Args:
+        checkpoint: folder of the Hugging Face checkpoint, not quantised.
+        adapter: folder of the adapter, of either format.
+        out: new or empty folder.
+        family: model family of a Flax adapter; by default that of the checkpoint.
+    """
+    merge(checkpoint, adapter, out, family=family, console=Console(stderr=True))
+    _say(_console(), f"merged checkpoint: {out}")
 
 
 def _console() -> Console:

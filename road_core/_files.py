@@ -1,6 +1,7 @@
 """Reading within a folder, exact bytes, and writing that leaves nothing half done."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -90,14 +91,64 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, s
         entries = safetensors.deserialize(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdapterError(f"{path}: expected a whole safetensors file, found a broken one ({reason})") from None
+        raise _broken(path, error) from None
     tensors: dict[str, Array] = {}
     for name, entry in entries:
         if entry["dtype"] not in _DTYPES:
             raise AdapterError(f"{path}: expected a plain dtype for {name}, found {entry['dtype']}")
         tensors[name] = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors, dict(header.get("__metadata__") or {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor in a safetensors file: what its header says, and where its bytes lie in the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def map(self) -> Array:
+        """Maps the tensor into memory, read-only; a dtype that NumPy hasn't is refused before, by its name."""
+        data = np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,)) if self.nbytes else np.empty(0, np.uint8)
+        return data.view(_DTYPES[self.dtype]).reshape(self.shape)
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Reads a safetensors file's header only, in the order of the tensors' bytes.
+
+    Returns:
+        Where each tensor lies, and the file's metadata.
+
+    Raises:
+        AdapterError: the file is truncated, over-long or inconsistent.
+    """
+    path = Path(path)
+    try:
+        # The library checks sizes and offsets against the file.
+        with safetensors.safe_open(path, framework="numpy"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        metadata = dict(header.pop("__metadata__", None) or {})
+        entries = {
+            name: Entry(path, e["dtype"], tuple(e["shape"]), 8 + size + e["data_offsets"][0], _length(e))
+            for name, e in header.items()
+        }
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise _broken(path, error) from None
+    return dict(sorted(entries.items(), key=lambda item: item[1].start)), metadata
+
+
+def _length(entry: Mapping[str, Any]) -> int:
+    start, end = entry["data_offsets"]
+    return end - start
+
+
+def _broken(path: str | os.PathLike, error: Exception) -> AdapterError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return AdapterError(f"{path}: expected a whole safetensors file, found a broken one ({reason})")
 
 
 def dump_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
