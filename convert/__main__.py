@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,9 @@ _Peft = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PEFT-DIR")]
 _Either = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
 _Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 _Family = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+_Base = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+_Rules = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+_Layout = Literal["scanned", "unrolled", "transformers", "easydel", "tunix", "maxtext", "maxtext-unrolled"]
 
 
 def main() -> None:
@@ -37,17 +41,30 @@ def _main() -> None:
     )
 
 
-def _to_torch(flax_dir: _Flax, out: _Out, /, *, family: _Family = None, overwrite: bool = False) -> None:
+def _to_torch(
+    flax_dir: _Flax,
+    out: _Out,
+    /,
+    *,
+    family: _Family = None,
+    base: _Base = None,
+    rules: _Rules = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> None:
     """Writes a Flax adapter in the format that PEFT and road_torch load.
 
     Args:
         flax_dir: folder of the Flax adapter.
         out: new or empty folder.
         family: model family, e.g. llama; by default the first one that knows every module.
+        base: folder of the model, for the sizes of its heads; only where they are needed.
+        rules: a TOML or JSON file with a table of your own.
         overwrite: replace an adapter that is already there.
+        dry_run: print the whole mapping and write nothing.
     """
-    to_torch(flax_dir, out, family=family, overwrite=overwrite)
-    _done(out)
+    mapping = to_torch(flax_dir, out, family=family, base=base, rules=rules, overwrite=overwrite, dry_run=dry_run)
+    _done(out, mapping if dry_run else None)
 
 
 def _to_flax(
@@ -56,9 +73,12 @@ def _to_flax(
     /,
     *,
     family: _Family = None,
-    layout: Literal["scanned", "unrolled"] | None = None,
+    layout: _Layout | None = None,
     layers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    base: _Base = None,
+    rules: _Rules = None,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Writes an adapter in PEFT's format as a Flax adapter.
 
@@ -66,12 +86,26 @@ def _to_flax(
         peft_dir: folder of the adapter in PEFT's format.
         out: new or empty folder.
         family: model family, e.g. llama; by default the first one that knows every module.
-        layout: layers stacked, or a path a layer; by default as the adapter once was in Flax, else stacked.
+        layout: layers stacked, a path a layer, or another library's; by default as the adapter once was in Flax, else
+            stacked.
         layers: how many layers the model has; only needed to stack an adapter with layers_to_transform.
+        base: folder of the model, for the sizes of its heads; only where they are needed.
+        rules: a TOML or JSON file with a table of your own.
         overwrite: replace an adapter that is already there.
+        dry_run: print the whole mapping and write nothing.
     """
-    to_flax(peft_dir, out, family=family, layout=layout, layers=layers, overwrite=overwrite)
-    _done(out)
+    mapping = to_flax(
+        peft_dir,
+        out,
+        family=family,
+        layout=layout,
+        layers=layers,
+        base=base,
+        rules=rules,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    _done(out, mapping if dry_run else None)
 
 
 def _inspect(directory: _Either, /, *, plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None) -> None:
@@ -151,7 +185,12 @@ def _say(console: Console, text: str) -> None:
     )
 
 
-def _done(out: Path) -> None:
+def _done(out: Path, mapping: Sequence[tuple[str, str]] | None) -> None:
+    """Says what was written or, given the mapping, what would be."""
+    if mapping is not None:
+        for before, after in mapping:
+            _say(_console(), f"{before} -> {after}")
+        return
     summary = inspect(out)
     _say(_console(), f"{summary.kind} adapter, {_modules(summary)}: {out}")
 
