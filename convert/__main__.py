@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from convert import _diff as differences
 from convert._convert import to_flax, to_torch
 from convert._inspect import Summary, draw, inspect
 from convert._merge import merge
@@ -34,7 +35,14 @@ def main() -> None:
 
 def _main() -> None:
     tyro.extras.subcommand_cli_from_dict(
-        {"to-torch": _to_torch, "to-flax": _to_flax, "inspect": _inspect, "verify": _verify, "merge": _merge},
+        {
+            "to-torch": _to_torch,
+            "to-flax": _to_flax,
+            "inspect": _inspect,
+            "diff": _diff,
+            "verify": _verify,
+            "merge": _merge,
+        },
         prog="road-convert",
         description="RoAd adapters from Flax to PyTorch and back.",
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -124,6 +132,52 @@ def _inspect(directory: _Either, /, *, plot: Annotated[Path | None, tyro.conf.ar
         _say(console, f"picture: {plot}")
 
 
+def _diff(
+    first: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
+    second: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
+    /,
+    *,
+    family: _Family = None,
+    tolerance: float = 0.0,
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None,
+) -> None:
+    """Prints how two adapters differ, by module and layer.
+
+    The exit code is 0 where they are the same function and 1 where they aren't.
+
+    Args:
+        first: folder of an adapter, of either format.
+        second: folder of another.
+        family: model family of the one in Flax, where their formats differ.
+        tolerance: what θ, α and tensors that are saved whole may differ by.
+        plot: a PNG to draw the differences to.
+    """
+    found = differences.diff(first, second, family=family)
+    if plot is not None:
+        differences.draw(found, plot)
+    console = _console()
+    for name, (before, after) in found.fields.items():
+        _say(console, f"{name}: {json.dumps(before, ensure_ascii=False)} | {json.dumps(after, ensure_ascii=False)}")
+    for folder, keys in ((first, found.first_only), (second, found.second_only)):
+        for key in keys:
+            _say(console, f"only in {folder}: {key}")
+    names = ("mean |Δθ|", "max |Δθ|", "mean |Δα|", "max |Δα|")
+    rows = [
+        (module.path, *(f"{n:.4g}" for n in (module.mean_angle, module.max_angle, module.mean_scale, module.max_scale)))
+        for module in found.modules
+        if max(module.max_angle, module.max_scale) > tolerance
+    ]
+    if rows:
+        console.print(_table(names, rows))
+    for key, greatest in found.saved.items():
+        if greatest > tolerance:
+            _say(console, f"saved whole: {key} differs by up to {greatest:.4g}")
+    if plot is not None:
+        _say(console, f"picture: {plot}")
+    if not found.same(tolerance):
+        sys.exit(1)
+
+
 def _verify(
     flax_dir: _Flax,
     peft_dir: _Peft,
@@ -210,19 +264,26 @@ def _show(summary: Summary, directory: Path, console: Console) -> None:
             _say(console, f"  {name}: {json.dumps(value, ensure_ascii=False)}")
     for name, value in sorted(adapter.metadata.items()):
         _say(console, f"  metadata {name}: {value}")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("module", no_wrap=True)
-    for name in ("outputs", "shape", "dtype", "mean |θ|", "max |θ|", "min α", "max α"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("outputs", "shape", "dtype", "mean |θ|", "max |θ|", "min α", "max α")
+    rows = []
     for module in summary.modules:
         numbers = (module.mean_angle, module.max_angle, module.min_scale, module.max_scale)
-        shape = escape(str(list(module.shape)))
-        table.add_row(
-            escape(module.path), str(module.outputs), shape, module.dtype, *(f"{value:.4f}" for value in numbers)
-        )
-    console.print(table)
+        values = (f"{value:.4f}" for value in numbers)
+        rows.append((module.path, str(module.outputs), str(list(module.shape)), module.dtype, *values))
+    console.print(_table(names, rows))
     for path, array in sorted(adapter.modules_to_save.items()):
         _say(console, f"saved whole: {path} {list(array.shape)}")
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Modules in rows, their numbers under ``names``."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("module", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _report(result: Verification, console: Console) -> None:

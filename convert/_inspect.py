@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +98,17 @@ def draw(adapter: Adapter, path: str | os.PathLike) -> None:
     """
     from road_core._picture import draw_rotations
 
+    drawn(path, lambda draft: draw_rotations(adapter, draft))
+
+
+def drawn(path: str | os.PathLike, paint: Callable[[Path], None]) -> None:
+    """Has a PNG painted beside its place and renames it; errors as `draw`."""
     target = Path(path)
     if target.suffix.lower() != ".png" or not target.parent.is_dir():
         raise AdapterError(f"{target}: expected a name that ends with .png in a folder that exists, found another")
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        draft = Path(folder) / "rotations.png"
-        draw_rotations(adapter, draft)
+        draft = Path(folder) / "picture.png"
+        paint(draft)
         draft.replace(target)
 
 

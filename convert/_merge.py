@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert._families import FAMILIES
+from convert._families import FAMILIES, LAYER, TABLES, Family
 from convert._inspect import read_adapter
 from convert._mapping import map_to_torch, natural
 from road_core import Adapter, AdapterError, coefficients, to_float32
@@ -199,12 +200,15 @@ def _read(directory: str | os.PathLike, config: Mapping[str, Any], family: str |
     kind, adapter = read_adapter(directory)
     if kind == "PEFT":
         return adapter
-    if family is None and config.get("model_type") in FAMILIES:
-        family = config["model_type"]
-    try:
-        return map_to_torch(adapter, family)
-    except AdapterError as error:
-        raise AdapterError(f"{directory}: {error}") from None
+    # The adapter's own metadata know the table best; where they and the names leave a choice, the model's type tells.
+    known = config.get("model_type")
+    choices = [family] if family is not None or known not in FAMILIES else [None, known]
+    for choice in choices:
+        try:
+            return map_to_torch(adapter, choice, model=config)
+        except AdapterError as found:
+            error = found
+    raise AdapterError(f"{directory}: {error}")
 
 
 def _plan(
@@ -213,7 +217,8 @@ def _plan(
     """Returns the merged checkpoint's tensors by file, and its config."""
     entries = {name: entry for shard in shards.values() for name, entry in shard.items()}
     home = {name: file for file, shard in shards.items() for name in shard}
-    rename = _renaming([f"{path}.weight" for path in adapter.modules] + list(adapter.modules_to_save), entries)
+    names = [f"{path}.weight" for path in adapter.modules] + list(adapter.modules_to_save)
+    rename = _renaming(names, entries, config.get("model_type"))
     changed = {rename(f"{path}.weight") for path in adapter.modules} | set(map(rename, adapter.modules_to_save))
     if tied := sorted(name for name in changed if name.removesuffix(".weight").endswith(_TIED_HEADS)):
         raise AdapterError(f"expected layers with a weight of their own, found {tied[0]}, which an embedding shares")
@@ -267,19 +272,30 @@ def _along(rotation: _Rotation, path: str, config: Mapping[str, Any]) -> _Rotati
     return dataclasses.replace(rotation, axis=1) if path.rpartition(".")[2] in conv1d else rotation
 
 
-def _renaming(names: Iterable[str], entries: Mapping[str, Entry]) -> Callable[[str], str]:
+def _renaming(names: Iterable[str], entries: Mapping[str, Entry], model_type: object) -> Callable[[str], str]:
     """Returns how the adapter's names become the checkpoint's.
 
     A checkpoint of the bare model lacks the first name of the paths (``transformer.``, ``bert.``) that a model with a
-    head has, and the other way about. One rule must hold for all.
+    head has, and the other way about; and transformers writes some models with names of an earlier version, which have
+    a table of their own. One rule must hold for all.
     """
     wanted = [name for name in names if name.rpartition(".")[0] != _HEAD]
     rules: list[Callable[[str], str]] = [lambda name: name, lambda name: name.partition(".")[2]]
     rules += [f"{prefix}.".__add__ for prefix in dict.fromkeys(name.partition(".")[0] for name in entries)]
+    kin = [table for table in TABLES if table.model_type == model_type]
+    rules += [functools.partial(_translated, a, b) for a, b in itertools.permutations(kin, 2) if a.style == b.style]
     for rule in rules:
         if all(rule(name) in entries for name in wanted):
             return lambda name: name if name.rpartition(".")[0] == _HEAD else rule(name)
     return rules[0]
+
+
+def _translated(before: Family, after: Family, name: str) -> str:
+    """Returns a tensor's name in PyTorch by another table, by way of its module's path in Flax."""
+    path, _, leaf = name.rpartition(".")
+    place = before.find_torch(path)
+    row = next((row for row in after.rows if place is not None and row.flax == place.row.flax), None)
+    return name if row is None or place is None else f"{row.torch.replace(LAYER, str(place.layer))}.{leaf}"
 
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:

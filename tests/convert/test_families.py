@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from _compare import named_values
+from _compare import assert_close, named_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+import convert
+import road_torch
 from convert._families import LAYER, TABLES, tables
 from convert._mapping import map_to_flax, map_to_torch
 from convert._regroup import halves_group_size
@@ -151,7 +153,7 @@ LAYOUTS_OF = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     case=st.sampled_from(LAYOUTS_OF),
     variant=st.sampled_from(VARIANTS),
@@ -383,6 +385,53 @@ def test_bad_rules(text, tmp_path):
     (tmp_path / "rules.json").write_text(text)
     with pytest.raises(AdapterError, match=BAD_RULES[text]):
         read_rules(tmp_path / "rules.json")
+
+
+THROUGH = [
+    *[("gpt2", "transformers"), ("bert-cls", "transformers"), ("roberta-cls", "transformers"), ("t5", "transformers")],
+    *[("opt", "transformers"), ("vit", "transformers"), ("clip", "transformers"), ("llama", "maxtext")],
+    *[("qwen3", "maxtext"), ("qwen2", "tunix"), ("gemma2", "scanned"), ("gemma3_text", "tunix"), ("phi3", "easydel")],
+    ("phi3-apart", "unrolled"),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), THROUGH)
+def test_merged_by_way_of_flax_it_is_the_same_function(name, layout, tmp_path):
+    """The adapter on Hugging Face's own model, against that model with the adapter merged in from a Flax folder."""
+    model, config, fields = MODELS[name.removesuffix("-apart")]
+    torch.manual_seed(0)
+    base = getattr(transformers, model)(getattr(transformers, config)(**fields)).eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.normal_(std=0.1 if parameter.ndim < 2 else 0.3)
+    base.save_pretrained(tmp_path / "base")
+    every = linear_layers(name.removesuffix("-apart"))
+    targets = [
+        p for p, out in every.items() if out % 8 == 0 and (layout != "maxtext" or name != "llama" or "proj" in p)
+    ]
+    if (name, layout) == ("llama", "maxtext"):
+        targets = [path for path in targets if path.endswith(("q_proj", "k_proj"))]
+    inputs = {"input_ids": torch.arange(3, 12)[None]}
+    if name in ("vit", "clip"):
+        inputs = {"pixel_values": torch.randn(1, 3, 8, 8), **(inputs if name == "clip" else {})}
+    elif name == "t5":
+        inputs["decoder_input_ids"] = torch.arange(2, 7)[None]
+
+    def output(model):
+        with torch.no_grad():
+            found = model(**inputs)
+        return found.logits_per_image if name == "clip" else found.logits
+
+    plain = output(base)
+    adapted = road_torch.RoadModel(base, RoadConfig(target_modules=targets, group_size=8, init_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "torch")
+    expected = output(adapted)
+    family = name.removesuffix("-cls")
+    convert.to_flax(tmp_path / "torch", tmp_path / "flax", family=family, layout=layout, base=tmp_path / "base")
+    convert.merge(tmp_path / "base", tmp_path / "flax", tmp_path / "merged")
+    merged, info = getattr(transformers, model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values()), info
+    assert_close(output(merged.eval()), expected, "float32", moved_from=plain)
 
 
 def test_every_table_is_tried_here():
