@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,9 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from convert import _diff as differences
 from convert._compose import compose
 from convert._convert import to_flax, to_torch
 from convert._inspect import Summary, draw, inspect
+from convert._merge import merge
 from convert._verify import Verification, verify
 from road_core import AdapterError
 from road_core._command import run
@@ -22,6 +25,9 @@ _Peft = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PEFT-DIR")]
 _Either = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
 _Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 _Family = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+_Base = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+_Rules = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+_Layout = Literal["scanned", "unrolled", "transformers", "easydel", "tunix", "maxtext", "maxtext-unrolled"]
 
 
 def main() -> None:
@@ -31,24 +37,45 @@ def main() -> None:
 
 def _main() -> None:
     tyro.extras.subcommand_cli_from_dict(
-        {"to-torch": _to_torch, "to-flax": _to_flax, "inspect": _inspect, "verify": _verify, "compose": _compose},
+        {
+            "to-torch": _to_torch,
+            "to-flax": _to_flax,
+            "inspect": _inspect,
+            "diff": _diff,
+            "verify": _verify,
+            "merge": _merge,
+            "compose": _compose,
+        },
         prog="road-convert",
         description="RoAd adapters from Flax to PyTorch and back.",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 
-def _to_torch(flax_dir: _Flax, out: _Out, /, *, family: _Family = None, overwrite: bool = False) -> None:
+def _to_torch(
+    flax_dir: _Flax,
+    out: _Out,
+    /,
+    *,
+    family: _Family = None,
+    base: _Base = None,
+    rules: _Rules = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> None:
     """Writes a Flax adapter in the format that PEFT and road_torch load.
 
     Args:
         flax_dir: folder of the Flax adapter.
         out: new or empty folder.
         family: model family, e.g. llama; by default the first one that knows every module.
+        base: folder of the model, for the sizes of its heads; only where they are needed.
+        rules: a TOML or JSON file with a table of your own.
         overwrite: replace an adapter that is already there.
+        dry_run: print the whole mapping and write nothing.
     """
-    to_torch(flax_dir, out, family=family, overwrite=overwrite)
-    _done(out)
+    mapping = to_torch(flax_dir, out, family=family, base=base, rules=rules, overwrite=overwrite, dry_run=dry_run)
+    _done(out, mapping if dry_run else None)
 
 
 def _to_flax(
@@ -57,9 +84,12 @@ def _to_flax(
     /,
     *,
     family: _Family = None,
-    layout: Literal["scanned", "unrolled"] | None = None,
+    layout: _Layout | None = None,
     layers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    base: _Base = None,
+    rules: _Rules = None,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Writes an adapter in PEFT's format as a Flax adapter.
 
@@ -67,12 +97,26 @@ def _to_flax(
         peft_dir: folder of the adapter in PEFT's format.
         out: new or empty folder.
         family: model family, e.g. llama; by default the first one that knows every module.
-        layout: layers stacked, or a path a layer; by default as the adapter once was in Flax, else stacked.
+        layout: layers stacked, a path a layer, or another library's; by default as the adapter once was in Flax, else
+            stacked.
         layers: how many layers the model has; only needed to stack an adapter with layers_to_transform.
+        base: folder of the model, for the sizes of its heads; only where they are needed.
+        rules: a TOML or JSON file with a table of your own.
         overwrite: replace an adapter that is already there.
+        dry_run: print the whole mapping and write nothing.
     """
-    to_flax(peft_dir, out, family=family, layout=layout, layers=layers, overwrite=overwrite)
-    _done(out)
+    mapping = to_flax(
+        peft_dir,
+        out,
+        family=family,
+        layout=layout,
+        layers=layers,
+        base=base,
+        rules=rules,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    _done(out, mapping if dry_run else None)
 
 
 def _inspect(directory: _Either, /, *, plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None) -> None:
@@ -89,6 +133,52 @@ def _inspect(directory: _Either, /, *, plot: Annotated[Path | None, tyro.conf.ar
     _show(summary, directory, console)
     if plot is not None:
         _say(console, f"picture: {plot}")
+
+
+def _diff(
+    first: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
+    second: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
+    /,
+    *,
+    family: _Family = None,
+    tolerance: float = 0.0,
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None,
+) -> None:
+    """Prints how two adapters differ, by module and layer.
+
+    The exit code is 0 where they are the same function and 1 where they aren't.
+
+    Args:
+        first: folder of an adapter, of either format.
+        second: folder of another.
+        family: model family of the one in Flax, where their formats differ.
+        tolerance: what θ, α and tensors that are saved whole may differ by.
+        plot: a PNG to draw the differences to.
+    """
+    found = differences.diff(first, second, family=family)
+    if plot is not None:
+        differences.draw(found, plot)
+    console = _console()
+    for name, (before, after) in found.fields.items():
+        _say(console, f"{name}: {json.dumps(before, ensure_ascii=False)} | {json.dumps(after, ensure_ascii=False)}")
+    for folder, keys in ((first, found.first_only), (second, found.second_only)):
+        for key in keys:
+            _say(console, f"only in {folder}: {key}")
+    names = ("mean |Δθ|", "max |Δθ|", "mean |Δα|", "max |Δα|")
+    rows = [
+        (module.path, *(f"{n:.4g}" for n in (module.mean_angle, module.max_angle, module.mean_scale, module.max_scale)))
+        for module in found.modules
+        if max(module.max_angle, module.max_scale) > tolerance
+    ]
+    if rows:
+        console.print(_table(names, rows))
+    for key, greatest in found.saved.items():
+        if greatest > tolerance:
+            _say(console, f"saved whole: {key} differs by up to {greatest:.4g}")
+    if plot is not None:
+        _say(console, f"picture: {plot}")
+    if not found.same(tolerance):
+        sys.exit(1)
 
 
 def _verify(
@@ -138,6 +228,28 @@ def _compose(
     _done(out)
 
 
+def _merge(
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")],
+    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")],
+    out: _Out,
+    /,
+    *,
+    family: _Family = None,
+) -> None:
+    """Writes a Hugging Face checkpoint with an adapter merged into it, shard by shard.
+
+    After an interruption the same command goes on behind the last whole shard.
+
+    Args:
+        checkpoint: folder of the Hugging Face checkpoint, not quantised.
+        adapter: folder of the adapter, of either format.
+        out: new or empty folder.
+        family: model family of a Flax adapter; by default that of the checkpoint.
+    """
+    merge(checkpoint, adapter, out, family=family, console=Console(stderr=True))
+    _say(_console(), f"merged checkpoint: {out}")
+
+
 def _console() -> Console:
     """Wide enough for a table where nobody looks at a terminal's width."""
     console = Console(highlight=False)
@@ -151,7 +263,12 @@ def _say(console: Console, text: str) -> None:
     )
 
 
-def _done(out: Path) -> None:
+def _done(out: Path, mapping: Sequence[tuple[str, str]] | None = None) -> None:
+    """Says what was written or, given the mapping, what would be."""
+    if mapping is not None:
+        for before, after in mapping:
+            _say(_console(), f"{before} -> {after}")
+        return
     summary = inspect(out)
     _say(_console(), f"{summary.kind} adapter, {_modules(summary)}: {out}")
 
@@ -171,19 +288,26 @@ def _show(summary: Summary, directory: Path, console: Console) -> None:
             _say(console, f"  {name}: {json.dumps(value, ensure_ascii=False)}")
     for name, value in sorted(adapter.metadata.items()):
         _say(console, f"  metadata {name}: {value}")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("module", no_wrap=True)
-    for name in ("outputs", "shape", "dtype", "mean |θ|", "max |θ|", "min α", "max α"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("outputs", "shape", "dtype", "mean |θ|", "max |θ|", "min α", "max α")
+    rows = []
     for module in summary.modules:
         numbers = (module.mean_angle, module.max_angle, module.min_scale, module.max_scale)
-        shape = escape(str(list(module.shape)))
-        table.add_row(
-            escape(module.path), str(module.outputs), shape, module.dtype, *(f"{value:.4f}" for value in numbers)
-        )
-    console.print(table)
+        values = (f"{value:.4f}" for value in numbers)
+        rows.append((module.path, str(module.outputs), str(list(module.shape)), module.dtype, *values))
+    console.print(_table(names, rows))
     for path, array in sorted(adapter.modules_to_save.items()):
         _say(console, f"saved whole: {path} {list(array.shape)}")
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Modules in rows, their numbers under ``names``."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("module", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _report(result: Verification, console: Console) -> None:

@@ -1,14 +1,26 @@
 """From an adapter folder of one side to one of the other."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
-from convert._mapping import map_to_flax, map_to_torch
+from convert._families import Family
+from convert._mapping import Trace, map_to_flax, map_to_torch
+from convert._rules import read_rules
 from road_core import AdapterError, read_flax, read_peft, write_flax, write_peft
+from road_core._files import check_free, inside, read_json
 
 
 def to_torch(
-    src: str | os.PathLike, dst: str | os.PathLike, *, family: str | None = None, overwrite: bool = False
-) -> None:
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    family: str | None = None,
+    base: str | os.PathLike | None = None,
+    rules: str | os.PathLike | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> list[tuple[str, str]]:
     """Writes a Flax adapter as one that PEFT and ``road_torch`` load. No bit of a number changes.
 
     The layout is told by the tensors: θ of a stack (``model.layers.self_attn.q_proj``) has a layer axis in front, that
@@ -19,7 +31,14 @@ def to_torch(
         src: a folder that ``road-train`` or ``road_jax.save_adapter`` wrote.
         dst: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
         family: the model family, e.g. ``"llama"``; None takes the first whose table knows every key.
+        base: the folder of the model, whose ``config.json`` tells the sizes of heads; needed where fused layers are
+            split or fused by heads, and for RoPE's interleaved order.
+        rules: a file with a table of your own, see `read_rules`.
         overwrite: see ``dst``.
+        dry_run: whether to write nothing.
+
+    Returns:
+        The mapping: each key's name before and after.
 
     Raises:
         AdapterError: ``src`` holds no whole adapter, a key has no partner, a shape doesn't fit, or ``dst`` already
@@ -27,14 +46,20 @@ def to_torch(
 
     Example:
         >>> import convert
-        >>> convert.to_torch("runs/sentiment", "adapters/sentiment")  # doctest: +SKIP
+        >>> mapping = convert.to_torch("runs/sentiment", "adapters/sentiment")  # doctest: +SKIP
     """
+    table, model = _choice(family, base, rules)
     adapter = read_flax(src)
+    trace: Trace = []
     try:
-        mapped = map_to_torch(adapter, family)
+        mapped = map_to_torch(adapter, family, rules=table, model=model, trace=trace)
     except AdapterError as error:
         raise AdapterError(f"{src}: {error}") from None
-    write_peft(dst, mapped, overwrite=overwrite)
+    if dry_run and not overwrite:
+        check_free(dst)
+    if not dry_run:
+        write_peft(dst, mapped, overwrite=overwrite)
+    return trace
 
 
 def to_flax(
@@ -44,26 +69,54 @@ def to_flax(
     family: str | None = None,
     layout: str | None = None,
     layers: int | None = None,
+    base: str | os.PathLike | None = None,
+    rules: str | os.PathLike | None = None,
     overwrite: bool = False,
-) -> None:
+    dry_run: bool = False,
+) -> list[tuple[str, str]]:
     """Writes an adapter in PEFT's format as one that ``road_jax`` loads: the inverse of `to_torch`.
 
     Args:
         src: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         dst: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
         family: the model family, e.g. ``"llama"``; None takes the first whose table knows every key.
-        layout: ``"scanned"`` (layers stacked, the default of ``road_jax.models.load``) or ``"unrolled"``. None takes
-            the layout that the adapter once had in Flax, where its metadata tell, else ``"scanned"``.
+        layout: ``"scanned"`` (layers stacked, the default of ``road_jax.models.load``), ``"unrolled"``, or that of
+            another library's Flax models: ``"transformers"``, ``"easydel"``, ``"tunix"``, ``"maxtext"``,
+            ``"maxtext-unrolled"``. None takes the layout that the adapter once had in Flax, where its metadata tell,
+            else ``"scanned"`` where the family has it.
         layers: how many layers the model has. Only needed to stack an adapter whose config has
             ``layers_to_transform``.
+        base: see `to_torch`.
+        rules: see `to_torch`.
         overwrite: see ``dst``.
+        dry_run: whether to write nothing.
+
+    Returns:
+        The mapping: each key's name before and after.
 
     Raises:
         AdapterError: as `to_torch`; also where layers that are missing, or that differ, can't be stacked.
     """
+    table, model = _choice(family, base, rules)
     adapter = read_peft(src)
+    trace: Trace = []
     try:
-        mapped = map_to_flax(adapter, family, layout, layers)
+        mapped = map_to_flax(adapter, family, layout, layers, rules=table, model=model, trace=trace)
     except AdapterError as error:
         raise AdapterError(f"{src}: {error}") from None
-    write_flax(dst, mapped, overwrite=overwrite)
+    if dry_run and not overwrite:
+        check_free(dst)
+    if not dry_run:
+        write_flax(dst, mapped, overwrite=overwrite)
+    return trace
+
+
+def _choice(
+    family: str | None, base: str | os.PathLike | None, rules: str | os.PathLike | None
+) -> tuple[Family | None, Mapping[str, Any] | None]:
+    if family is not None and rules is not None:
+        raise AdapterError(f"family: expected none beside rules of your own, found {family!r}")
+    model = None if base is None else read_json(inside(base, "config.json"))
+    if model is not None and isinstance(text := model.get("text_config"), dict):
+        model = text
+    return None if rules is None else read_rules(rules), model

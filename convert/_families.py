@@ -9,7 +9,7 @@ from road_core import AdapterError
 # Stands for a layer's number. A Flax path without it is that of a stack, whose tensors have a layer axis in front.
 LAYER = "{layer}"
 
-_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.)")
+_NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]{0,5})(?=\.)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +39,24 @@ EMBEDDING = (Leaf("embedding", "weight", 2),)
 class Row:
     """One kind of module, in all layers.
 
+    Rows that share a path are parts of one fused module, in their order; each of them has a ``width``.
+
     Attributes:
         flax: its path in Flax, with `LAYER` for a layer's number.
         torch: its path in PyTorch.
-        leaves: the tensors it may save whole. Only a linear layer (`LINEAR`) carries θ and α.
+        leaves: the tensors it may save whole.
+        linear: whether it may carry θ and α.
+        interleaved: whether Flax has a head's outputs in RoPE's interleaved order (x0, y0, x1, y1, …) where PyTorch has
+            them in halves (x0, x1, …, y0, y1, …).
+        width: of a part, how many outputs it has: ``"heads"``, ``"kv_heads"`` or, all alike, ``"equal"``.
     """
 
     flax: str
     torch: str
     leaves: tuple[Leaf, ...] = LINEAR
+    linear: bool = True
+    interleaved: bool = False
+    width: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,37 +64,45 @@ class Place:
     """Where a path stands in a table.
 
     Attributes:
-        row: the one row that it matches.
+        rows: the row that it matches, or the parts of a fused module.
         layer: the layer's number; None for a stack and for a module outside the layers.
         stacked: whether the path is that of a stack.
     """
 
-    row: Row
+    rows: tuple[Row, ...]
     layer: int | None
     stacked: bool = False
 
-    def flax(self, *, stacked: bool = False) -> str:
-        """Returns the path in Flax, a stack's without the layer's number."""
-        return _unnumbered(self.row.flax) if stacked else self.row.flax.replace(LAYER, str(self.layer))
-
-    def torch(self, layer: int | None = None) -> str:
-        """Returns the path in PyTorch; ``layer`` chooses one of a stack's."""
-        return self.row.torch.replace(LAYER, str(self.layer if layer is None else layer))
+    @property
+    def row(self) -> Row:
+        """The row, or the first part's."""
+        return self.rows[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model family's table.
+    """A model family's table in one style of Flax models.
 
     Attributes:
-        name: the ``model_type`` of its checkpoints.
-        rows: no two of them match one path.
+        name: the ``model_type`` of its checkpoints, and what else tells it apart.
+        rows: no two of them match one path, unless they are parts of a fused module.
         head: the PyTorch path of the output head, which "all-linear" leaves out.
+        style: whose Flax model it is, see `LAYOUTS`.
+        axis: the layers' axis in a stack's params.
+        asked: whether the table is only taken when it is asked for by its name.
     """
 
     name: str
     rows: tuple[Row, ...]
     head: str = "lm_head"
+    style: str = "road"
+    axis: int = 0
+    asked: bool = False
+
+    @property
+    def model_type(self) -> str:
+        """The ``model_type``: a table's name may say more behind a hyphen."""
+        return self.name.partition("-")[0]
 
     def find_flax(self, path: str) -> Place | None:
         """Returns the place of a Flax module path, or None."""
@@ -97,73 +114,359 @@ class Family:
         """Returns the place of a PyTorch module path, or None."""
         return _find(self._by_torch, path)
 
+    def parts(self, row: Row, side: str) -> tuple[Row, ...]:
+        """Returns the rows that share the row's path on a side, ``"flax"`` or ``"torch"``; mostly the row alone."""
+        return (self._by_flax if side == "flax" else self._by_torch)[getattr(row, side)]
+
     @functools.cached_property
-    def _by_flax(self) -> dict[str, Row]:
+    def _by_flax(self) -> dict[str, tuple[Row, ...]]:
         return _index(self.name, [(row.flax, row) for row in self.rows])
 
     @functools.cached_property
-    def _by_stack(self) -> dict[str, Row]:
-        return _index(self.name, [(_unnumbered(row.flax), row) for row in self.rows if LAYER in row.flax])
+    def _by_stack(self) -> dict[str, tuple[Row, ...]]:
+        return _index(self.name, [(unnumbered(row.flax), row) for row in self.rows if LAYER in row.flax])
 
     @functools.cached_property
-    def _by_torch(self) -> dict[str, Row]:
+    def _by_torch(self) -> dict[str, tuple[Row, ...]]:
         return _index(self.name, [(row.torch, row) for row in self.rows])
 
 
-def _find(index: dict[str, Row], path: str) -> Place | None:
+def unnumbered(path: str) -> str:
+    """Returns a stack's path: without the layer's number, which stands alone (``layers.0``) or not (``layers_0``)."""
+    return path.replace(f".{LAYER}", "").replace(f"_{LAYER}", "")
+
+
+def _find(index: dict[str, tuple[Row, ...]], path: str) -> Place | None:
     number = _NUMBER.search(path)
     form = f"{path[: number.start()]}{LAYER}{path[number.end() :]}" if number else path
-    row = index.get(form)
+    rows = index.get(form)
     # A path that spells the placeholder out is nobody's.
-    return None if row is None or LAYER in path else Place(row, int(number[0]) if number else None)
+    return None if rows is None or LAYER in path else Place(rows, int(number[0]) if number else None)
 
 
-def _unnumbered(path: str) -> str:
-    return path.replace(f".{LAYER}", "")
-
-
-def _index(family: str, entries: list[tuple[str, Row]]) -> dict[str, Row]:
-    index = dict(entries)
-    if len(index) != len(entries):
+def _index(family: str, entries: list[tuple[str, Row]]) -> dict[str, tuple[Row, ...]]:
+    index: dict[str, tuple[Row, ...]] = {}
+    for path, row in entries:
+        index[path] = (*index.get(path, ()), row)
+    if any(len(rows) > 1 and not all(row.width for row in rows) for rows in index.values()):
         raise ValueError(f"family {family}: two rows of the table match one path")
     return index
 
 
-def _same(path: str, leaves: tuple[Leaf, ...] = LINEAR) -> Row:
-    """A module that has one path in both: `road_jax.models` mirrors Hugging Face's names."""
-    return Row(path, path, leaves)
-
-
-_BLOCK = f"model.layers.{LAYER}"
-
-_DECODER = (
-    _same("model.embed_tokens", EMBEDDING),
-    *(_same(f"{_BLOCK}.self_attn.{name}_proj") for name in "qkvo"),
-    *(_same(f"{_BLOCK}.mlp.{name}_proj") for name in ("gate", "up", "down")),
-    *(_same(f"{_BLOCK}.{name}_layernorm", NORM) for name in ("input", "post_attention")),
-    _same("model.norm", NORM),
-    _same("lm_head"),
-)
-
-_HEAD_NORMS = tuple(_same(f"{_BLOCK}.self_attn.{name}_norm", NORM) for name in "qk")
-
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family("llama", _DECODER),
-        Family("mistral", _DECODER),
-        Family("qwen2", _DECODER),
-        Family("qwen3", _DECODER + _HEAD_NORMS),
-    )
+# Which style of Flax model, and whether its layers are stacked.
+LAYOUTS = {
+    "scanned": ("road", True),
+    "unrolled": ("road", False),
+    "transformers": ("transformers", False),
+    "easydel": ("easydel", False),
+    "tunix": ("tunix", False),
+    "maxtext": ("maxtext", True),
+    "maxtext-unrolled": ("maxtext", False),
 }
 
 
-def family(name: str) -> Family:
-    """Returns a family's table.
+def _same(path: str, leaves: tuple[Leaf, ...] = LINEAR) -> Row:
+    """A module that has one path in both."""
+    return Row(path, path, leaves, linear=leaves is LINEAR)
+
+
+def _linears(flax: str, torch: str, names: dict[str, str] | str) -> tuple[Row, ...]:
+    """Linear layers below two prefixes, by their names; text has names that are the same in both."""
+    pairs = names if isinstance(names, dict) else {name: name for name in names.split()}
+    return tuple(Row(f"{flax}.{ours}", f"{torch}.{theirs}") for ours, theirs in pairs.items())
+
+
+# road_jax.models mirrors Hugging Face's names; so may other models, and these tables are for them too.
+
+_BLOCK = f"model.layers.{LAYER}"
+_ATTENTION = _linears(f"{_BLOCK}.self_attn", f"{_BLOCK}.self_attn", "q_proj k_proj v_proj o_proj")
+_MLP = _linears(f"{_BLOCK}.mlp", f"{_BLOCK}.mlp", "gate_proj up_proj down_proj")
+_FUSED = tuple(
+    _same(f"{_BLOCK}.{name}")
+    for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+)
+
+
+def _decoder(layers: tuple[Row, ...], norm: tuple[Leaf, ...] = NORM, *norms: str) -> tuple[Row, ...]:
+    """A decoder that has one path in both, with its layers' linear ones and what norms it has beyond two a layer."""
+    return (
+        _same("model.embed_tokens", EMBEDDING),
+        *layers,
+        *(_same(f"{_BLOCK}.{name}", norm) for name in ("input_layernorm", "post_attention_layernorm", *norms)),
+        _same("model.norm", norm),
+        _same("lm_head"),
+    )
+
+
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_GEMMA_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+_LAYERS = _ATTENTION + _MLP
+
+# Phi-3's fused layers in a Flax model that has them apart.
+_PHI3_APART = (
+    *(
+        Row(f"{_BLOCK}.self_attn.{name}_proj", f"{_BLOCK}.self_attn.qkv_proj", (), width=width)
+        for name, width in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))
+    ),
+    _same(f"{_BLOCK}.self_attn.o_proj"),
+    *(Row(f"{_BLOCK}.mlp.{n}_proj", f"{_BLOCK}.mlp.gate_up_proj", (), width="equal") for n in ("gate", "up")),
+    _same(f"{_BLOCK}.mlp.down_proj"),
+)
+
+
+def _mirrored(style: str, norm: tuple[Leaf, ...]) -> tuple[Family, ...]:
+    return (
+        Family("llama", _decoder(_LAYERS, norm), style=style),
+        Family("mistral", _decoder(_LAYERS, norm), style=style),
+        Family("qwen2", _decoder(_LAYERS, norm), style=style),
+        Family("qwen3", _decoder(_LAYERS, norm, *_HEAD_NORMS), style=style),
+        Family("gemma2", _decoder(_LAYERS, norm, *_GEMMA_NORMS), style=style),
+        Family("gemma3_text", _decoder(_LAYERS, norm, *_HEAD_NORMS, *_GEMMA_NORMS), style=style),
+        Family("phi3", _decoder(_FUSED, norm), style=style),
+    )
+
+
+# The Linen models of transformers 4 (read from the models of 4.48.3, see tests/convert/test_families.py). Their layers
+# are numbered. GPT-2's FlaxConv1D keeps its kernel as [out, in], PyTorch's Conv1D its weight as [in, out].
+
+_SCALE = (Leaf("scale", "weight", 1), Leaf("bias", "bias", 1))
+
+
+def _norms(*paths: str, torch: dict[str, str] | None = None) -> tuple[Row, ...]:
+    return tuple(Row(path, (torch or {}).get(path, path), _SCALE, linear=False) for path in paths)
+
+
+_GPT2 = f"transformer.h.{LAYER}"
+
+
+def _bert(name: str, heads: tuple[Row, ...]) -> Family:
+    layer = f"{name}.encoder.layer.{LAYER}"
+    return Family(
+        name,
+        (
+            *(_same(f"{name}.embeddings.{kind}_embeddings", EMBEDDING) for kind in ("word", "position", "token_type")),
+            *_linears(f"{layer}.attention.self", f"{layer}.attention.self", "query key value"),
+            *_linears(layer, layer, "attention.output.dense intermediate.dense output.dense"),
+            *_norms(f"{name}.embeddings.LayerNorm", f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"),
+            _same(f"{name}.pooler.dense"),
+            *heads,
+        ),
+        head="cls.predictions.decoder" if name == "bert" else "lm_head.decoder",
+        style="transformers",
+    )
+
+
+def _t5(stack: str, attentions: str, mlp: int) -> tuple[Row, ...]:
+    block = f"{stack}.block.{LAYER}.layer"
+    return (
+        *(row for a in attentions.split() for row in _linears(f"{block}.{a}", f"{block}.{a}", "q k v o")),
+        *_linears(f"{block}.{mlp}.DenseReluDense", f"{block}.{mlp}.DenseReluDense", "wi wi_0 wi_1 wo"),
+        *(_same(f"{block}.{i}.layer_norm", NORM) for i in range(mlp + 1)),
+        _same(f"{block}.0.SelfAttention.relative_attention_bias", EMBEDDING),
+        _same(f"{stack}.final_layer_norm", NORM),
+    )
+
+
+def _vit(layer: str, attention: str, names: dict[str, str]) -> tuple[Row, ...]:
+    """``layer`` and ``attention`` are PyTorch's prefixes, ``names`` its names of a layer's linear ones."""
+    flax = f"vit.encoder.layer.{LAYER}"
+    return (
+        *_linears(
+            f"{flax}.attention.attention", f"{layer}.{attention}", {n: names[n] for n in ("query", "key", "value")}
+        ),
+        *_linears(flax, layer, {n: names[n] for n in ("attention.output.dense", "intermediate.dense", "output.dense")}),
+        *(Row(f"{flax}.layernorm_{at}", f"{layer}.layernorm_{at}", _SCALE, linear=False) for at in ("before", "after")),
+        *_norms("vit.layernorm"),
+        _same("classifier"),
+    )
+
+
+def _clip(tower: str) -> tuple[Row, ...]:
+    layer = f"{tower}.encoder.layers.{LAYER}"
+    return (
+        *_linears(f"{layer}.self_attn", f"{layer}.self_attn", "q_proj k_proj v_proj out_proj"),
+        *_linears(f"{layer}.mlp", f"{layer}.mlp", "fc1 fc2"),
+        *_norms(f"{layer}.layer_norm1", f"{layer}.layer_norm2"),
+    )
+
+
+_OPT = f"model.decoder.layers.{LAYER}"
+
+_TRANSFORMERS = (
+    *_mirrored("transformers", NORM)[:2],
+    Family("gemma", _decoder(_LAYERS), style="transformers"),
+    Family(
+        "gpt2",
+        (
+            _same("transformer.wte", EMBEDDING),
+            _same("transformer.wpe", EMBEDDING),
+            *_linears(_GPT2, _GPT2, "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),
+            *_norms(f"{_GPT2}.ln_1", f"{_GPT2}.ln_2", "transformer.ln_f"),
+            _same("lm_head"),
+        ),
+        style="transformers",
+    ),
+    Family(
+        "opt",
+        (
+            _same("model.decoder.embed_tokens", EMBEDDING),
+            _same("model.decoder.embed_positions", EMBEDDING),
+            _same("model.decoder.project_in"),
+            _same("model.decoder.project_out"),
+            *_linears(f"{_OPT}.self_attn", f"{_OPT}.self_attn", "q_proj k_proj v_proj out_proj"),
+            *_linears(_OPT, _OPT, "fc1 fc2"),
+            *_norms(f"{_OPT}.self_attn_layer_norm", f"{_OPT}.final_layer_norm", "model.decoder.final_layer_norm"),
+            _same("lm_head"),
+        ),
+        style="transformers",
+    ),
+    Family(
+        "t5",
+        (
+            _same("shared", EMBEDDING),
+            *_t5("encoder", "0.SelfAttention", 1),
+            *_t5("decoder", "0.SelfAttention 1.EncDecAttention", 2),
+            _same("lm_head"),
+        ),
+        style="transformers",
+    ),
+    _bert(
+        "bert",
+        (_same("cls.predictions.transform.dense"), *_norms("cls.predictions.transform.LayerNorm"), _same("classifier")),
+    ),
+    _bert(
+        "roberta",
+        (
+            _same("lm_head.dense"),
+            *_norms("lm_head.layer_norm"),
+            _same("classifier.dense"),
+            _same("classifier.out_proj"),
+        ),
+    ),
+    Family(
+        "vit",
+        _vit(
+            f"vit.layers.{LAYER}",
+            "attention",
+            {
+                "query": "q_proj",
+                "key": "k_proj",
+                "value": "v_proj",
+                "attention.output.dense": "attention.o_proj",
+                "intermediate.dense": "mlp.fc1",
+                "output.dense": "mlp.fc2",
+            },
+        ),
+        head="classifier",
+        style="transformers",
+    ),
+    # The same model as transformers 4 names it in PyTorch.
+    Family(
+        "vit-4",
+        _vit(
+            f"vit.encoder.layer.{LAYER}",
+            "attention.attention",
+            {n: n for n in ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")},
+        ),
+        head="classifier",
+        style="transformers",
+        asked=True,
+    ),
+    Family(
+        "clip",
+        (
+            *_clip("text_model"),
+            *_clip("vision_model"),
+            _same("text_model.embeddings.token_embedding", EMBEDDING),
+            _same("text_model.embeddings.position_embedding", EMBEDDING),
+            _same("vision_model.embeddings.position_embedding", EMBEDDING),
+            *_norms("text_model.final_layer_norm", "vision_model.pre_layrnorm", "vision_model.post_layernorm"),
+            _same("text_projection"),
+            _same("visual_projection"),
+        ),
+        head="",
+        style="transformers",
+    ),
+)
+
+# tunix (models/llama3, qwen2, qwen3, gemma3: params.py and params_safetensors.py of 2026). Attention's layers are
+# Einsums with a `w` of [embed, heads, head_dim]: θ is of the outputs, flattened. RoPE is in halves, as in PyTorch.
+
+_TUNIX = f"layers.{LAYER}"
+
+
+def _tunix(attention: tuple[Row, ...]) -> tuple[Row, ...]:
+    return (
+        *attention,
+        *_linears(f"{_TUNIX}.mlp", f"{_BLOCK}.mlp", "gate_proj up_proj down_proj"),
+        Row("lm_head", "lm_head", (Leaf("w", "weight", 2, transposed=True),)),
+    )
+
+
+_TUNIX_SEPARATE = tuple(Row(f"{_TUNIX}.attn.{name}_proj", f"{_BLOCK}.self_attn.{name}_proj", ()) for name in "qkvo")
+# As many key heads as query heads: one Einsum for the three of them; fewer: one for keys and values.
+_TUNIX_GEMMA = (
+    *(Row(f"{_TUNIX}.attn.qkv_einsum", f"{_BLOCK}.self_attn.{name}_proj", (), width="equal") for name in "qkv"),
+    Row(f"{_TUNIX}.attn.attn_vec_einsum", f"{_BLOCK}.self_attn.o_proj", ()),
+)
+_TUNIX_GEMMA_GROUPED = (
+    Row(f"{_TUNIX}.attn.q_einsum", f"{_BLOCK}.self_attn.q_proj", ()),
+    *(Row(f"{_TUNIX}.attn.kv_einsum", f"{_BLOCK}.self_attn.{name}_proj", (), width="equal") for name in "kv"),
+    Row(f"{_TUNIX}.attn.attn_vec_einsum", f"{_BLOCK}.self_attn.o_proj", ()),
+)
+
+# MaxText (its checkpoint conversion of 2026: param_mapping.py and the Llama strategy). Stacks have their layers on axis
+# 1. Llama 3.1's q and k are in RoPE's interleaved order (its hooks' adjust_rope); Qwen3's are in halves.
+
+_MAXTEXT = f"decoder.layers_{LAYER}"
+
+
+def _maxtext(*, interleaved: bool) -> tuple[Row, ...]:
+    attention = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    return (
+        Row("token_embedder", "model.embed_tokens", EMBEDDING, linear=False),
+        *(
+            Row(
+                f"{_MAXTEXT}.self_attention.{ours}",
+                f"{_BLOCK}.self_attn.{theirs}",
+                (),
+                interleaved=interleaved and ours in ("query", "key"),
+            )
+            for ours, theirs in attention.items()
+        ),
+        *_linears(f"{_MAXTEXT}.mlp", f"{_BLOCK}.mlp", {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}),
+        Row("decoder.logits_dense", "lm_head"),
+    )
+
+
+_KERNEL = (Leaf("kernel", "weight", 1),)
+
+TABLES = (
+    *_mirrored("road", NORM),
+    Family("phi3-apart", _decoder(_PHI3_APART), asked=True),
+    *_TRANSFORMERS,
+    *_mirrored("easydel", _KERNEL),
+    *(Family(name, _tunix(_TUNIX_SEPARATE), style="tunix") for name in ("llama", "qwen2", "qwen3")),
+    Family("gemma3_text", _tunix(_TUNIX_GEMMA_GROUPED), style="tunix"),
+    Family("gemma3_text-fused", _tunix(_TUNIX_GEMMA), style="tunix"),
+    Family("llama", _maxtext(interleaved=True), style="maxtext", axis=1),
+    Family("qwen3", _maxtext(interleaved=False), style="maxtext", axis=1),
+)
+
+# In the order in which they are tried.
+FAMILIES = tuple(dict.fromkeys(table.name for table in TABLES))
+
+
+def tables(name: str | None = None, style: str | None = None) -> list[Family]:
+    """Returns the tables of a family, of a style, or of both; None stands for any.
 
     Raises:
-        AdapterError: there is none of that name.
+        AdapterError: there is none.
     """
-    if name not in FAMILIES:
+    if name is not None and name not in FAMILIES:
         raise AdapterError(f"family: expected one of {', '.join(FAMILIES)}, found {name!r}")
-    return FAMILIES[name]
+    found = [table for table in TABLES if name in (None, table.name) and style in (None, table.style)]
+    if not found:
+        styles = ", ".join(layout for layout, (s, _) in LAYOUTS.items() if any(t.style == s for t in tables(name)))
+        raise AdapterError(f"layout: expected one that has a table of the family {name} ({styles}), found {style!r}")
+    return found

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,15 +74,20 @@ def inspect(directory: str | os.PathLike) -> Summary:
     Raises:
         AdapterError: the folder holds no whole adapter, or one of each format.
     """
+    kind, adapter = read_adapter(directory)
+    modules = tuple(_module(path, adapter) for path in sorted(adapter.modules, key=natural))
+    return Summary(kind, adapter, modules)
+
+
+def read_adapter(directory: str | os.PathLike) -> tuple[str, Adapter]:
+    """Reads an adapter folder of either format and says of which, ``"Flax"`` or ``"PEFT"``; errors as `inspect`."""
     folder = Path(directory)
     kinds = {"Flax": ("road_config.json", read_flax), "PEFT": ("adapter_config.json", read_peft)}
     found = [kind for kind, (name, _) in kinds.items() if (folder / name).is_file()]
     if len(found) != 1:
         what = "both" if found else "neither" if folder.is_dir() else "no folder"
         raise AdapterError(f"{folder}: expected an adapter (road_config.json or adapter_config.json), found {what}")
-    adapter = kinds[found[0]][1](folder)
-    modules = tuple(_module(path, adapter) for path in sorted(adapter.modules, key=natural))
-    return Summary(found[0], adapter, modules)
+    return found[0], kinds[found[0]][1](folder)
 
 
 def draw(adapter: Adapter, path: str | os.PathLike) -> None:
@@ -92,12 +98,17 @@ def draw(adapter: Adapter, path: str | os.PathLike) -> None:
     """
     from road_core._picture import draw_rotations
 
+    drawn(path, lambda draft: draw_rotations(adapter, draft))
+
+
+def drawn(path: str | os.PathLike, paint: Callable[[Path], None]) -> None:
+    """Has a PNG painted beside its place and renames it; errors as `draw`."""
     target = Path(path)
     if target.suffix.lower() != ".png" or not target.parent.is_dir():
         raise AdapterError(f"{target}: expected a name that ends with .png in a folder that exists, found another")
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        draft = Path(folder) / "rotations.png"
-        draw_rotations(adapter, draft)
+        draft = Path(folder) / "picture.png"
+        paint(draft)
         draft.replace(target)
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from convert._families import FAMILIES, LAYER, LINEAR, Family, Leaf, Place, Row, family
+from convert._families import FAMILIES, LAYER, LAYOUTS, Family, Leaf, Place, Row, tables, unnumbered
+from convert._regroup import regroup
 from road_core import Adapter, AdapterError, RoadConfig, select_modules
 from road_core._adapter import Array, is_bfloat16
-
-SCANNED, UNROLLED = "scanned", "unrolled"
-LAYOUTS = (SCANNED, UNROLLED)
 
 # Metadata of a converted file: what the other side's file has that this side can't say, so that the way back gives
 # the same bytes. A file has the one of them or neither.
@@ -23,6 +21,9 @@ FLAX_ORIGIN, TORCH_ORIGIN = "road_flax_origin", "road_torch_origin"
 _NOT_IN_PEFT = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _CHOICES = ("target_modules", "modules_to_save", *_NOT_IN_PEFT)
 
+
+# One line a key: what it is called before and after.
+Trace = list[tuple[str, str]]
 
 # (module path, name of a tensor that is saved whole); θ and α together have no name.
 _Key = tuple[str, str]
@@ -42,11 +43,9 @@ class _Part:
     def key(self) -> str:
         return f"{self.path}.{self.name}" if self.name else self.path
 
-    def turned(self) -> tuple[Array, ...]:
-        """The arrays with the other side's order of axes."""
-        if self.leaf is not None and self.leaf.transposed:
-            return tuple(np.swapaxes(array, -1, -2) for array in self.arrays)
-        return self.arrays
+    def turned(self, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Returns one layer's arrays with the other side's order of axes."""
+        return tuple(array.T for array in arrays) if self.leaf is not None and self.leaf.transposed else arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,14 @@ class _Paths:
     model_type: str
 
 
-def map_to_torch(adapter: Adapter, family_name: str | None = None) -> Adapter:
+def map_to_torch(
+    adapter: Adapter,
+    family_name: str | None = None,
+    *,
+    rules: Family | None = None,
+    model: Mapping[str, Any] | None = None,
+    trace: Trace | None = None,
+) -> Adapter:
     """Maps a Flax adapter's paths and arrays to PyTorch's, in the form that PEFT loads.
 
     A stack ``model.layers.self_attn.q_proj`` with θ ``[layers, size]`` becomes ``model.layers.{i}.self_attn.q_proj``
@@ -67,7 +73,10 @@ def map_to_torch(adapter: Adapter, family_name: str | None = None) -> Adapter:
 
     Args:
         adapter: as ``read_flax`` gives it.
-        family_name: the table to use; None takes the first that knows every key.
+        family_name: the family; None takes the first whose table knows every key.
+        rules: the table to use instead.
+        model: the ``config.json`` of the model; some fused layers and RoPE's interleaved order need its sizes.
+        trace: gets a line for each key: its name before and after.
 
     Returns:
         The adapter as ``write_peft`` takes it. Where the config's choice of modules wouldn't choose the same ones in
@@ -75,43 +84,75 @@ def map_to_torch(adapter: Adapter, family_name: str | None = None) -> Adapter:
 
     Raises:
         AdapterError: keys without a partner, axes that don't fit, stacks beside numbered layers, stacks of different
-            depth, or a config that doesn't choose the adapter's modules: all that was found, in one sentence.
+            depth, groups that no group size gives in PyTorch, or a config that doesn't choose the adapter's modules:
+            all that was found, in one sentence.
     """
-    table, parts, problems = _place(adapter, "flax", family_name)
-    layout, mixed = _layout_of(parts)
-    _raise([*problems, *_wrong_axes(parts), *mixed])
-    entries: dict[_Key, tuple[Array, ...]] = {}
-    for part in parts:
-        name, arrays = part.leaf.torch if part.leaf else "", part.turned()
-        if part.place.stacked:
-            for layer in range(len(arrays[0])):
-                entries[part.place.torch(layer), name] = tuple(array[layer] for array in arrays)
-        else:
-            entries[part.place.torch(), name] = arrays
-
-    own, partners = _paths(((p.path, p.name) for p in parts), table.find_flax, table), _torch_paths(entries, table)
     metadata = dict(adapter.metadata)
     origin = _read_record(metadata.pop(TORCH_ORIGIN, None))
-    if config := _restore(origin, adapter.config, own, partners, plain=False):
+    choice = [rules] if rules else tables(family_name or _known(origin.get("family"), FAMILIES))
+    table, parts, problems = _place(adapter, "flax", choice)
+    layout, mixed = _layout_of(parts, table)
+    _raise([*problems, *_wrong_axes(parts), *mixed])
+    rotated: list[tuple[Place, int | None, tuple[Array, ...]]] = []
+    entries: dict[_Key, tuple[Array, ...]] = {}
+    slices: list[tuple[int | None, tuple[Array, ...]]]
+    for part in parts:
+        if part.place.stacked:
+            stacks = [np.moveaxis(array, table.axis, 0) for array in part.arrays]
+            slices = [(layer, tuple(stack[layer] for stack in stacks)) for layer in range(len(stacks[0]))]
+        else:
+            slices = [(part.place.layer, part.arrays)]
+        for layer, arrays in slices:
+            if part.leaf is None:
+                rotated.append((part.place, layer, arrays))
+            else:
+                path = _numbered(part.place.row.torch, layer)
+                entries[path, part.leaf.torch] = part.turned(arrays)
+                _note(trace, part.key, layer if part.place.stacked else None, [f"{path}.{part.leaf.torch}"])
+    modules, group_size = regroup(rotated, table, "flax", adapter.config, model)
+    for (row, layer), arrays in modules.items():
+        entries[_numbered(row.torch, layer), ""] = arrays
+    for part in parts:
+        if part.leaf is None:
+            layer = part.place.layer
+            paths = dict.fromkeys(row.torch for row in part.place.rows)
+            _note(trace, part.key, None, [p if layer is None else _numbered(p, layer) for p in paths])
+
+    config = dataclasses.replace(adapter.config, group_size=group_size)
+    own, partners = _paths(((p.path, p.name) for p in parts), table.find_flax, table), _torch_paths(entries, table)
+    if once := _restore(origin, config, own, partners, plain=False):
         if FLAX_ORIGIN in origin:
             metadata[FLAX_ORIGIN] = str(origin[FLAX_ORIGIN])
-    else:
-        config = _fit(adapter.config, own, partners, plain=True)
-        metadata[FLAX_ORIGIN] = _dump_record({"layout": layout, "config": _changes(adapter.config, config)})
-    return _build(config, entries, metadata)
+        return _build(once, entries, metadata)
+    fitted = _fit(config, own, partners, plain=True)
+    record = {"layout": layout, "config": _changes(config, fitted), **_named(table)}
+    metadata[FLAX_ORIGIN] = _dump_record(record)
+    return _build(fitted, entries, metadata)
 
 
 def map_to_flax(
-    adapter: Adapter, family_name: str | None = None, layout: str | None = None, layers: int | None = None
+    adapter: Adapter,
+    family_name: str | None = None,
+    layout: str | None = None,
+    layers: int | None = None,
+    *,
+    rules: Family | None = None,
+    model: Mapping[str, Any] | None = None,
+    trace: Trace | None = None,
 ) -> Adapter:
     """Maps a PEFT adapter's paths and arrays to Flax's: the inverse of `map_to_torch`.
 
     Args:
         adapter: as ``read_peft`` gives it.
-        family_name: the table to use; None takes the first that knows every key.
-        layout: ``"scanned"`` stacks the layers under one path, ``"unrolled"`` keeps a path a layer. None takes the
-            layout that the adapter once had in Flax, where its metadata tell, else ``"scanned"``.
+        family_name: the family; None takes the one that the adapter once had in Flax, where its metadata tell, else the
+            first whose table knows every key.
+        layout: one of `LAYOUTS`: ``"scanned"`` stacks the layers under one path, ``"unrolled"`` keeps a path a layer,
+            others are those of other libraries. None takes the layout that the adapter once had in Flax, where its
+            metadata tell, else the first of the table that is taken.
         layers: how many layers the model has. None takes the last one that the adapter has.
+        rules: the table to use; ``layout`` then only tells whether the layers are stacked.
+        model: see `map_to_torch`.
+        trace: see `map_to_torch`.
 
     Returns:
         The adapter as ``write_flax`` takes it.
@@ -120,63 +161,121 @@ def map_to_flax(
         AdapterError: as `map_to_torch`; also layers that are missing from a stack, or that differ in shape or dtype.
     """
     if layout is not None and layout not in LAYOUTS:
-        raise AdapterError(f"layout: expected {' or '.join(LAYOUTS)}, found {layout!r}")
+        raise AdapterError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
     if layers is not None and layers < 1:
         raise AdapterError(f"layers: expected at least one layer, found {layers}")
-    table, parts, problems = _place(adapter, "torch", family_name)
-    problems += _wrong_axes(parts)
-    numbers = [part.place.layer for part in parts if part.place.layer is not None]
-    depth = layers or 1 + max(numbers, default=-1)
-    if beyond := [part.key for part in parts if part.place.layer is not None and part.place.layer >= depth]:
-        problems.append(f"expected layers 0 to {depth - 1}, found besides {', '.join(beyond)}")
-    _raise(problems)
-
     metadata = dict(adapter.metadata)
     record = metadata.pop(FLAX_ORIGIN, None)
     origin = _read_record(record)
-    once = origin.get("layout")
-    chosen = layout or (once if once in LAYOUTS else SCANNED)
-    entries: dict[_Key, tuple[Array, ...]] = {}
-    stacks: dict[tuple[Row, Leaf | None], dict[int, _Part]] = {}
+    once = _known(origin.get("layout"), LAYOUTS)
+    chosen = layout or once
+    name = family_name or (_known(origin.get("family"), FAMILIES) if chosen == once else None)
+    choice = [rules] if rules else tables(name, LAYOUTS[chosen][0] if chosen else None)
+    table, parts, problems = _place(adapter, "torch", choice)
+    chosen = chosen or next(name for name, (style, _) in LAYOUTS.items() if style == table.style)
+    stacking = LAYOUTS[chosen][1]
+    problems += _wrong_axes(parts)
+    numbers: dict[str, set[int]] = {}
     for part in parts:
-        if part.place.layer is not None and chosen == SCANNED:
-            stacks.setdefault((part.place.row, part.leaf), {})[part.place.layer] = part
+        if part.place.layer is not None:
+            numbers.setdefault(_tower(part.place.row), set()).add(part.place.layer)
+    depths = {tower: layers or 1 + max(some) for tower, some in numbers.items()}
+    if beyond := [p.key for p in parts if p.place.layer is not None and p.place.layer >= depths[_tower(p.place.row)]]:
+        problems.append(f"expected layers 0 to {(layers or 1) - 1}, found besides {', '.join(beyond)}")
+    _raise(problems)
+
+    rotated = [(part.place, part.place.layer, part.arrays) for part in parts if part.leaf is None]
+    modules, group_size = regroup(rotated, table, "torch", adapter.config, model)
+    found: list[tuple[Row, Leaf | None, int | None, tuple[Array, ...]]]
+    found = [(row, None, layer, arrays) for (row, layer), arrays in modules.items()]
+    found += [(p.place.row, p.leaf, p.place.layer, p.turned(p.arrays)) for p in parts if p.leaf is not None]
+    entries: dict[_Key, tuple[Array, ...]] = {}
+    stacks: dict[tuple[Row, Leaf | None], dict[int, tuple[Array, ...]]] = {}
+    for row, leaf, layer, arrays in found:
+        if layer is not None and stacking:
+            stacks.setdefault((row, leaf), {})[layer] = arrays
         else:
-            entries[part.place.flax(), part.leaf.flax if part.leaf else ""] = part.turned()
+            entries[_numbered(row.flax, layer), leaf.flax if leaf else ""] = arrays
     if stacks:
         before = origin.get("config")
-        choice = adapter.config.layers_to_transform
-        if choice is None and isinstance(before, dict):
-            choice = before.get("layers_to_transform")
+        some = adapter.config.layers_to_transform
+        if some is None and isinstance(before, dict):
+            some = before.get("layers_to_transform")
         # The last layer that the file has need not be the model's last.
-        doubt = None if layers is not None or choice in (None, []) else f"layers_to_transform={choice}"
-        _raise(_unstackable(stacks, depth, doubt))
-    for (_, leaf), stack in stacks.items():
-        path = stack[0].place.flax(stacked=True)
-        rows = [stack[layer].turned() for layer in range(depth)]
-        entries[path, leaf.flax if leaf else ""] = tuple(np.stack(arrays) for arrays in zip(*rows, strict=True))
+        doubt = None if layers is not None or some in (None, []) else f"layers_to_transform={some}"
+        _raise(_unstackable(stacks, depths, doubt))
+    for (row, leaf), stack in stacks.items():
+        rows = [stack[layer] for layer in range(depths[_tower(row)])]
+        arrays = tuple(np.stack(arrays, min(table.axis, arrays[0].ndim)) for arrays in zip(*rows, strict=True))
+        entries[unnumbered(row.flax), leaf.flax if leaf else ""] = arrays
+    for part in parts:
+        end = f".{part.leaf.flax}" if part.leaf else ""
+        paths = dict.fromkeys(row.flax for row in part.place.rows)
+        layer = part.place.layer
+        _note(trace, part.key, None, [(unnumbered(p) if stacking else _numbered(p, layer)) + end for p in paths])
 
+    config = dataclasses.replace(adapter.config, group_size=group_size)
     own, partners = _torch_paths(((p.path, p.name) for p in parts), table), _paths(entries, table.find_flax, table)
-    same = once in (None, chosen)
-    if config := _restore(origin, adapter.config, own, partners, plain=True) if same else None:
-        return _build(config, entries, metadata)
-    config = _fit(adapter.config, own, partners, plain=False)
-    changes: dict[str, Any] = {"config": _changes(adapter.config, config)}
+    if before := _restore(origin, config, own, partners, plain=True) if once in (None, chosen) else None:
+        return _build(before, entries, metadata)
+    fitted = _fit(config, own, partners, plain=False)
+    changes: dict[str, Any] = {"config": _changes(config, fitted), **_named(table)}
     metadata[TORCH_ORIGIN] = _dump_record(changes if record is None else {**changes, FLAX_ORIGIN: record})
-    return _build(config, entries, metadata)
+    return _build(fitted, entries, metadata)
 
 
-def _place(adapter: Adapter, side: str, name: str | None) -> tuple[Family, list[_Part], list[str]]:
-    """Finds each key's row. Returns the table, the parts that have one, and what is wrong."""
-    tried = []
-    for table in [family(name)] if name is not None else FAMILIES.values():
-        tried.append((table, *_parts(adapter, table, side)))
-        if not tried[-1][2]:
-            break
+def _place(adapter: Adapter, side: str, choice: Sequence[Family]) -> tuple[Family, list[_Part], list[str]]:
+    """Finds each key's row. Returns the table, the parts that have one, and what is wrong.
+
+    Raises:
+        AdapterError: several tables of one style know every key and would do other things with them.
+    """
+    if len({table.name for table in choice}) > 1:
+        choice = [table for table in choice if not table.asked]
+    tried = [(table, *_parts(adapter, table, side)) for table in choice]
+    fitting = [found for found in tried if not found[2]]
+    if fitting:
+        first = fitting[0]
+        same = [
+            table for table, parts, _ in fitting if table.style == first[0].style and _acts(parts) == _acts(first[1])
+        ]
+        others = [table for table, _, _ in fitting if table.style == first[0].style and table not in same]
+        if others:
+            names = ", ".join(dict.fromkeys(table.name for table in [*same, *others]))
+            raise AdapterError(f"family: expected one of {names} to be named, for all of them know these modules")
+        return first[0], first[1], []
     table, parts, lost = min(tried, key=lambda found: len(found[2]))
-    whose = f"the family {table.name}" if name is not None else f"one of the families {', '.join(FAMILIES)}"
-    problems = [f"expected modules of {whose}, found without a partner: {', '.join(lost)}"] if lost else []
-    return table, parts, problems
+    known = list(dict.fromkeys(table.name for table in choice))
+    whose = f"the family {known[0]}" if len(known) == 1 else f"one of the families {', '.join(known)}"
+    return table, parts, [f"expected modules of {whose}, found without a partner: {', '.join(lost)}"]
+
+
+def _acts(parts: Sequence[_Part]) -> list[tuple[object, ...]]:
+    """What a table does with an adapter."""
+    return [(row.flax, row.torch, row.interleaved, row.width, part.leaf) for part in parts for row in part.place.rows]
+
+
+def _numbered(path: str, layer: int | None) -> str:
+    return path.replace(LAYER, str(layer))
+
+
+def _tower(row: Row) -> str:
+    """What stands before the layer's number: an encoder and a decoder have depths of their own."""
+    return row.torch.partition(LAYER)[0]
+
+
+def _known(value: object, names: Iterable[str]) -> str | None:
+    return value if isinstance(value, str) and value in names else None
+
+
+def _named(table: Family) -> dict[str, str]:
+    """The part of a record that finds another library's table again."""
+    return {} if table.style == "road" and not table.asked else {"family": table.name}
+
+
+def _note(trace: Trace | None, key: str, layer: int | None, partners: Sequence[str]) -> None:
+    if trace is not None:
+        trace.append((key if layer is None else f"{key}[{layer}]", " + ".join(partners)))
 
 
 def _parts(adapter: Adapter, table: Family, side: str) -> tuple[list[_Part], list[str]]:
@@ -184,7 +283,7 @@ def _parts(adapter: Adapter, table: Family, side: str) -> tuple[list[_Part], lis
     parts, lost = [], []
     for path, arrays in adapter.modules.items():
         place = find(path)
-        if place is None or place.row.leaves is not LINEAR:
+        if place is None or not place.row.linear:
             lost.append(path)
         else:
             parts.append(_Part(path, "", place, None, arrays))
@@ -211,7 +310,7 @@ def _wrong_axes(parts: Iterable[_Part]) -> list[str]:
     return problems
 
 
-def _layout_of(parts: Sequence[_Part]) -> tuple[str | None, list[str]]:
+def _layout_of(parts: Sequence[_Part], table: Family) -> tuple[str | None, list[str]]:
     """Tells the layout by the tensors, None where no part is of a layer, and what is wrong with it."""
     stacks = [part for part in parts if part.place.stacked]
     numbered = [part for part in parts if part.place.layer is not None]
@@ -221,34 +320,44 @@ def _layout_of(parts: Sequence[_Part]) -> tuple[str | None, list[str]]:
             f"expected either stacks or numbered layers, found stacks ({_listed(stacks)}) "
             f"and numbered layers ({_listed(numbered)})"
         )
-    depths: dict[int, list[_Part]] = {}
+    towers: dict[str, dict[int, list[_Part]]] = {}
     for part in stacks:
-        depths.setdefault(part.arrays[0].shape[0], []).append(part)
-    if len(depths) > 1:
-        found = ", ".join(f"{depth} ({_listed(some)})" for depth, some in sorted(depths.items()))
-        problems.append(f"expected one number of layers in all stacks, found {found}")
-    return (SCANNED if stacks else UNROLLED if numbered else None), problems
+        axis = min(table.axis, part.arrays[0].ndim - 1)
+        depths = towers.setdefault(_tower(part.place.row), {})
+        depths.setdefault(part.arrays[0].shape[axis], []).append(part)
+    for depths in towers.values():
+        if len(depths) > 1:
+            found = ", ".join(f"{depth} ({_listed(some)})" for depth, some in sorted(depths.items()))
+            problems.append(f"expected one number of layers in all stacks, found {found}")
+    if not (stacks or numbered):
+        return None, problems
+    wanted = table.style, bool(stacks)
+    layout = next((name for name, form in LAYOUTS.items() if form == wanted), None)
+    if layout is None:
+        problems.append(f"expected numbered layers in the {table.style} layout, found stacks ({_listed(stacks)})")
+    return layout, problems
 
 
 def _unstackable(
-    stacks: Mapping[tuple[Row, Leaf | None], Mapping[int, _Part]], depth: int, doubt: str | None
+    stacks: Mapping[tuple[Row, Leaf | None], Mapping[int, tuple[Array, ...]]],
+    depths: Mapping[str, int],
+    doubt: str | None,
 ) -> list[str]:
     """Returns what keeps the layers from being stacked; ``doubt`` is why they may not be all."""
     problems, missing = [], []
     for (row, leaf), stack in stacks.items():
         path = row.torch + (f".{leaf.torch}" if leaf else "")
-        missing += [path.replace(LAYER, gap) for gap in _gaps(stack, depth)]
+        missing += [path.replace(LAYER, gap) for gap in _gaps(stack, depths[_tower(row)])]
         forms: dict[str, int] = {}
         for layer in sorted(stack):
-            form = " and ".join(_form(array) for array in stack[layer].arrays)
+            form = " and ".join(_form(array) for array in stack[layer])
             forms.setdefault(form, layer)
         if len(forms) > 1:
             found = ", ".join(f"{form} in layer {layer}" for form, layer in forms.items())
             problems.append(f"{path}: expected one shape and dtype in all layers, found {found}")
     if missing:
-        problems.append(
-            f"expected every module in all {depth} layers, missing {', '.join(sorted(missing, key=natural))}"
-        )
+        listed = ", ".join(sorted(missing, key=natural))
+        problems.append(f"expected every module in all {max(depths.values())} layers, missing {listed}")
     elif doubt:
         problems.append(f"expected every layer of the model, found {doubt} (if these are all, say how many there are)")
     return [f"{problem}: the scanned layout can't hold it, use the unrolled layout" for problem in problems]
@@ -272,7 +381,7 @@ def _paths(keys: Iterable[_Key], find: Callable[[str], Place | None], table: Fam
     keys = list(keys)
     modules = sorted((path for path, name in keys if not name), key=natural)
     heads = [path for path in modules if (place := find(path)) and place.row.torch == table.head]
-    return _Paths(modules, heads, sorted({path for path, name in keys if name}, key=natural), table.name)
+    return _Paths(modules, heads, sorted({path for path, name in keys if name}, key=natural), table.model_type)
 
 
 def _fit(config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool) -> RoadConfig:

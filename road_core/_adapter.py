@@ -31,6 +31,17 @@ def to_float32(array: Array) -> NDArray[np.float32]:
     return array.astype(np.float32, copy=False)
 
 
+def from_float32(array: NDArray[np.float32], dtype: np.dtype) -> Array:
+    """Rounds to a floating dtype, to the nearest and ties to even; bfloat16 by its bits. Too large becomes infinite."""
+    if not is_bfloat16(dtype):
+        with np.errstate(over="ignore"):
+            return array.astype(dtype, copy=False)
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    # A NaN would carry into its sign; it keeps its upper half, quiet.
+    rounded = np.where(np.isnan(array), (bits >> 16) | 0x40, (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16)
+    return rounded.astype(np.uint16).view(dtype).reshape(array.shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """One adapter: its config, θ and α of each module, and the modules that were trained whole.

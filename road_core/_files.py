@@ -1,7 +1,9 @@
 """Reading within a folder, exact bytes, and writing that leaves nothing half done."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -31,6 +33,9 @@ _DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("?"),
 }
 
+# No config or index comes near this.
+_LARGEST_JSON = 1 << 27
+
 
 def inside(directory: str | os.PathLike, name: str) -> Path:
     """Returns the path of a file that must exist within a folder.
@@ -46,8 +51,12 @@ def inside(directory: str | os.PathLike, name: str) -> Path:
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise AdapterError(f"{folder}: expected the name of a file within the folder, found {name!r}")
     path = folder / name
-    if not path.is_file():
-        raise AdapterError(f"{folder}: expected a file {name}, found none")
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # too long a name, or one with a zero byte
+        there = False
+    if not there:
+        raise AdapterError(f"{folder}: expected a file {name!s:.200}, found none")
     root, real = folder.resolve(), path.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
@@ -62,13 +71,38 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         AdapterError: the file can't be read or holds something else.
     """
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        if (size := Path(path).stat().st_size) > _LARGEST_JSON:
+            raise ValueError(f"{size} bytes are too many")
+        fields = _parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdapterError(f"{path}: expected a JSON object, found a file that can't be read ({reason})") from None
+        raise AdapterError(
+            f"{path}: expected a JSON object, found a file that can't be read ({_reason(error)})"
+        ) from None
     if not isinstance(fields, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(fields).__name__}")
     return fields
+
+
+def _parse_json(text: str) -> Any:
+    """Parses JSON, but takes no name twice in an object and no text that UTF-8 hasn't."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
+                raise ValueError(f"{name!r:.80} stands there twice")
+            fields[name] = value
+        return fields
+
+    fields = json.loads(text, object_pairs_hook=once)
+    # Half of a surrogate pair can be written as an escape only.
+    if "\\ud" in text.lower():
+        json.dumps(fields, ensure_ascii=False).encode()
+    return fields
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def dump_json(fields: Mapping[str, Any]) -> bytes:
@@ -85,19 +119,74 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, s
     Raises:
         AdapterError: the file is truncated, over-long, inconsistent, or holds a dtype that NumPy can't.
     """
-    try:
-        data = Path(path).read_bytes()
-        entries = safetensors.deserialize(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdapterError(f"{path}: expected a whole safetensors file, found a broken one ({reason})") from None
+    entries, metadata = read_header(path)
     tensors: dict[str, Array] = {}
-    for name, entry in entries:
-        if entry["dtype"] not in _DTYPES:
-            raise AdapterError(f"{path}: expected a plain dtype for {name}, found {entry['dtype']}")
-        tensors[name] = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors, dict(header.get("__metadata__") or {})
+    for name, entry in entries.items():
+        if entry.dtype not in _DTYPES:
+            raise AdapterError(f"{path}: expected a plain dtype for {name}, found {entry.dtype}")
+        try:
+            data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
+            tensors[name] = data.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        except (OSError, ValueError) as error:  # cut short meanwhile
+            raise _broken(path, error) from None
+    return tensors, metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor in a safetensors file: what its header says, and where its bytes lie in the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def map(self) -> Array:
+        """Maps the tensor into memory, read-only; a dtype that NumPy hasn't is refused before, by its name."""
+        data = np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,)) if self.nbytes else np.empty(0, np.uint8)
+        return data.view(_DTYPES[self.dtype]).reshape(self.shape)
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Reads a safetensors file's header only, in the order of the tensors' bytes.
+
+    Returns:
+        Where each tensor lies, and the file's metadata.
+
+    Raises:
+        AdapterError: the file is truncated, over-long or inconsistent.
+    """
+    path = Path(path)
+    try:
+        # The library checks sizes and offsets against the file.
+        with safetensors.safe_open(path, framework="numpy"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = _parse_json(file.read(size).decode())
+        metadata = dict(header.pop("__metadata__", None) or {})
+        entries = {
+            name: Entry(path, e["dtype"], tuple(e["shape"]), 8 + size + e["data_offsets"][0], _length(e))
+            for name, e in header.items()
+        }
+        if large := [name for name, entry in entries.items() if not _is_possible(entry.shape)]:
+            raise ValueError(f"{large[0]!r:.80} has a shape that NumPy can't")
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise _broken(path, error) from None
+    return dict(sorted(entries.items(), key=lambda item: item[1].start)), metadata
+
+
+def _length(entry: Mapping[str, Any]) -> int:
+    start, end = entry["data_offsets"]
+    return end - start
+
+
+def _is_possible(shape: tuple[int, ...]) -> bool:
+    # An axis of 0 leaves no bytes, and so no bound on the others.
+    return len(shape) <= 32 and math.prod(max(size, 1) for size in shape) < 1 << 59
+
+
+def _broken(path: str | os.PathLike, error: Exception) -> AdapterError:
+    return AdapterError(f"{path}: expected a whole safetensors file, found a broken one ({_reason(error)})")
 
 
 def dump_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:

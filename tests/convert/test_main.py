@@ -103,7 +103,7 @@ BAD = {
         ["to-torch", "flax", "out"],
         "expected group_size 64, as the tensors were written",
     ),
-    "wrong family": (lambda d: None, ["to-torch", "flax", "out", "--family", "gpt2"], "expected one of llama, mistral"),
+    "wrong family": (lambda d: None, ["to-torch", "flax", "out", "--family", "gpt9"], "expected one of llama, mistral"),
     "another model": (
         lambda d: flax_adapter(d / "other", name="W_pack"),
         ["to-torch", "other", "out"],

@@ -16,6 +16,7 @@ from peft import RoadConfig as PeftRoadConfig
 
 import road_core
 from road_core import Adapter, AdapterError, RoadConfig, read_flax, read_peft, write_flax, write_peft
+from road_core._adapter import from_float32
 
 VARIANTS = ["road_1", "road_2", "road_4"]
 GROUP_SIZES = [2, 8, 64]
@@ -246,3 +247,12 @@ def test_an_adapter_checks_itself():
         Adapter(RoadConfig(), {"q": (ones, ones)}, {"head.weight": np.array([np.inf, 1.0])})
     with pytest.raises(AdapterError, match=r"q\.road_theta: expected finite values"):
         Adapter(RoadConfig(), {"q": (np.full(64, np.nan).astype(ml_dtypes.bfloat16), ones.astype(ml_dtypes.bfloat16))})
+
+
+def test_rounding_to_bfloat16_is_that_of_ml_dtypes():
+    # Every upper half with lower halves about the tie: NaNs, infinities, subnormals and overflow among them.
+    upper = np.arange(1 << 16, dtype=np.uint32)[:, None] << 16
+    values = (upper | np.uint32([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])).view(np.float32)
+    found = from_float32(values, road_core.bfloat16).view(ml_dtypes.bfloat16)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(found.astype(np.float32), values.astype(ml_dtypes.bfloat16).astype(np.float32))

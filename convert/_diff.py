@@ -1,0 +1,162 @@
+"""How two adapters differ, module by module and layer by layer."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert._inspect import drawn, read_adapter
+from convert._mapping import map_to_torch, natural
+from road_core import Adapter, AdapterError, to_float32
+from road_core._adapter import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of one module in one layer.
+
+    Attributes:
+        path: its module path; ``path[layer]`` for a layer of a stack.
+        mean_angle: the mean magnitude of the differences of θ, each turned into (−π, π].
+        max_angle: the greatest.
+        mean_scale: the mean magnitude of the differences of α.
+        max_scale: the greatest.
+    """
+
+    path: str
+    mean_angle: float
+    max_angle: float
+    mean_scale: float
+    max_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What `diff` found.
+
+    Attributes:
+        fields: ``{name: (first, second)}`` of the configs' fields that differ.
+        first_only: keys that the first adapter alone has.
+        second_only: keys that the second alone has.
+        modules: the differences of those that both have in one shape, in the order of their layers.
+        saved: ``{key: greatest difference}`` of tensors that are saved whole; infinite for another shape.
+    """
+
+    fields: Mapping[str, tuple[Any, Any]]
+    first_only: tuple[str, ...]
+    second_only: tuple[str, ...]
+    modules: tuple[Difference, ...]
+    saved: Mapping[str, float]
+
+    def same(self, tolerance: float = 0.0) -> bool:
+        """Whether both are the same function, θ, α and saved tensors within a tolerance."""
+        numbers = [max(module.max_angle, module.max_scale) for module in self.modules] + list(self.saved.values())
+        one_reading = not {"variant", "group_size"} & self.fields.keys()
+        return one_reading and not (self.first_only or self.second_only) and max(numbers, default=0.0) <= tolerance
+
+
+def diff(first: str | os.PathLike, second: str | os.PathLike, *, family: str | None = None) -> Comparison:
+    """Compares two adapter folders. One in Flax's format beside one in PEFT's is brought into PyTorch's layout first.
+
+    Args:
+        first: an adapter folder of either format.
+        second: another.
+        family: the model family of the one in Flax, where their formats differ.
+
+    Raises:
+        AdapterError: a folder holds no whole adapter, or the one in Flax can't be converted.
+    """
+    folders = (first, second)
+    kinds, adapters = zip(*(read_adapter(folder) for folder in folders), strict=True)
+    if kinds[0] != kinds[1]:
+        at = kinds.index("Flax")
+        try:
+            converted = map_to_torch(adapters[at], family)
+        except AdapterError as error:
+            raise AdapterError(f"{folders[at]}: {error}") from None
+        adapters = (converted, adapters[1]) if at == 0 else (adapters[0], converted)
+    return compare(*adapters)
+
+
+def compare(first: Adapter, second: Adapter) -> Comparison:
+    """Compares two adapters of one layout."""
+    configs = first.config.to_dict(), second.config.to_dict()
+    fields = {
+        name: (configs[0].get(name), configs[1].get(name))
+        for name in sorted(configs[0].keys() | configs[1].keys())
+        if configs[0].get(name) != configs[1].get(name)
+    }
+    first, second = first.cleared(), second.cleared()
+    layers = _layers(first), _layers(second)
+    shared = [p for p in layers[0] if p in layers[1] and layers[0][p][0].shape == layers[1][p][0].shape]
+    modules = tuple(_difference(path, layers[0][path], layers[1][path]) for path in sorted(shared, key=natural))
+    saved = {
+        key: _greatest(array, second.modules_to_save[key])
+        for key, array in sorted(first.modules_to_save.items())
+        if key in second.modules_to_save
+    }
+    # A module of another size counts as two.
+    mine = [
+        {*layer.keys() - set(shared), *(a.modules_to_save.keys() - saved.keys())}
+        for layer, a in zip(layers, (first, second), strict=True)
+    ]
+    first_only, second_only = (tuple(sorted(keys, key=natural)) for keys in mine)
+    return Comparison(fields, first_only, second_only, modules, saved)
+
+
+def draw(comparison: Comparison, path: str | os.PathLike) -> None:
+    """Draws the mean difference of angle and scale by module, the modules in the order of their layers.
+
+    Raises:
+        AdapterError: ``path`` doesn't end with ``.png``, its folder isn't there, or no module is in both adapters.
+    """
+    if not comparison.modules:
+        raise AdapterError(f"{path}: expected modules that both adapters have, found none to draw")
+
+    def paint(target: Path) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots(2, 1, sharex=True)
+        kinds: dict[str, list[tuple[int, Difference]]] = {}
+        for place, module in enumerate(comparison.modules):
+            kinds.setdefault(module.path.partition("[")[0].rpartition(".")[2], []).append((place, module))
+        for kind, found in kinds.items():
+            places = [place for place, _ in found]
+            axes[0].plot(places, [m.mean_angle for _, m in found], "o-", markersize=3, linewidth=0.8, label=kind)
+            axes[1].plot(places, [m.mean_scale for _, m in found], "o-", markersize=3, linewidth=0.8)
+        axes[0].set_ylabel("mean |Δθ|")
+        axes[1].set_ylabel("mean |Δα|")
+        axes[1].set_xlabel("module, in the order of the layers")
+        figure.legend(loc="outside right upper", fontsize=8)
+        figure.savefig(target, dpi=120)
+
+    drawn(path, paint)
+
+
+def _layers(adapter: Adapter) -> dict[str, tuple[Array, Array]]:
+    """Returns θ and α by module, those of a stack by layer."""
+    found: dict[str, tuple[Array, Array]] = {}
+    for path, (theta, alpha) in adapter.modules.items():
+        if theta.ndim == 1:
+            found[path] = (theta, alpha)
+        else:
+            found.update({f"{path}[{layer}]": (theta[layer], alpha[layer]) for layer in range(len(theta))})
+    return found
+
+
+def _difference(path: str, first: tuple[Array, Array], second: tuple[Array, Array]) -> Difference:
+    theta, alpha = (np.float64(to_float32(a)) - np.float64(to_float32(b)) for a, b in zip(first, second, strict=True))
+    angles = np.abs(np.remainder(theta + np.pi, 2 * np.pi) - np.pi)
+    # Equal angles are exactly 0; the remainder rounds.
+    angles, scales = np.where(theta == 0, 0.0, angles), np.abs(alpha)
+    return Difference(path, float(angles.mean()), float(angles.max()), float(scales.mean()), float(scales.max()))
+
+
+def _greatest(first: Array, second: Array) -> float:
+    if first.shape != second.shape:
+        return float("inf")
+    return float(np.abs(np.float64(to_float32(first)) - np.float64(to_float32(second))).max(initial=0.0))

@@ -1,0 +1,442 @@
+"""A merged Hugging Face checkpoint, shard by shard: a few rows in memory at a time, and neither framework."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert._families import FAMILIES, LAYER, TABLES, Family
+from convert._inspect import read_adapter
+from convert._mapping import map_to_torch, natural
+from road_core import Adapter, AdapterError, coefficients, to_float32
+from road_core._adapter import Array, from_float32
+from road_core._files import Entry, check_free, dump_json, inside, read_header, read_json, write_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_JOURNAL = "merge.json"
+
+# What a checkpoint's folder holds besides weights and code.
+_COPIED = (".json", ".jinja", ".md", ".model", ".tiktoken", ".txt")
+
+_HEAD = "lm_head"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+# Heads that share a bias as well, or whose models take "tied" as a matter of course: they can't be untied by config.
+_TIED_HEADS = ("cls.predictions.decoder", "lm_head.decoder", "generator_lm_head")
+_ALWAYS_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+
+# Architectures whose head may share the embedding: these call it lm_head, those have other parts that share it too.
+_LM_HEADS = ("ForCausalLM", "LMHeadModel")
+_OTHER_HEADS = ("ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
+
+# transformers' Conv1D keeps its weight as [in, out].
+_CONV1D = {
+    "gpt2": ("c_attn", "q_attn", "c_proj", "c_fc"),
+    "openai-gpt": ("c_attn", "c_proj", "c_fc"),
+    "imagegpt": ("c_attn", "q_attn", "c_proj", "c_fc"),
+    "decision_transformer": ("c_attn", "q_attn", "c_proj", "c_fc"),
+}
+
+# Bytes that are read, rotated and written at a time, counted in float32.
+_BLOCK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rotation:
+    """``w' = w * first + w[partner] * cross`` along one axis: rows of a weight, entries of a bias."""
+
+    first: NDArray[np.float64]
+    cross: NDArray[np.float64]
+    partner: NDArray[np.intp]
+    axis: int = 0
+
+    @classmethod
+    def of(cls, adapter: Adapter, path: str) -> "_Rotation":
+        theta, alpha = (to_float32(array) for array in adapter.modules[path])
+        config = adapter.config
+        first, second = coefficients(theta, alpha, variant=config.variant, group_size=config.group_size)
+        index, half = np.arange(len(first)), config.group_size // 2
+        lower = index % config.group_size < half
+        return cls(first, np.where(lower, -second, second), np.where(lower, index + half, index - half))
+
+    def rows(self, weight: Array, start: int, stop: int) -> NDArray[Any]:
+        """Returns rows of the rotated weight in float32, or in float64 if that is what the weight is in."""
+        wide = _wide(weight.dtype)
+        first, cross = self.first.astype(wide), self.cross.astype(wide)
+        if self.axis == 0:
+            column = (-1,) + (1,) * (weight.ndim - 1)
+            first, cross = first[start:stop].reshape(column), cross[start:stop].reshape(column)
+            own, partner = weight[start:stop], weight[self.partner[start:stop]]
+        else:
+            own = weight[start:stop]
+            partner = own[:, self.partner]
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _widen(own, wide) * first + _widen(partner, wide) * cross
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the merged checkpoint: the base's, and what becomes of it."""
+
+    name: str
+    base: Entry
+    edit: _Rotation | Array | None = None
+
+    def blocks(self) -> Iterator[bytes | memoryview]:
+        """Yields the merged bytes, a few at a time."""
+        if self.edit is None:
+            with self.base.path.open("rb") as file:
+                file.seek(self.base.start)
+                for done in range(0, self.base.nbytes, _BLOCK):
+                    yield file.read(min(_BLOCK, self.base.nbytes - done))
+            return
+        weight = np.atleast_1d(self.base.map())
+        step = max(1, _BLOCK // max(1, 4 * math.prod(weight.shape[1:])))
+        for start in range(0, len(weight), step):
+            stop = min(start + step, len(weight))
+            if isinstance(self.edit, _Rotation):
+                wide = self.edit.rows(weight, start, stop)
+            else:
+                wide = _widen(np.atleast_1d(self.edit)[start:stop], _wide(weight.dtype))
+            narrow = from_float32(wide, weight.dtype)
+            finite = np.isfinite(_widen(narrow, wide.dtype))
+            if not finite.all():
+                raise AdapterError(
+                    f"{self.name}: expected finite values after merging, "
+                    f"found {int((~finite).sum())} that are NaN or infinite"
+                )
+            yield narrow.tobytes()
+
+
+def merge(
+    checkpoint: str | os.PathLike,
+    adapter: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    family: str | None = None,
+    console: "Console | None" = None,
+) -> None:
+    """Writes a Hugging Face checkpoint with an adapter merged into it, in closed form.
+
+    Rows ``i`` and ``i + g/2`` of a weight are mixed as the outputs would be, in float32, and rounded once to the dtype
+    that they were stored in; a bias likewise, and a layer without one stays without. Modules that were saved whole
+    replace the checkpoint's. Shards keep their names; config and tokenizer files are copied. A head that shares the
+    embedding's weight gets one of its own where the adapter changes either.
+
+    The memory holds a few rows at a time. What is written stands beside ``out``, in ``.NAME.merging``, until all is
+    done; after an interruption the same call goes on behind the last whole shard.
+
+    Args:
+        checkpoint: a folder with ``config.json`` and ``model.safetensors``, or shards and their index.
+        adapter: a folder in PEFT's format or of a Flax adapter.
+        out: a new or empty folder.
+        family: the family of a Flax adapter; None takes that of the checkpoint's ``model_type``.
+        console: where the progress is shown; without it there is none.
+
+    Raises:
+        AdapterError: the checkpoint is quantised or broken, a module has no weight in it or one of another shape, a
+            result isn't finite, or ``out`` already holds something.
+
+    Example:
+        >>> import convert
+        >>> convert.merge("checkpoints/smollm2", "adapters/reviews", "merged/reviews")  # doctest: +SKIP
+    """
+    folder, target = Path(checkpoint), Path(out)
+    check_free(target)
+    config = read_json(inside(folder, _CONFIG))
+    if config.get("quantization_config"):
+        raise AdapterError(
+            f"{folder}: expected weights that aren't quantised, found a quantization_config in config.json; "
+            "merge into the checkpoint that it was made from"
+        )
+    shards, index = _shards(folder)
+    record = _read(adapter, config, family).cleared()
+    try:
+        tensors, config = _plan(shards, record, config)
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from None
+    files = {_CONFIG: dump_json(config), **_others(folder)}
+    if index is not None:
+        files[_INDEX] = dump_json(_new_index(index, tensors))
+    metadata = {name: read_header(folder / name)[1] for name in shards}
+    # Whatever decides the result: another base or adapter must not go on from these shards.
+    job = hashlib.sha256(record.digest().encode())
+    for name in sorted(shards):
+        status = (folder / name).stat()
+        job.update(f"\n{folder.resolve() / name} {status.st_size} {status.st_mtime_ns}".encode())
+    _write(target, tensors, metadata, files, job.hexdigest(), console)
+
+
+def _shards(folder: Path) -> tuple[dict[str, dict[str, Entry]], dict[str, Any] | None]:
+    """Returns ``{file: {tensor: where}}`` and the index, if there is one."""
+    if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
+        index = read_json(inside(folder, _INDEX))
+        places = index.get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise AdapterError(f"{folder / _INDEX}: expected a weight_map from tensors to files, found none")
+        if wrong := sorted({name for name in places.values() if Path(name).name != name}):
+            raise AdapterError(f"{folder / _INDEX}: expected names of files in the folder, found {wrong[0]!r}")
+        shards = {name: read_header(inside(folder, name))[0] for name in sorted(set(places.values()))}
+        if lost := sorted(key for key, name in places.items() if key not in shards[name]):
+            raise AdapterError(f"{folder / _INDEX}: expected tensors where the index says, found no {_listed(lost)}")
+        return shards, index
+    return {_SINGLE: read_header(inside(folder, _SINGLE))[0]}, None
+
+
+def _read(directory: str | os.PathLike, config: Mapping[str, Any], family: str | None) -> Adapter:
+    kind, adapter = read_adapter(directory)
+    if kind == "PEFT":
+        return adapter
+    # The adapter's own metadata know the table best; where they and the names leave a choice, the model's type tells.
+    known = config.get("model_type")
+    choices = [family] if family is not None or known not in FAMILIES else [None, known]
+    for choice in choices:
+        try:
+            return map_to_torch(adapter, choice, model=config)
+        except AdapterError as found:
+            error = found
+    raise AdapterError(f"{directory}: {error}")
+
+
+def _plan(
+    shards: Mapping[str, Mapping[str, Entry]], adapter: Adapter, config: dict[str, Any]
+) -> tuple[dict[str, list[_Tensor]], dict[str, Any]]:
+    """Returns the merged checkpoint's tensors by file, and its config."""
+    entries = {name: entry for shard in shards.values() for name, entry in shard.items()}
+    home = {name: file for file, shard in shards.items() for name in shard}
+    names = [f"{path}.weight" for path in adapter.modules] + list(adapter.modules_to_save)
+    rename = _renaming(names, entries, config.get("model_type"))
+    changed = {rename(f"{path}.weight") for path in adapter.modules} | set(map(rename, adapter.modules_to_save))
+    if tied := sorted(name for name in changed if name.removesuffix(".weight").endswith(_TIED_HEADS)):
+        raise AdapterError(f"expected layers with a weight of their own, found {tied[0]}, which an embedding shares")
+
+    # The head's own weight, where it was the embedding's until now.
+    head = f"{_HEAD}.weight"
+    embeddings = [name for name in entries if name.endswith(_EMBEDDINGS)]
+    embedding = embeddings[0] if len(embeddings) == 1 else None
+    kind = str((config.get("architectures") or [""])[0])
+    if embedding in changed and kind.endswith(_OTHER_HEADS):
+        raise AdapterError(f"expected layers with a weight of their own, found {embedding}, which a head may share")
+    if head in changed or (embedding in changed and kind.endswith(_LM_HEADS)):
+        if config.get("model_type") in _ALWAYS_TIED and head not in entries:
+            raise AdapterError(f"expected {head}, found none ({config['model_type']} shares it with the embedding)")
+        if head not in entries and embedding is not None:
+            entries[head], home[head] = entries[embedding], home[embedding]
+        config = _untied(config)
+
+    edits: dict[str, _Rotation | Array] = {}
+    problems = [f"no {name}" for name in sorted(changed - entries.keys(), key=natural)]
+    for path in adapter.modules:
+        rotation = _Rotation.of(adapter, path)
+        for leaf in ("weight", "bias"):
+            name = rename(f"{path}.{leaf}")
+            if name not in entries:
+                continue
+            turn = _along(rotation, path, config) if leaf == "weight" else rotation
+            edits[name] = turn
+            shape, out = list(entries[name].shape), len(rotation.first)
+            if len(shape) != (2 if leaf == "weight" else 1) or shape[turn.axis] != out:
+                problems.append(f"{name} {shape} for {out} outputs")
+    for key, array in adapter.modules_to_save.items():
+        name = rename(key)
+        edits[name] = array
+        if name in entries and entries[name].shape != array.shape:
+            problems.append(f"{name} {list(entries[name].shape)} for {list(array.shape)}")
+    for name in sorted(edits.keys() & entries.keys(), key=natural):
+        if entries[name].dtype not in ("F64", "F32", "F16", "BF16"):
+            problems.append(f"{name} of {entries[name].dtype}")
+    if problems:
+        raise AdapterError(f"expected the adapter's layers in floating point, found {_listed(problems)}")
+
+    tensors: dict[str, list[_Tensor]] = {file: [] for file in shards}
+    for name, entry in entries.items():
+        tensors[home[name]].append(_Tensor(name, entry, edits.get(name)))
+    return tensors, config
+
+
+def _along(rotation: _Rotation, path: str, config: Mapping[str, Any]) -> _Rotation:
+    conv1d = _CONV1D.get(str(config.get("model_type")), ())
+    return dataclasses.replace(rotation, axis=1) if path.rpartition(".")[2] in conv1d else rotation
+
+
+def _renaming(names: Iterable[str], entries: Mapping[str, Entry], model_type: object) -> Callable[[str], str]:
+    """Returns how the adapter's names become the checkpoint's.
+
+    A checkpoint of the bare model lacks the first name of the paths (``transformer.``, ``bert.``) that a model with a
+    head has, and the other way about; and transformers writes some models with names of an earlier version, which have
+    a table of their own. One rule must hold for all.
+    """
+    wanted = [name for name in names if name.rpartition(".")[0] != _HEAD]
+    rules: list[Callable[[str], str]] = [lambda name: name, lambda name: name.partition(".")[2]]
+    rules += [f"{prefix}.".__add__ for prefix in dict.fromkeys(name.partition(".")[0] for name in entries)]
+    kin = [table for table in TABLES if table.model_type == model_type]
+    rules += [functools.partial(_translated, a, b) for a, b in itertools.permutations(kin, 2) if a.style == b.style]
+    for rule in rules:
+        if all(rule(name) in entries for name in wanted):
+            return lambda name: name if name.rpartition(".")[0] == _HEAD else rule(name)
+    return rules[0]
+
+
+def _translated(before: Family, after: Family, name: str) -> str:
+    """Returns a tensor's name in PyTorch by another table, by way of its module's path in Flax."""
+    path, _, leaf = name.rpartition(".")
+    place = before.find_torch(path)
+    row = next((row for row in after.rows if place is not None and row.flax == place.row.flax), None)
+    return name if row is None or place is None else f"{row.torch.replace(LAYER, str(place.layer))}.{leaf}"
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    nested = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
+    return {**config, **nested, "tie_word_embeddings": False}
+
+
+def _others(folder: Path) -> dict[str, bytes]:
+    """Returns the tokenizer's and other small files."""
+    names = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and (path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE")))
+    )
+    skipped = (_CONFIG, _JOURNAL)
+    return {
+        name: inside(folder, name).read_bytes()
+        for name in names
+        if name not in skipped and not name.endswith(".index.json")
+    }
+
+
+def _new_index(index: Mapping[str, Any], tensors: Mapping[str, list[_Tensor]]) -> dict[str, Any]:
+    held = index.get("metadata")
+    size = sum(tensor.base.nbytes for shard in tensors.values() for tensor in shard)
+    metadata = {**(held if isinstance(held, dict) else {}), "total_size": size}
+    return {
+        **index,
+        "metadata": metadata,
+        "weight_map": {tensor.name: file for file, shard in tensors.items() for tensor in shard},
+    }
+
+
+def _write(
+    target: Path,
+    tensors: Mapping[str, list[_Tensor]],
+    metadata: Mapping[str, Mapping[str, str]],
+    files: Mapping[str, bytes],
+    job: str,
+    console: "Console | None",
+) -> None:
+    """Writes shard after shard into a folder beside the target, and gives it the target's name when all are there."""
+    draft = target.parent / f".{target.name}.merging"
+    total = sum(tensor.base.nbytes for shard in tensors.values() for tensor in shard)
+    try:
+        done = _resume(draft, job)
+        draft.mkdir(parents=True, exist_ok=True)
+        with _progress(console, total) as show:
+            for name, shard in tensors.items():
+                if name in done:
+                    show(f"{name}: already there", sum(tensor.base.nbytes for tensor in shard))
+                    continue
+                digest = _write_shard(draft / name, shard, metadata[name], functools.partial(show, name))
+                done[name] = digest
+                write_file(draft / _JOURNAL, dump_json({"job": job, "shards": done}))
+        for name, data in files.items():
+            write_file(draft / name, data)
+        (draft / _JOURNAL).unlink(missing_ok=True)
+        draft.replace(target)
+    except AdapterError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    except OSError as error:
+        # What is whole stays for the next call.
+        raise AdapterError(f"{target}: expected a checkpoint that can be written, found {error.strerror}") from None
+
+
+def _resume(draft: Path, job: str) -> dict[str, str]:
+    """Returns the whole shards that an interrupted merge of the same base and adapter left; others' are removed."""
+    if not draft.exists():
+        return {}
+    with contextlib.suppress(AdapterError):
+        journal = read_json(draft / _JOURNAL)
+        shards = journal.get("shards")
+        if journal.get("job") == job and isinstance(shards, dict):
+            return {
+                name: digest
+                for name, digest in shards.items()
+                if Path(name).name == name and (draft / name).is_file() and _digest(draft / name) == digest
+            }
+    shutil.rmtree(draft)
+    return {}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_shard(path: Path, shard: list[_Tensor], metadata: Mapping[str, str], show: Callable[[int], None]) -> str:
+    """Writes a safetensors file beside its name, renames it, and returns its SHA-256."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for tensor in shard:
+        base = tensor.base
+        header[tensor.name] = {
+            "dtype": base.dtype,
+            "shape": list(base.shape),
+            "data_offsets": [end, end + base.nbytes],
+        }
+        end += base.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    sha = hashlib.sha256()
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        for data in (len(text).to_bytes(8, "little"), text):
+            file.write(data)
+            sha.update(data)
+        for tensor in shard:
+            for block in tensor.blocks():
+                file.write(block)
+                sha.update(block)
+                show(len(block))
+    part.replace(path)
+    return sha.hexdigest()
+
+
+def _wide(dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def _widen(array: Array, wide: np.dtype) -> NDArray[Any]:
+    return (array if array.dtype == np.float64 else to_float32(array)).astype(wide, copy=False)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@contextlib.contextmanager
+def _progress(console: "Console | None", total: int) -> Iterator[Callable[[str, int], None]]:
+    """Yields what shows a shard's name and adds bytes to the bar."""
+    if console is None:
+        yield lambda text, size: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    # Elsewhere than in a terminal a transient bar leaves an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text, size: bar.update(task, description=text, advance=size)
