@@ -103,7 +103,7 @@ def compose(
         modules[path] = theta, alpha
     configs = [adapter.config for adapter in adapters]
     agreed = set.intersection(*(set(adapter.metadata.items()) for adapter in adapters))
-    return Adapter(compose_configs(configs, list(modules)), modules, saved, dict(sorted(agreed)))
+    return Adapter(compose_configs(configs, list(modules), variant), modules, saved, dict(sorted(agreed)))
 
 
 # What is too large for a float becomes infinite, which whoever takes the result refuses.
@@ -158,7 +158,7 @@ def compose_module(parts: Sequence[Part], variant: str, where: str) -> tuple[Flo
     return np.where(several, whole[0], theta), np.where(several, whole[1], np.where(busy == 0, 1.0, alpha))
 
 
-def compose_configs(configs: Sequence[RoadConfig], paths: Sequence[str]) -> RoadConfig:
+def compose_configs(configs: Sequence[RoadConfig], paths: Sequence[str], variant: str) -> RoadConfig:
     """Returns the config of a composition that has these modules.
 
     Its choice of modules is the configs' own where they agree, their lists laid together, or else the paths.
@@ -171,7 +171,7 @@ def compose_configs(configs: Sequence[RoadConfig], paths: Sequence[str]) -> Road
     saved = [name for config in configs for name in config.modules_to_save or ()]
     return dataclasses.replace(
         configs[0],
-        variant=max((config.variant for config in configs), key=VARIANTS.index),
+        variant=variant,
         init_weights=True,
         inference_mode=all(config.inference_mode for config in configs),
         modules_to_save=saved or None,

@@ -4,6 +4,7 @@ from road_core import AdapterError as AdapterError
 from road_core import RoadConfig as RoadConfig
 from road_jax import models as models
 from road_jax import nnx as nnx
+from road_jax._compose import compose as compose
 from road_jax._generate import generate as generate
 from road_jax._io import load_adapter as load_adapter
 from road_jax._io import save_adapter as save_adapter

@@ -52,7 +52,9 @@ def _rotate_outputs(
         out = output_size(config.variant, theta.shape[-1])
         check_group_size(out, config.group_size, path)
         axes = next(n for n in range(1, array.ndim + 1) if math.prod(array.shape[-n:]) == out)
-        first, second = coefficients(theta, alpha, variant=config.variant, group_size=config.group_size)
+        first, second = coefficients(
+            theta, alpha, variant=config.variant, group_size=config.group_size, subspace=config.subspace
+        )
         if invert:
             first, second = inverse_coefficients(first, second)
         flat = array.reshape(*array.shape[: array.ndim - axes], out).astype(first.dtype)
@@ -88,7 +90,9 @@ def _check_invertible(path: str, theta: jax.Array, alpha: jax.Array, config: Roa
     # Stack axes don't matter here where they lead; elsewhere θ's own axis must come last.
     axis = next((a for a, n in reversed(list(enumerate(theta.shape))) if _divides(config, n)), -1)
     theta, alpha = (jnp.moveaxis(v, axis, -1) for v in (theta, alpha))
-    first, second = coefficients(theta, alpha, variant=config.variant, group_size=config.group_size)
+    first, second = coefficients(
+        theta, alpha, variant=config.variant, group_size=config.group_size, subspace=config.subspace
+    )
     determinant = determinants(first, second)
     if singular := int((np.asarray(determinant) == 0).sum()):
         raise AdapterError(f"{path}: expected 2x2 blocks that have an inverse, found {singular} with determinant 0")

@@ -9,7 +9,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from road_core import AdapterError, check_group_size, parameter_size
+from road_core import AdapterError, check_group_size, output_size, parameter_size, subspace_mask
+
+Subspace = tuple[float, float] | None
 
 
 def polar(theta: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -43,12 +45,38 @@ def blocks(cosines: jax.Array, sines: jax.Array, *, variant: str, group_size: in
     return cosines.reshape(shape), sines.reshape(shape)
 
 
-def coefficients(theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int) -> tuple[jax.Array, jax.Array]:
+def within(
+    theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int, subspace: Subspace
+) -> tuple[jax.Array, jax.Array]:
+    """Puts 0 and 1 in the place of θ and α outside of a subspace, so that gradients there are exactly 0.
+
+    It does the same for sines and cosines. The last axis is the layer's own; see `road_core.subspace_mask`.
+    """
+    if subspace is None:
+        return theta, alpha
+    out = output_size(variant, theta.shape[-1])
+    mask = subspace_mask(out, variant=variant, group_size=group_size, subspace=subspace)
+    mask = mask.reshape((1,) * (theta.ndim - 1) + mask.shape)
+    return jnp.where(mask, theta, jnp.zeros_like(theta)), jnp.where(mask, alpha, jnp.ones_like(alpha))
+
+
+def coefficients(
+    theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int, subspace: Subspace = None
+) -> tuple[jax.Array, jax.Array]:
     """Forms ``first`` and ``second`` of a layer, float32 or wider; see `blocks` and `road_core.coefficients`."""
+    theta, alpha = within(theta, alpha, variant=variant, group_size=group_size, subspace=subspace)
     return blocks(*polar(theta, alpha), variant=variant, group_size=group_size)
 
 
-def rotate(y: jax.Array, theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int) -> jax.Array:
+def rotate(
+    y: jax.Array,
+    theta: jax.Array,
+    alpha: jax.Array,
+    *,
+    variant: str,
+    group_size: int,
+    subspace: Subspace = None,
+) -> jax.Array:
     """Rotates and scales the pairs of a linear layer's output: for models that are functions of params.
 
     A model that is no Flax module calls it after each product that it wants adapted, and takes θ and α as it takes its
@@ -60,6 +88,7 @@ def rotate(y: jax.Array, theta: jax.Array, alpha: jax.Array, *, variant: str, gr
         alpha: of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
+        subspace: outside of it ``y`` stays as it is; see `road_core.subspace_blocks`.
 
     Returns:
         The shape and dtype of ``y``.
@@ -81,7 +110,7 @@ def rotate(y: jax.Array, theta: jax.Array, alpha: jax.Array, *, variant: str, gr
         raise AdapterError(
             f"theta and alpha: expected one axis and one shape, found {list(theta.shape)} and {list(alpha.shape)}"
         )
-    return rotate_blocks(y, *coefficients(theta, alpha, variant=variant, group_size=group_size))
+    return rotate_blocks(y, *coefficients(theta, alpha, variant=variant, group_size=group_size, subspace=subspace))
 
 
 @jax.custom_vjp

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules
+from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules, subspace_blocks
 from road_jax import _merge, _quantize
-from road_jax._rotate import blocks, check_layer, polar, rotate_blocks, rotate_rows
+from road_jax._rotate import blocks, check_layer, polar, rotate_blocks, rotate_rows, within
 from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unflatten
 
 # The usual names of the layer that "all-linear" leaves out: PEFT asks the model for it, a Linen module can't be asked.
@@ -85,6 +85,7 @@ class Road:
             if name not in linear:
                 raise AdapterError(f"{name}: expected a Dense, DenseGeneral or Einsum layer, found another module")
             check_group_size(outs[path], self.config.group_size, name)
+            subspace_blocks(outs[path], self.config.subspace, name)
             if (*path, "kernel") not in base:
                 raise AdapterError(f"{name}: expected a kernel in variables['params'], found none")
         adapter = {
@@ -148,6 +149,9 @@ class Road:
             flat = result.reshape(*shape[: len(shape) - axes], math.prod(shape[-axes:])) if axes > 1 else result
             variant, group_size = self.config.variant, self.config.group_size
             check_layer(path, cosines.shape[-1], flat.shape[-1], variant=variant, group_size=group_size)
+            sines, cosines = within(
+                sines, cosines, variant=variant, group_size=group_size, subspace=self.config.subspace
+            )
             first, second = blocks(cosines, sines, variant=variant, group_size=group_size)
             if adapter_ids is None:
                 return rotate_blocks(flat, first, second).reshape(shape)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules
+from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules, subspace_blocks
 from road_jax._rotate import coefficients, rotate_blocks
 from road_jax._transform import OUTPUT_HEADS, einsum_outputs
 
@@ -34,21 +34,36 @@ class RoadLayer(nnx.Module):
         road_alpha: of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides the layer's outputs.
+        subspace: which of the layer's blocks are rotated and trained; None is all of them.
     """
 
-    def __init__(self, base: nnx.Module, theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int) -> None:
+    def __init__(
+        self,
+        base: nnx.Module,
+        theta: jax.Array,
+        alpha: jax.Array,
+        *,
+        variant: str,
+        group_size: int,
+        subspace: tuple[float, float] | None = None,
+    ) -> None:
         self.base = base
         self.road_theta = RoadParam(theta)
         self.road_alpha = RoadParam(alpha)
         self.variant = variant
         self.group_size = group_size
+        self.subspace = subspace
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Calls the base and rotates its output, flattened over its output axes; the dtype stays."""
         y = self.base(*args, **kwargs)
         out = math.prod(y.shape[-_output_axes(self.base) :])
         first, second = coefficients(
-            self.road_theta[...], self.road_alpha[...], variant=self.variant, group_size=self.group_size
+            self.road_theta[...],
+            self.road_alpha[...],
+            variant=self.variant,
+            group_size=self.group_size,
+            subspace=self.subspace,
         )
         return rotate_blocks(y.reshape(*y.shape[: y.ndim - _output_axes(self.base)], out), first, second).reshape(
             y.shape
@@ -122,13 +137,14 @@ def _adapted(node: Any, name: str, config: RoadConfig, key: jax.Array | None) ->
     stack, outs = sizes[: len(sizes) - inputs - axes], _output_shape(node)
     out = math.prod(outs)
     check_group_size(out, config.group_size, name)
+    subspace_blocks(out, config.subspace, name)
     shape = (*stack, parameter_size(config.variant, out))
     theta, alpha = jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32)
     if key is not None:
         path_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         noise = 0.5 * jax.random.normal(path_key, (2, *shape), jnp.float32)
         theta, alpha = theta + noise[0], alpha + noise[1]
-    return RoadLayer(node, theta, alpha, variant=config.variant, group_size=config.group_size)
+    return RoadLayer(node, theta, alpha, variant=config.variant, group_size=config.group_size, subspace=config.subspace)
 
 
 def _output_axes(layer: Any) -> int:

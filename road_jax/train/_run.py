@@ -17,11 +17,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from road_core import AdapterError, RoadConfig
+from road_core import Adapter, AdapterError, RoadConfig, output_size, subspace_blocks, write_flax
 from road_core._files import check_free, dump_json, read_json, write_file
 from road_core._picture import draw_rotations
 from road_jax import models
-from road_jax._io import save_adapter, to_record
+from road_jax._io import to_record
 from road_jax._quantize import quantize
 from road_jax._transform import transform
 from road_jax.train import _data, _processes, _step
@@ -55,6 +55,9 @@ class TrainOptions:
     """Outputs are paired within groups of this many."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Names of layers, or all-linear."""
+    subspace: tuple[float, float] | None = None
+    """START STOP: train only this part of each layer's 2x2 blocks, as fractions. Adapters on parts that don't overlap
+    compose exactly."""
     steps: int | None = None
     """Optimiser steps. Without it, --epochs decide."""
     epochs: int = 3
@@ -172,6 +175,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             variant=options.variant,
             group_size=options.group_size,
             target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+            subspace=options.subspace,
             base_model_name_or_path=str(options.base),
             task_type="CAUSAL_LM",
         )
@@ -235,13 +239,25 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         if not any("eval_loss" in record and record["step"] == total for record in run.records):
             with console.status("evaluating the adapter"):
                 evaluate(total)
-        adapter = program.fetch(state).adapter
+        record = to_record(program.fetch(state).adapter, config)
         if _processes.is_first():
-            save_adapter(options.out, adapter, config, overwrite=True)
+            # Weight decay may have moved what is outside of a subspace and means nothing.
+            write_flax(options.out, record.cleared(), overwrite=True)
             draw_loss(run.records, options.out / "loss.png")
-            draw_rotations(to_record(adapter, config), options.out / "rotations.png")
+            draw_rotations(record, options.out / "rotations.png")
         _processes.wait("written")
-    return run.result(sum(leaf.size for leaf in jax.tree.leaves(adapter)))
+    return run.result(_trained(record))
+
+
+def _trained(record: Adapter) -> int:
+    """How many θ and α a run trained: those within the subspace."""
+    config, count = record.config, 0
+    for theta, alpha in record.modules.values():
+        size = theta.shape[-1]
+        out = output_size(config.variant, size)
+        first, last = subspace_blocks(out, config.subspace)
+        count += (theta.size + alpha.size) // size * ((last - first) * 2 * size // out)
+    return count
 
 
 def load_tokenizer(base: Path) -> Any:
@@ -386,7 +402,7 @@ def _check(options: TrainOptions) -> None:
     if not (options.learning_rate > 0 and np.isfinite(options.learning_rate)):
         raise AdapterError(f"learning_rate: expected a positive number, found {options.learning_rate}")
     _step.check_rows(options.batch_size, options.accumulate)
-    RoadConfig(variant=options.variant, group_size=options.group_size)
+    RoadConfig(variant=options.variant, group_size=options.group_size, subspace=options.subspace)
     if not options.resume:
         check_free(options.out)
         return

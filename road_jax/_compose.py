@@ -1,0 +1,210 @@
+"""Several adapters as one: `road_core.compose` on pytrees, traceable."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from road_core import AdapterError, RoadConfig, check_group_size, output_size, parameter_size, subspace_mask
+from road_core._compose import check_group_sizes, compose_configs
+from road_core._config import VARIANTS
+from road_jax._rotate import coefficients, within
+from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, unflatten
+
+Weight = float | jax.Array
+
+# The four numbers of each pair's matrix [[a, b], [c, d]], each [..., groups, half].
+_Blocks = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+class _Part(NamedTuple):
+    theta: jax.Array
+    alpha: jax.Array
+    config: RoadConfig
+    weight: Weight
+
+
+def compose(
+    adapters: Sequence[Tree],
+    configs: Sequence[RoadConfig],
+    weights: Sequence[Weight] | None = None,
+    *,
+    variant: str | None = None,
+) -> tuple[Tree, RoadConfig]:
+    """Returns the adapter that does what others do one after the other: ``R_n^w_n ⋯ R_1^w_1``, the first one first.
+
+    A pure function of the adapters: ``jit`` and differentiate it freely; see `road_core.compose` for the formulas. It
+    computes in float32, or float64 where an adapter is. Blocks that only one of the subspaces holds keep that
+    adapter's θ and α as they are.
+
+    Args:
+        adapters: trees of `Road.init`; they may adapt different modules. Stack axes lead.
+        configs: theirs, of one group size.
+        weights: one for each, 1 if not given. For adapters of road_1 any number where α > 0, also an array that is
+            traced or learned; whole numbers for road_2 and road_4 (`road_core.compose` takes others).
+        variant: of the result, if it shall be a greater one than needed: adapters of one variant stack.
+
+    Returns:
+        The adapter, and a config that selects the modules of all.
+
+    Raises:
+        AdapterError: group sizes or shapes differ, a weight can't be used, more than one adapter holds whole modules,
+            or a power doesn't exist (not found under ``jit``, where it gives values that aren't finite).
+
+    Example:
+        >>> import jax.numpy as jnp, road_jax
+        >>> config = road_jax.RoadConfig(group_size=2)
+        >>> adapter = {"proj": {"road_theta": jnp.array([1.0]), "road_alpha": jnp.array([4.0])}}
+        >>> both, config = road_jax.compose([adapter, adapter], [config, config], [1, -0.5])
+        >>> both["proj"]["road_theta"].tolist(), both["proj"]["road_alpha"].tolist()
+        ([0.5], [2.0])
+    """
+    if not adapters or len(configs) != len(adapters):
+        raise AdapterError(
+            f"compose: expected adapters, and a config for each, found {len(adapters)} and {len(configs)}"
+        )
+    numbers: list[Weight] = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(numbers) != len(adapters):
+        raise AdapterError(f"weights: expected one for each of {len(adapters)} adapters, found {len(numbers)}")
+    names = [f"adapter {i + 1}" for i in range(len(adapters))]
+    check_group_sizes(configs, names)
+    needed = max((config.variant for config in configs), key=VARIANTS.index)
+    chosen = variant or needed
+    if chosen not in VARIANTS or VARIANTS.index(chosen) < VARIANTS.index(needed):
+        raise AdapterError(f"compose: expected a variant that holds {needed}, found {chosen!r}")
+    trees = [flatten(adapter) for adapter in adapters]
+    leaves = dict(_saved(trees, numbers, names))
+    modules: dict[tuple[str, ...], list[_Part]] = {}
+    for adapter, tree, config, weight in zip(adapters, trees, configs, numbers, strict=True):
+        for path in adapted_paths(adapter):
+            theta, alpha = (jnp.asarray(tree[(*path, name)]) for name in ROAD_LEAVES)
+            modules.setdefault(path, []).append(_Part(theta, alpha, config, weight))
+    for path, parts in modules.items():
+        if any(leaf[: len(path)] == path for leaf in leaves if leaf[-1] not in ROAD_LEAVES):
+            raise AdapterError(f"{dotted(path)}: expected a module that is rotated or saved whole, found both")
+        leaves[(*path, "road_theta")], leaves[(*path, "road_alpha")] = _compose_module(parts, chosen, dotted(path))
+    config = compose_configs(configs, list(map(dotted, modules)), chosen)
+    return unflatten(leaves), config
+
+
+def _saved(trees: Sequence[Mapping], weights: Sequence[Weight], names: Sequence[str]) -> Mapping[tuple[str, ...], Any]:
+    owners = []
+    for tree, weight, name in zip(trees, weights, names, strict=True):
+        if saved := {path: leaf for path, leaf in tree.items() if path[-1] not in ROAD_LEAVES}:
+            owners.append(name)
+            if isinstance(weight, jax.Array) or weight != 1:
+                first = dotted(next(iter(saved))[:-1])
+                raise AdapterError(f"compose: expected weight 1 for {name}, which brings {first} whole, found {weight}")
+            found = saved
+    if len(owners) > 1:
+        raise AdapterError(f"compose: expected one adapter at most with modules saved whole, found {', '.join(owners)}")
+    return found if owners else {}
+
+
+def _compose_module(parts: Sequence[_Part], variant: str, where: str) -> tuple[jax.Array, jax.Array]:
+    group_size = parts[0].config.group_size
+    dtype = functools.reduce(jnp.promote_types, [v.dtype for part in parts for v in part[:2]], jnp.float32)
+    out = output_size(parts[0].config.variant, parts[0].theta.shape[-1])
+    check_group_size(out, group_size, where)
+    shapes = {(*v.shape[:-1], output_size(part.config.variant, v.shape[-1])) for part in parts for v in part[:2]}
+    if len(shapes) > 1:
+        found = " and ".join(f"{p.config.variant} {list(p.theta.shape)}" for p in parts)
+        raise AdapterError(f"{where}: expected θ and α for one layer in all adapters, found {found}")
+    powers, masks = [], []
+    for part in parts:
+        kind, subspace = part.config.variant, part.config.subspace
+        masks.append(subspace_mask(out, variant=variant, group_size=group_size, subspace=subspace, where=where))
+        theta, alpha = (v.astype(dtype) for v in part[:2])
+        theta, alpha = within(theta, alpha, variant=kind, group_size=group_size, subspace=subspace)
+        theta, alpha = _power(theta, alpha, part, where)
+        powers.append((_promote(theta, kind, variant, group_size), _promote(alpha, kind, variant, group_size)))
+    if variant == "road_1":
+        return sum(theta for theta, _ in powers), math.prod(alpha for _, alpha in powers)  # type: ignore[return-value]
+    several = np.sum(masks, axis=0) > 1
+    theta, alpha = jnp.zeros_like(powers[0][0]), jnp.ones_like(powers[0][1])
+    lead = (1,) * (theta.ndim - 1)
+    for mask, (one, other) in zip(masks, powers, strict=True):
+        here = mask.reshape(*lead, -1)
+        theta, alpha = jnp.where(here, one, theta), jnp.where(here, other, alpha)
+    if several.any():
+        product = functools.reduce(_then, (_blocks(one, other, variant, group_size) for one, other in powers))
+        here = several.reshape(*lead, -1)
+        whole = _from_blocks(product, variant)
+        theta, alpha = jnp.where(here, whole[0], theta), jnp.where(here, whole[1], alpha)
+    return theta, alpha
+
+
+def _power(theta: jax.Array, alpha: jax.Array, part: _Part, where: str) -> tuple[jax.Array, jax.Array]:
+    kind, weight = part.config.variant, part.weight
+    if isinstance(weight, jax.Array):
+        if kind != "road_1" or weight.ndim:
+            raise AdapterError(f"weights: expected a number for an adapter of {kind}, found an array {weight.shape}")
+        weight = weight.astype(theta.dtype)
+        return theta * weight, alpha**weight
+    if not isinstance(weight, int | float | np.number) or not math.isfinite(weight):
+        raise AdapterError(f"weights: expected finite numbers, found {weight!r}")
+    if weight == 1:
+        return theta, alpha
+    whole = float(weight).is_integer()
+    known = None if isinstance(alpha, jax.core.Tracer) else alpha
+    if kind == "road_1":
+        least = 0.0 if known is None else float(jnp.abs(known).min() if whole else known.min())
+        if known is not None and least <= 0 and (weight < 0 or not whole):
+            raise AdapterError(f"{where}: expected scales that have the power {weight:g}, found α = {least:g}")
+        return theta * float(weight), alpha ** (int(weight) if whole else float(weight))
+    if not whole:
+        raise AdapterError(
+            f"weights: expected whole numbers for an adapter of {kind}, found {weight:g} (road_core.compose takes it)"
+        )
+    step = _blocks(theta, alpha, kind, part.config.group_size)
+    if weight < 0:
+        a, b, c, d = step
+        determinant = a * d - b * c
+        if known is not None and bool((determinant == 0).any()):
+            raise AdapterError(
+                f"{where}: expected blocks that have an inverse for weight {weight:g}, found a singular one"
+            )
+        step = d / determinant, -b / determinant, -c / determinant, a / determinant
+    power = (jnp.ones_like(step[0]), jnp.zeros_like(step[0]), jnp.zeros_like(step[0]), jnp.ones_like(step[0]))
+    left = abs(int(weight))
+    while left:
+        if left % 2:
+            power = _then(power, step)
+        step, left = _then(step, step), left // 2
+    return _from_blocks(power, kind)
+
+
+def _promote(values: jax.Array, old: str, new: str, group_size: int) -> jax.Array:
+    """Lays out the θ or α of a smaller variant as that of a greater one: the same numbers, repeated."""
+    out = output_size(old, values.shape[-1])
+    copies = parameter_size(new, out) // values.shape[-1]
+    groups = values.reshape(*values.shape[:-1], out // group_size, -1)
+    return jnp.concatenate([groups] * copies, axis=-1).reshape(*values.shape[:-1], -1)
+
+
+def _blocks(theta: jax.Array, alpha: jax.Array, variant: str, group_size: int) -> _Blocks:
+    first, second = coefficients(theta, alpha, variant=variant, group_size=group_size)
+    return first[..., 0, :], -second[..., 0, :], second[..., -1, :], first[..., -1, :]
+
+
+def _from_blocks(blocks: _Blocks, variant: str) -> tuple[jax.Array, jax.Array]:
+    """Inverts `_blocks`: any real matrices as road_2 or road_4."""
+    a, b, c, d = blocks
+    first, second = jnp.stack([a, d], axis=-2), jnp.stack([-b, c], axis=-2)
+    if variant == "road_2":
+        theta, alpha = jnp.arctan2(second, first), jnp.hypot(first, second)
+    else:
+        theta = jnp.stack([jnp.zeros_like(first), jnp.full_like(first, math.pi / 2)], axis=-3)
+        alpha = jnp.stack([first, second], axis=-3)
+    shape = (*a.shape[:-2], -1)
+    return theta.reshape(shape), alpha.reshape(shape)
+
+
+def _then(before: _Blocks, after: _Blocks) -> _Blocks:
+    """Returns the matrix product ``after @ before``."""
+    (a, b, c, d), (e, f, g, h) = before, after
+    return e * a + f * c, e * b + f * d, g * a + h * c, g * b + h * d
