@@ -36,7 +36,7 @@ PUBLIC = {
     "road_jax": "AdapterError QuantizedKernel Road RoadConfig dequantize generate load_adapter models nnx quantize "
     "rotate save_adapter shardings stack_adapters transform",
     "road_torch": "AdapterError RoadConfig RoadModel",
-    "convert": "to_flax to_torch verify",
+    "convert": "diff inspect merge to_flax to_torch verify",
 }
 
 
