@@ -66,7 +66,7 @@ def _to_torch(
     """Writes a Flax adapter in the format that PEFT and road_torch load.
 
     Args:
-        flax_dir: folder of the Flax adapter.
+        flax_dir: folder of the Flax adapter, or of one of road-train's checkpoints.
         out: new or empty folder.
         family: model family, e.g. llama; by default the first one that knows every module.
         base: folder of the model, for the sizes of its heads; only where they are needed.

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from convert._families import Family
 from convert._mapping import Trace, map_to_flax, map_to_torch
+from convert._orbax import find_step, read_checkpoint
 from convert._rules import read_rules
-from road_core import AdapterError, read_flax, read_peft, write_flax, write_peft
+from road_core import Adapter, AdapterError, read_flax, read_peft, write_flax, write_peft
 from road_core._files import check_free, inside, read_json
 
 
@@ -28,7 +30,8 @@ def to_torch(
     format can't say, so that `to_flax` gives back the same bytes.
 
     Args:
-        src: a folder that ``road-train`` or ``road_jax.save_adapter`` wrote.
+        src: a folder that ``road-train`` or ``road_jax.save_adapter`` wrote, or one of ``road-train``'s checkpoints
+            (``RUN/checkpoints/STEP``); of a run that hasn't ended, the last one.
         dst: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
         family: the model family, e.g. ``"llama"``; None takes the first whose table knows every key.
         base: the folder of the model, whose ``config.json`` tells the sizes of heads; needed where fused layers are
@@ -49,7 +52,7 @@ def to_torch(
         >>> mapping = convert.to_torch("runs/sentiment", "adapters/sentiment")  # doctest: +SKIP
     """
     table, model = _choice(family, base, rules)
-    adapter = read_flax(src)
+    adapter = _read_flax(src)
     trace: Trace = []
     try:
         mapped = map_to_torch(adapter, family, rules=table, model=model, trace=trace)
@@ -109,6 +112,13 @@ def to_flax(
     if not dry_run:
         write_flax(dst, mapped, overwrite=overwrite)
     return trace
+
+
+def _read_flax(directory: str | os.PathLike) -> Adapter:
+    # A run that has ended has its adapter beside its checkpoints.
+    if not (Path(directory) / "road_config.json").is_file() and (step := find_step(directory)):
+        return read_checkpoint(step)
+    return read_flax(directory)
 
 
 def _choice(

@@ -37,7 +37,7 @@ PUBLIC = {
     "road_jax": "AdapterError QuantizedKernel Road RoadConfig compose dequantize generate load_adapter models nnx "
     "quantize rotate save_adapter shardings stack_adapters transform",
     "road_torch": "AdapterError RoadConfig RoadModel",
-    "convert": "compose to_flax to_torch verify",
+    "convert": "compose diff inspect merge to_flax to_torch verify",
 }
 
 

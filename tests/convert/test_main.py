@@ -58,6 +58,26 @@ def test_there_and_back(tmp_path):
     assert contents(tmp_path / "again") != contents(tmp_path / "flax")
 
 
+def test_the_whole_mapping_and_nothing_written(tmp_path):
+    flax_adapter(tmp_path / "flax", layers=2)
+    code, out, err = command("to-torch", "flax", "torch", "--dry-run", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert out == "model.layers.self_attn.q_proj -> model.layers.{layer}.self_attn.q_proj\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["flax"]
+    command("to-torch", "flax", "torch", cwd=tmp_path)
+    row = '[[rows]]\nflax = "h_{layer}.wq"\ntorch = "model.layers.{layer}.self_attn.q_proj"\ninterleaved = true\n'
+    (tmp_path / "rules.toml").write_text(row)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"hidden_size": 256, "num_attention_heads": 2}')
+    rules = ("--rules", "rules.toml", "--base", "base")
+    code, out, err = command("to-flax", "torch", "new", "--layout", "unrolled", "--dry-run", *rules, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert out == "".join(f"model.layers.{i}.self_attn.q_proj -> h_{i}.wq\n" for i in range(2))
+    assert not (tmp_path / "new").exists()
+    code, _, err = command("to-flax", "torch", "new", *rules, "--family", "llama", cwd=tmp_path)
+    assert (code, err) == (2, "error: family: expected none beside rules of your own, found 'llama'\n")
+
+
 def test_inspect(tmp_path):
     flax_adapter(tmp_path / "flax", base_model_name_or_path="a\x1b[31mb")
     code, out, err = command("inspect", "flax", "--plot", "a.png", cwd=tmp_path)

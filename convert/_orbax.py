@@ -1,0 +1,84 @@
+"""Reading the adapter of one of ``road-train``'s checkpoints. Only this input needs orbax, which imports JAX."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from road_core import Adapter, AdapterError, RoadConfig, bfloat16
+from road_core._adapter import Array, is_bfloat16
+from road_core._files import inside, read_json
+
+
+def find_step(directory: str | os.PathLike) -> Path | None:
+    """Returns the folder of a run's checkpoint, or None where there is none.
+
+    Args:
+        directory: a run, its ``checkpoints`` (of either, the last step counts), or one step in there.
+    """
+    folder = Path(directory)
+    if _is_step(folder):
+        return folder
+    for place in (folder, folder / "checkpoints"):
+        if place.is_dir() and (steps := [step for step in place.iterdir() if _is_step(step)]):
+            return max(steps, key=lambda step: int(step.name))
+    return None
+
+
+def read_checkpoint(step: Path) -> Adapter:
+    """Reads the adapter of a checkpoint, its config from the run's ``options.json``.
+
+    Raises:
+        AdapterError: orbax isn't installed, or the run's files are broken.
+    """
+    step = step.absolute()
+    options = read_json(inside(step.parents[1], "options.json"))
+    targets = options.get("target_modules")
+    config = RoadConfig(
+        variant=str(options.get("variant")),
+        group_size=options.get("group_size"),  # type: ignore[arg-type]  # it checks itself
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        base_model_name_or_path=options.get("base"),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        import orbax.checkpoint as ocp
+    except ModuleNotFoundError as error:
+        raise AdapterError(f"{step}: expected orbax-checkpoint to be installed, found no {error.name}") from None
+    # It warns that a checkpoint is read without a template; there is none here.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(step / "state")["adapter"]
+    except Exception as error:  # orbax lets errors of several libraries through
+        reason = " ".join(str(error).split())[:200]
+        raise AdapterError(f"{step}: expected a checkpoint of road-train, found {reason}") from None
+    leaves = dict(_leaves(tree, ()))
+    modules: dict[str, tuple[Array, Array]] = {}
+    saved: dict[str, Array] = {}
+    for path, array in leaves.items():
+        name = ".".join(path[:-1])
+        if path[-1] not in ("road_theta", "road_alpha"):
+            saved[".".join(path)] = array
+        elif any((*path[:-1], leaf) not in leaves for leaf in ("road_theta", "road_alpha")):
+            raise AdapterError(f"{step}: expected road_theta and road_alpha of {name}, found {path[-1]} alone")
+        else:
+            modules[name] = (leaves[*path[:-1], "road_theta"], leaves[*path[:-1], "road_alpha"])
+    return Adapter(config, modules, saved)
+
+
+def _is_step(folder: Path) -> bool:
+    # A checkpoint that isn't whole yet has a longer name.
+    return folder.name.isascii() and folder.name.isdigit() and (folder / "state" / "_METADATA").is_file()
+
+
+def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Array]]:
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _leaves(value, (*path, str(name)))
+    else:
+        array = np.asarray(tree)
+        yield path, array.view(bfloat16) if is_bfloat16(array.dtype) else array

@@ -1,0 +1,57 @@
+import json
+import shutil
+
+import jax.numpy as jnp
+import optax
+import pytest
+from _compare import named_values
+
+import convert
+import road_jax
+from road_core import AdapterError, RoadConfig
+from road_jax.train._checkpoint import Checkpoints
+from road_jax.train._step import State
+
+
+def adapter(step):
+    pair = {
+        name: jnp.asarray(named_values(f"{name}{step}", 2, 32), jnp.bfloat16) for name in ("road_theta", "road_alpha")
+    }
+    return {"model": {"layers": {"self_attn": {"q_proj": pair}}}}
+
+
+def make_run(directory):
+    """What an interrupted ``road-train`` leaves."""
+    options = {"variant": "road_1", "group_size": 8, "target_modules": ["q_proj"], "base": "checkpoints/x"}
+    directory.mkdir()
+    (directory / "options.json").write_text(json.dumps(options))
+    with Checkpoints(directory) as checkpoints:
+        for step in (9, 10):
+            state = State(adapter(step), optax.adamw(1e-3).init(adapter(step)))
+            checkpoints.save(step, state, {"data": {}})
+
+
+def test_a_checkpoint_is_converted_as_the_adapter_it_holds(tmp_path):
+    make_run(tmp_path / "run")
+    config = RoadConfig(
+        group_size=8, target_modules=["q_proj"], base_model_name_or_path="checkpoints/x", task_type="CAUSAL_LM"
+    )
+    places = {"run/checkpoints/9": 9, "run/checkpoints": 10, "run": 10}
+    for place, step in places.items():
+        out = tmp_path / f"out of {place.replace('/', '-')}"
+        convert.to_torch(tmp_path / place, out)
+        road_jax.save_adapter(tmp_path / "flax", adapter(step), config, overwrite=True)
+        convert.to_torch(tmp_path / "flax", tmp_path / "torch", overwrite=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (out / name).read_bytes() == (tmp_path / "torch" / name).read_bytes()
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "10" / "state" / "d")
+    with pytest.raises(AdapterError, match=r"checkpoints/10: expected a checkpoint of road-train, found "):
+        convert.to_torch(tmp_path / "run", tmp_path / "new")
+    (tmp_path / "run" / "options.json").write_text('{"variant": "road_1", "group_size": "8"}')
+    with pytest.raises(AdapterError, match=r"RoadConfig\.group_size: expected an integer, found '8'"):
+        convert.to_torch(tmp_path / "run" / "checkpoints" / "9", tmp_path / "new")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(AdapterError, match=r"run: expected a file road_config\.json, found none"):
+        convert.to_torch(tmp_path / "run", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
