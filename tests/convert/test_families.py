@@ -290,7 +290,7 @@ def test_groups_that_straddle_fused_layers_are_refused():
     ):
         map_to_flax(adapter, "phi3-apart", "unrolled", model=SIZES)
     half = adapter_on({"model.layers.0.self_attn.qkv_proj": 64}, group_size=16, subspace=(0, 0.5))
-    with pytest.raises(AdapterError, match=r"qkv_proj: expected an adapter of all blocks .* found subspace=\(0.0, 0.5\)"):
+    with pytest.raises(AdapterError, match=r"qkv_proj: expected an adapter of all blocks .* found subspace=.0.0"):
         map_to_flax(half, "phi3-apart", "unrolled", model=SIZES)
     apart = {f"model.layers.0.self_attn.{n}_proj": out for n, out in (("q", 32), ("k", 16), ("v", 16))}
     with pytest.raises(AdapterError, match=r"k_proj: expected a number of outputs that group_size 32 divides"):
