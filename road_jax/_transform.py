@@ -264,7 +264,11 @@ class Road:
         for name in wanted:
             if not any(dotted(path[:n]).endswith(name) for path in saved for n in range(1, len(path))):
                 raise AdapterError(f"RoadConfig.modules_to_save: expected modules of the params, found no {name!r}")
-        return saved
+        for path, leaf in saved.items():
+            if isinstance(leaf, _quantize.QuantizedKernel):
+                raise AdapterError(f"{dotted(path)}: expected plain params to train whole, found {leaf.kind} codes")
+        # A training step may give the adapter's buffers away, which must not be the base's.
+        return {path: jnp.copy(leaf) for path, leaf in saved.items()}
 
 
 def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = None) -> Road:
@@ -307,7 +311,9 @@ def _layout(context: nn.module.InterceptorContext, layers: Layouts, args: Any, k
     for known in (layers, _FLAX):
         for kind, layout in known.items():
             # A subclass that calls its parent is met twice: the parent's own method is the product.
-            if isinstance(context.module, kind) and context.orig_method.func is inspect.unwrap(kind.__call__):
+            if isinstance(context.module, kind) and inspect.unwrap(context.orig_method.func) is inspect.unwrap(
+                kind.__call__
+            ):
                 return layout(context.module, *args, **kwargs)
     return None
 

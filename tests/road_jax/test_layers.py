@@ -1,5 +1,7 @@
 """Layers and lifts that a Flax model may use: each adapted as the same layers written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -286,6 +288,46 @@ class Backwards(nn.Module):
     def __call__(self, x):
         w = self.param("w", nn.initializers.normal(0.2), (64, x.shape[-1]))
         return x @ w.T + self.param("b", nn.initializers.ones, (64,)).reshape(1, 1, 64)
+
+
+def checked(method):
+    """A decorator such as libraries put on their calls, for types or names."""
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        return method(*args, **kwargs)
+
+    return call
+
+
+class Decorated(nn.Module):
+    @nn.compact
+    @checked
+    def __call__(self, x):
+        return x @ self.param("w", nn.initializers.normal(0.2), (x.shape[-1], 64))
+
+
+class Own(nn.Module):
+    """A head that calls a layer on an array of its own choice, which is no param of that layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = Decorated(name="up.0")(x)
+        table = self.param("table", nn.initializers.normal(0.2), (64, 16))
+        return nn.Dense(16, use_bias=False, parent=None).apply({"params": {"kernel": table}}, y)
+
+
+def test_what_libraries_do(x):
+    """Decorated calls, dots in names, layers called by `apply`."""
+    config = RoadConfig(target_modules="all-linear", group_size=GROUP)
+    layers = {Decorated: lambda *_: road_jax.Layout(kernel="w")}
+    road = road_jax.transform(Own(), config, layers=layers)
+    variables = road.model.init(jax.random.key(0), x)
+    adapter = filled(road.init(jax.random.key(1), variables, x))
+    assert list(adapter) == ["up.0"]
+    found = check_merge(road, variables, adapter, x)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
+    assert_close(found, turn(np.asarray(x) @ p["up.0"]["w"], adapter["up.0"]) @ p["table"], "float32")
 
 
 class Stacked(nn.Module):
