@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+PUBLISHED := .venv-published
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-published lint format bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -16,6 +17,15 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
+
+# Flax models of other packages, in an environment of their own.
+$(PUBLISHED)/installed: tests_published/requirements.txt
+	test -x $(PUBLISHED)/bin/python || $(PYTHON) -m venv $(PUBLISHED)
+	$(PUBLISHED)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+test-published: $(PUBLISHED)/installed
+	$(PUBLISHED)/bin/python -m pytest tests_published
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff format --check .
@@ -33,4 +43,4 @@ bench: $(VENV)/installed
 	$(RUN) -m benchmarks.adapters
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(PUBLISHED) runs

@@ -8,6 +8,8 @@ from road_jax._compose import compose as compose
 from road_jax._generate import generate as generate
 from road_jax._io import load_adapter as load_adapter
 from road_jax._io import save_adapter as save_adapter
+from road_jax._layout import Layout as Layout
+from road_jax._layout import einsum_layout as einsum_layout
 from road_jax._quantize import QuantizedKernel as QuantizedKernel
 from road_jax._quantize import dequantize as dequantize
 from road_jax._quantize import quantize as quantize

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 import zlib
 from collections.abc import Callable, Collection, Mapping
@@ -13,6 +14,7 @@ from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules, subspace_blocks
 from road_jax import _merge, _quantize
+from road_jax._layout import Layout, Layouts, along, einsum_layout, trailing
 from road_jax._rotate import blocks, check_layer, polar, rotate_blocks, rotate_rows, within
 from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unflatten
 
@@ -27,10 +29,14 @@ class Road:
     Attributes:
         model: the Linen module, unchanged.
         config: which layers are rotated, and how.
+        layers: layer types that aren't Flax's; see `transform`.
     """
 
     model: nn.Module
     config: RoadConfig
+    layers: Layouts = dataclasses.field(default_factory=dict, hash=False)
+    # What init and apply learn of each adapted layer while they are traced, for merge.
+    _seen: dict[Path, Layout] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def init(self, rng: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tree:
         """Returns a fresh adapter; the model is only traced for its shapes, never run.
@@ -48,18 +54,29 @@ class Road:
 
         Raises:
             AdapterError: no layer matches, a match is no linear layer, the group size doesn't divide a layer's
-                outputs, or ``variables`` aren't the model's.
+                outputs, two layers share one scope, or ``variables`` aren't the model's.
         """
         outs: dict[Path, int] = {}
-        names: dict[str, None] = {}
+        layouts: dict[Path, Layout] = {}
+        # Every module's name and type.
+        names: dict[str, str] = {}
+        mixed: dict[str, str] = {}
 
         def declare(next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             module = context.module
             if module.path:
-                names[dotted(module.path)] = None
+                names[dotted(module.path)] = type(module).__name__
             result = next_fn(*args, **kwargs)
-            if (axes := _output_axes(context)) is not None:
-                out = outs[module.path] = math.prod(result.shape[-axes:])
+            layout = _layout(context, self.layers, args, kwargs)
+            # A model may call a layer on arrays of its own choice (`layer.apply`), as tied heads do: no params of it.
+            if layout is not None and module.scope.is_mutable_collection("params"):
+                first = layouts.setdefault(module.path, layout)
+                if (first.kernel, first.kernel_axes) != (layout.kernel, layout.kernel_axes):
+                    mixed[dotted(module.path)] = " and ".join(
+                        f"{one.kernel} with outputs at {list(one.kernel_axes)}" for one in (first, layout)
+                    )
+                    return result
+                out = outs[module.path] = math.prod(result.shape[axis] for axis in layout.result)
                 size = parameter_size(self.config.variant, out)
                 for leaf, fill in (("road_theta", jnp.zeros), ("road_alpha", jnp.ones)):
                     module.scope.param(leaf, lambda _, fill=fill: fill((size,), jnp.float32))
@@ -72,7 +89,8 @@ class Road:
         traced = _trace(shapes, rng, args, kwargs)
         leaves = {p: leaf for p, leaf in flatten(nn.meta.unbox(traced["params"])).items() if p[-1] in _FILL}
         base = flatten(nn.meta.unbox(variables["params"]))
-        linear = [dotted(path[:-1]) for path in leaves if path[-1] == "road_theta"]
+        paths = {dotted(path[:-1]): path[:-1] for path in leaves}
+        linear = list(paths)
         chosen = select_modules(
             self.config,
             list(dict.fromkeys([*names, *linear])),
@@ -81,13 +99,20 @@ class Road:
             model_type=getattr(getattr(self.model, "config", None), "model_type", None),
         )
         for name in chosen:
-            path = tuple(name.split("."))
             if name not in linear:
-                raise AdapterError(f"{name}: expected a Dense, DenseGeneral or Einsum layer, found another module")
+                raise AdapterError(
+                    f"{name}: expected a Dense, DenseGeneral or Einsum layer, or a type that transform's layers "
+                    f"declare, found {names[name]}"
+                )
+            if name in mixed:
+                raise AdapterError(f"{name}: expected one kernel that is always used alike, found {mixed[name]}")
+            # A name may have dots in it, so it isn't to be split.
+            path = paths[name]
             check_group_size(outs[path], self.config.group_size, name)
             subspace_blocks(outs[path], self.config.subspace, name)
-            if (*path, "kernel") not in base:
-                raise AdapterError(f"{name}: expected a kernel in variables['params'], found none")
+            if (*path, layouts[path].kernel) not in base:
+                raise AdapterError(f"{name}: expected a {layouts[path].kernel} in variables['params'], found none")
+            self._seen[path] = layouts[path]
         adapter = {
             path: _FILL[path[-1]](rng, dotted(path), leaf.shape, self.config.init_weights)
             for path, leaf in sorted(leaves.items())
@@ -128,10 +153,10 @@ class Road:
 
         def turn(next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             module = context.module
-            axes = _output_axes(context)
-            if axes is None:
+            layout = _layout(context, self.layers, args, kwargs)
+            if layout is None:
                 return next_fn(*args, **kwargs)
-            kernel = module.scope.get_variable("params", "kernel")
+            kernel = module.scope.get_variable("params", layout.kernel)
             if isinstance(kernel, _quantize.QuantizedKernel):
                 if not isinstance(module, nn.Dense):
                     raise AdapterError(f"{dotted(module.path)}: expected a Dense layer for a quantised kernel")
@@ -141,26 +166,30 @@ class Road:
             if not module.scope.has_variable("params", "road_theta"):
                 return result
             used.add(module.path)
+            self._seen[module.path] = layout
             cosines, sines = (module.scope.get_variable("params", name) for name in ROAD_LEAVES)
             if adapter_ids is not None:
                 # [size, adapters] -> [batch, size]
                 cosines, sines = (jnp.take(table, adapter_ids, axis=-1).T for table in (cosines, sines))
-            shape, path = result.shape, dotted(module.path)
-            flat = result.reshape(*shape[: len(shape) - axes], math.prod(shape[-axes:])) if axes > 1 else result
             variant, group_size = self.config.variant, self.config.group_size
-            check_layer(path, cosines.shape[-1], flat.shape[-1], variant=variant, group_size=group_size)
-            sines, cosines = within(
-                sines, cosines, variant=variant, group_size=group_size, subspace=self.config.subspace
-            )
-            first, second = blocks(cosines, sines, variant=variant, group_size=group_size)
-            if adapter_ids is None:
-                return rotate_blocks(flat, first, second).reshape(shape)
-            if flat.ndim < 2 or len(flat) != len(adapter_ids):
-                raise AdapterError(
-                    f"{path}: expected an output with the {len(adapter_ids)} rows of adapter_ids first, "
-                    f"found shape {list(shape)}"
+
+            def rotate(flat: jax.Array) -> jax.Array:
+                path = dotted(module.path)
+                check_layer(path, cosines.shape[-1], flat.shape[-1], variant=variant, group_size=group_size)
+                sine, cosine = within(
+                    sines, cosines, variant=variant, group_size=group_size, subspace=self.config.subspace
                 )
-            return rotate_rows(flat, first, second).reshape(shape)
+                first, second = blocks(cosine, sine, variant=variant, group_size=group_size)
+                if adapter_ids is None:
+                    return rotate_blocks(flat, first, second)
+                if flat.ndim < 2 or len(flat) != len(adapter_ids):
+                    raise AdapterError(
+                        f"{path}: expected an output with the {len(adapter_ids)} rows of adapter_ids first, "
+                        f"found shape {list(result.shape)}"
+                    )
+                return rotate_rows(flat, first, second)
+
+            return along(result, layout.result, rotate)
 
         params = flatten(overlay(variables["params"], adapter))
         for path in expected:
@@ -177,7 +206,7 @@ class Road:
             raise AdapterError(f"adapter: expected every module to be used by a layer, found unused {listed}")
         return result
 
-    def merge(self, variables: Mapping[str, Any], adapter: Tree) -> dict[str, Any]:
+    def merge(self, variables: Mapping[str, Any], adapter: Tree, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Rotates kernels and biases themselves, so that the plain model gives what `apply` gave.
 
         Closed form, O(in · out) and in float32, rounded once to each kernel's dtype; no out × out matrix.
@@ -185,21 +214,26 @@ class Road:
         Args:
             variables: the model's variables.
             adapter: as `init` gives it.
+            *args: sample inputs of the model. They are only needed where neither `init` nor `apply` was called before
+                and a kernel doesn't show by its shape which of its axes are outputs: without them its last are taken.
+            **kwargs: more of them.
 
         Returns:
             Plain variables.
 
         Raises:
-            AdapterError: a part of the adapter has no layer or another layer's shape.
+            AdapterError: a part of the adapter has no layer or another layer's shape, or sample inputs are needed.
         """
-        return _merge.merge(variables, adapter, self.config)
+        return _merge.merge(variables, adapter, self.config, self._layouts(variables, adapter, args, kwargs))
 
-    def unmerge(self, variables: Mapping[str, Any], adapter: Tree) -> dict[str, Any]:
+    def unmerge(self, variables: Mapping[str, Any], adapter: Tree, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Undoes `merge` by the inverse of each 2x2 block, in float32, rounded once.
 
         Args:
             variables: merged variables.
             adapter: the adapter that was merged.
+            *args: as for `merge`.
+            **kwargs: as for `merge`.
 
         Returns:
             The base's variables, up to rounding in the kernels' dtype.
@@ -208,7 +242,21 @@ class Road:
             AdapterError: a block is singular (not found under ``jit``), the adapter holds whole modules, or it has
                 another layer's shape.
         """
-        return _merge.merge(variables, adapter, self.config, invert=True)
+        return _merge.merge(
+            variables, adapter, self.config, self._layouts(variables, adapter, args, kwargs), invert=True
+        )
+
+    def _layouts(self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any) -> dict[Path, Layout]:
+        """Of the adapter's layers, those that are known."""
+        paths = adapted_paths(adapter)
+        if args or kwargs:
+            flat = {path: leaf for path, leaf in flatten(adapter).items() if path[-1] in ROAD_LEAVES}
+            _trace(lambda _, args, kwargs: self.apply(variables, unflatten(flat), *args, **kwargs), None, args, kwargs)
+        elif self.layers and (unknown := [path for path in paths if path not in self._seen]):
+            raise AdapterError(
+                f"{dotted(unknown[0])}: expected sample inputs, to find the kernel of a declared layer type, found none"
+            )
+        return {path: self._seen[path] for path in paths if path in self._seen}
 
     def _saved(self, base: Mapping[Path, Any]) -> dict[Path, Any]:
         wanted = self.config.modules_to_save or ()
@@ -220,20 +268,27 @@ class Road:
         for name in wanted:
             if not any(dotted(path[:n]).endswith(name) for path in saved for n in range(1, len(path))):
                 raise AdapterError(f"RoadConfig.modules_to_save: expected modules of the params, found no {name!r}")
-        return saved
+        for path, leaf in saved.items():
+            if isinstance(leaf, _quantize.QuantizedKernel):
+                raise AdapterError(f"{dotted(path)}: expected plain params to train whole, found {leaf.kind} codes")
+        # A training step may give the adapter's buffers away, which must not be the base's.
+        return {path: jnp.copy(leaf) for path, leaf in saved.items()}
 
 
-def transform(model: nn.Module, config: RoadConfig) -> Road:
+def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = None) -> Road:
     """Makes the functions that train and run RoAd on a Linen model, in the style of Haiku and Optax.
 
     The model needs no change. ``nn.Dense``, ``nn.DenseGeneral`` and ``nn.Einsum`` are covered, plain or under
     ``nn.scan``, ``nn.remat`` and ``nn.vmap``; a layer with several output axes (heads × head_dim) is rotated over its
-    flattened output.
+    flattened output. What a subclass does with their result comes after the rotation.
 
     Args:
         model: a Linen module.
         config: which layers, and how. ``target_modules`` are matched against module paths joined by dots; a scanned
             stack's axis has no name in them.
+        layers: for layer types that aren't Flax's: from the type to a function of the module and what it is called
+            with, that returns the call's `Layout`, or None for a call that is no product with a kernel; e.g.
+            ``{Einsum: lambda module, equation, x: einsum_layout(equation, kernel="w")}``.
 
     Returns:
         `Road`: ``init``, ``apply``, ``merge`` and ``unmerge``.
@@ -250,42 +305,50 @@ def transform(model: nn.Module, config: RoadConfig) -> Road:
         >>> bool((road.apply(variables, adapter, jnp.ones((1, 32))) == model.apply(variables, jnp.ones((1, 32)))).all())
         True
     """
-    return Road(model, config)
+    return Road(model, config, layers or {})
 
 
-def _output_axes(context: nn.module.InterceptorContext) -> int | None:
-    """How many trailing axes of the result are the layer's outputs; None for what isn't a linear layer's call."""
-    module = context.module
+def _layout(context: nn.module.InterceptorContext, layers: Layouts, args: Any, kwargs: Any) -> Layout | None:
+    """How a linear layer's call lies; None for what isn't one."""
     if context.method_name != "__call__":
         return None
-    if isinstance(module, nn.Dense):
-        return 1
-    if isinstance(module, nn.DenseGeneral):
-        return None if module.batch_dims else len(_as_tuple(module.features))
-    if isinstance(module, nn.Einsum):
-        outputs = einsum_outputs(module.einsum_str or "")
-        return len(outputs) if outputs else None
+    for known in (layers, _FLAX):
+        for kind, layout in known.items():
+            # A subclass that calls its parent is met twice: the parent's own method is the product.
+            if isinstance(context.module, kind) and inspect.unwrap(context.orig_method.func) is inspect.unwrap(
+                kind.__call__
+            ):
+                return layout(context.module, *args, **kwargs)
     return None
 
 
-def einsum_outputs(einsum_str: str) -> str | None:
-    """Returns the axes of an einsum layer's result that come from its kernel, where they trail; else None."""
-    x, kernel, result = einsum_str.replace("->", ",").replace(" ", "").split(",")
-    outputs = "".join(axis for axis in result if axis in kernel and axis not in x)
-    return outputs if outputs and result.endswith(outputs) else None
+def _of_dense_general(module: nn.DenseGeneral, *_: Any, **__: Any) -> Layout | None:
+    outputs = len(_as_tuple(module.features))
+    return None if module.batch_dims else trailing(outputs, outputs + len(_as_tuple(module.axis)))
+
+
+def _of_einsum(module: nn.Einsum, _: Any, einsum_str: str | None = None) -> Layout | None:
+    return einsum_layout(einsum_str or module.einsum_str or "")
+
+
+_FLAX: Layouts = {
+    nn.Dense: lambda *_, **__: trailing(1, 2),
+    nn.DenseGeneral: _of_dense_general,
+    nn.Einsum: _of_einsum,
+}
 
 
 def _as_tuple(features: int | Collection[int]) -> tuple[int, ...]:
     return (features,) if isinstance(features, int) else tuple(features)
 
 
-def _trace(function: Callable, rng: jax.Array, args: Any, kwargs: Any) -> Any:
+def _trace(function: Callable, rng: jax.Array | None, args: Any, kwargs: Any) -> Any:
     """Like ``jax.eval_shape``, with inputs that aren't arrays (flags, names) left as they are."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
     arrays = [leaf for leaf, yes in zip(leaves, is_array, strict=True) if yes]
 
-    def call(rng: jax.Array, arrays: list) -> Any:
+    def call(rng: jax.Array | None, arrays: list) -> Any:
         rest = iter(arrays)
         args, kwargs = jax.tree.unflatten(
             tree, [next(rest) if yes else leaf for leaf, yes in zip(leaves, is_array, strict=True)]

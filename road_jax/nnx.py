@@ -1,8 +1,9 @@
 """RoAd on Flax NNX models: `wrap` puts the rotation on their linear layers."""
 
+import contextvars
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,10 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules, subspace_blocks
-from road_jax._rotate import coefficients, rotate_blocks
-from road_jax._transform import OUTPUT_HEADS, einsum_outputs
+from road_jax import _merge
+from road_jax._layout import Layout, Layouts, along, einsum_layout, trailing
+from road_jax._rotate import blocks, check_layer, polar, rotate_blocks, rotate_rows, within
+from road_jax._transform import OUTPUT_HEADS
+from road_jax._tree import ROAD_LEAVES, Tree, dotted, flatten, unflatten
 
-_COVERED = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+# Which adapter each row of the call under way gets; see `apply`.
+_ADAPTER_IDS: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("adapter_ids", default=None)
 
 
 class RoadParam(nnx.Variable):
@@ -25,6 +30,10 @@ class RoadParam(nnx.Variable):
     """
 
 
+class SavedParam(RoadParam):
+    """A param of ``config.modules_to_save``, trained whole beside θ and α."""
+
+
 class RoadLayer(nnx.Module):
     """A linear layer whose output is rotated; made by `wrap`.
 
@@ -34,7 +43,9 @@ class RoadLayer(nnx.Module):
         road_alpha: of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides the layer's outputs.
+        layout: where the base's outputs stand.
         subspace: which of the layer's blocks are rotated and trained; None is all of them.
+        merged: True while the rotation is in the base's kernel; see `merge`.
     """
 
     def __init__(
@@ -45,6 +56,7 @@ class RoadLayer(nnx.Module):
         *,
         variant: str,
         group_size: int,
+        layout: Layout,
         subspace: tuple[float, float] | None = None,
     ) -> None:
         self.base = base
@@ -52,22 +64,36 @@ class RoadLayer(nnx.Module):
         self.road_alpha = RoadParam(alpha)
         self.variant = variant
         self.group_size = group_size
+        self.layout = layout
         self.subspace = subspace
+        self.merged = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Calls the base and rotates its output, flattened over its output axes; the dtype stays."""
         y = self.base(*args, **kwargs)
-        out = math.prod(y.shape[-_output_axes(self.base) :])
-        first, second = coefficients(
-            self.road_theta[...],
-            self.road_alpha[...],
-            variant=self.variant,
-            group_size=self.group_size,
-            subspace=self.subspace,
-        )
-        return rotate_blocks(y.reshape(*y.shape[: y.ndim - _output_axes(self.base)], out), first, second).reshape(
-            y.shape
-        )
+        return y if self.merged else along(y, self.layout.result, self._rotate)
+
+    def _rotate(self, y: jax.Array) -> jax.Array:
+        cosines, sines = polar(self.road_theta[...], self.road_alpha[...])
+        ids = _ADAPTER_IDS.get()
+        if ids is not None:
+            if y.ndim < 2 or len(y) != len(ids) or cosines.ndim != 2:
+                raise AdapterError(
+                    f"adapter_ids: expected several adapters (set_adapter of stack_adapters) and outputs with the "
+                    f"{len(ids)} rows first, found theta {list(self.road_theta.shape)} and outputs {list(y.shape)}"
+                )
+            # [size, adapters] -> [batch, size]
+            cosines, sines = (jnp.take(table, ids, axis=-1).T for table in (cosines, sines))
+        elif cosines.ndim != 1:
+            raise AdapterError(
+                f"road_theta: expected one axis where the layer is called without adapter_ids, "
+                f"found shape {list(self.road_theta.shape)}"
+            )
+        check_layer("nnx", cosines.shape[-1], y.shape[-1], variant=self.variant, group_size=self.group_size)
+        how: Any = {"variant": self.variant, "group_size": self.group_size}
+        sines, cosines = within(sines, cosines, **how, subspace=self.subspace)
+        first, second = blocks(cosines, sines, **how)
+        return rotate_blocks(y, first, second) if ids is None else rotate_rows(y, first, second)
 
     def __getattr__(self, name: str) -> Any:
         # A model may ask its layer for in_features, dtype and the like.
@@ -76,16 +102,20 @@ class RoadLayer(nnx.Module):
         return getattr(self.base, name)
 
 
-def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None) -> Any:
+def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None, layers: Layouts | None = None) -> Any:
     """Returns a model whose targeted layers are rotated; the given one stays as it is.
 
-    The two share the base's Variables. Layers that stand in several places stay one layer. Layers built by
+    The two share the base's Variables, but for those of ``config.modules_to_save``, of which it gets copies that are
+    trained whole (`SavedParam`). Layers that stand in several places stay one layer. Layers built by
     ``nnx.vmap`` (a leading axis on their kernels) get θ and α with the same leading axes.
 
     Args:
         model: any NNX module with ``nnx.Linear``, ``nnx.LinearGeneral`` or ``nnx.Einsum`` in it.
         config: which of them; paths are attribute names and list indices joined by dots.
         rngs: needed where ``config.init_weights`` is False.
+        layers: for layer types that aren't Flax's: from the type to a function of the layer that returns its
+            `road_jax.Layout`; e.g. ``{Einsum: lambda layer: einsum_layout(layer.einsum_str, kernel="w")}``. It goes
+            before Flax's own types, and for a subclass of one whose ``__call__`` isn't its parent's.
 
     Raises:
         AdapterError: no layer matches, a match is no linear layer or the group size doesn't divide its outputs.
@@ -99,7 +129,8 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None)
         (32,)
     """
     modules = dict(_modules(model))
-    linear = [name for name, node in modules.items() if isinstance(node, _COVERED)]
+    known = {name: layout for name, node in modules.items() if (layout := _layout(node, layers or {})) is not None}
+    linear = list(known)
     chosen = select_modules(
         config,
         list(modules),
@@ -108,70 +139,271 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None)
         model_type=getattr(getattr(model, "config", None), "model_type", None),
     )
     for name in chosen:
-        if name not in linear:
-            kind = type(modules[name]).__name__
-            raise AdapterError(f"{name}: expected nnx.Linear, nnx.LinearGeneral or nnx.Einsum, found {kind}")
+        if name not in known:
+            raise AdapterError(
+                f"{name}: expected nnx.Linear, nnx.LinearGeneral or nnx.Einsum, or a type that wrap's layers declare, "
+                f"found {type(modules[name]).__name__}"
+            )
     if not config.init_weights and rngs is None:
         raise AdapterError("wrap: expected rngs beside init_weights=False, found none")
     key = None if config.init_weights or rngs is None else rngs.params()
     # A layer that stands in two places has two names, and is met by one of them; the first chosen is its own.
-    layers = {id(modules[name]): name for name in reversed(chosen)}
-    names = {name: layers[id(node)] for name, node in modules.items() if id(node) in layers}
+    first = {id(modules[name]): name for name in reversed(chosen)}
+    names = {name: first[id(node)] for name, node in modules.items() if id(node) in first}
+    saved = _saved(modules, config)
 
     def adapt(path: tuple, node: Any) -> Any:
+        _replace_params(node, lambda variable: saved.get(id(variable), variable))
         name = ".".join(map(str, path))
-        return _adapted(node, names[name], config, key) if name in names and isinstance(node, _COVERED) else node
+        if name not in names or not isinstance(node, nnx.Module):
+            return node
+        return _adapted(node, names[name], known[names[name]], config, key)
 
     return nnx.recursive_map(adapt, model)
 
 
 def unwrap(model: nnx.Module) -> Any:
-    """Returns the model without the rotation: the layers that `wrap` was given."""
-    return nnx.recursive_map(lambda _, node: node.base if isinstance(node, RoadLayer) else node, model)
+    """Returns the model without the rotation: the layers that `wrap` was given, merged if they are.
+
+    Modules that were trained whole (``config.modules_to_save``) stay as they were trained.
+    """
+
+    def strip(_: tuple, node: Any) -> Any:
+        _replace_params(node, lambda v: nnx.Param(v[...]) if isinstance(v, SavedParam) else v)
+        return node.base if isinstance(node, RoadLayer) else node
+
+    return nnx.recursive_map(strip, model)
 
 
-def _adapted(node: Any, name: str, config: RoadConfig, key: jax.Array | None) -> RoadLayer:
-    sizes = node.kernel[...].shape
-    axes = _output_axes(node)
-    inputs = _kernel_axes(node) - axes
-    stack, outs = sizes[: len(sizes) - inputs - axes], _output_shape(node)
-    out = math.prod(outs)
+def apply(model: nnx.Module, *args: Any, adapter_ids: jax.Array | None = None, **kwargs: Any) -> Any:
+    """Calls a wrapped model that holds several adapters, each row of the batch with its own.
+
+    Call it inside ``nnx.jit`` with the ids as an argument: any mix is the same program. Scans and vmapped stacks of
+    layers pass the ids on; a ``nnx.vmap`` over the batch itself doesn't.
+
+    Args:
+        model: as `wrap` gives it, with adapters that `set_adapter` laid in from `road_jax.stack_adapters`.
+        *args: the model's inputs.
+        adapter_ids: int32 ``[batch]``, which adapter each row gets, counted from 1; 0 for none.
+        **kwargs: passed to the model.
+
+    Returns:
+        What the model returns.
+
+    Raises:
+        AdapterError: a layer's outputs don't have the batch's rows first, or the model holds one adapter.
+    """
+    token = _ADAPTER_IDS.set(adapter_ids)
+    try:
+        return model(*args, **kwargs)
+    finally:
+        _ADAPTER_IDS.reset(token)
+
+
+def get_adapter(model: nnx.Module) -> Tree:
+    """Returns a wrapped model's adapter in the form that `road_jax.save_adapter` and `stack_adapters` take.
+
+    Returns:
+        A nested dict by attribute names and list indices, with ``road_theta`` and ``road_alpha`` where a rotated layer
+        stands, and the params of modules that were trained whole.
+    """
+    return unflatten({path: variable[...] for path, variable in _trained(model).items()})
+
+
+def set_adapter(model: nnx.Module, adapter: Tree) -> None:
+    """Lays an adapter into a wrapped model, in place.
+
+    Args:
+        model: as `wrap` gives it.
+        adapter: as `get_adapter` gives it or `road_jax.load_adapter` read it; or several of them, from
+            `road_jax.stack_adapters`, for `apply`.
+
+    Raises:
+        AdapterError: the two don't have the same modules or shapes, or the model is merged.
+    """
+    layers = _layers(model)
+    _expect_unmerged(layers)
+    held, given = _trained(model), flatten(adapter)
+    lacking, spare = (sorted(map(dotted, a.keys() - b.keys())) for a, b in ((held, given), (given, held)))
+    if lacking or spare:
+        raise AdapterError(
+            f"set_adapter: expected the model's modules, found no {', '.join(lacking[:3]) or '—'} "
+            f"but {', '.join(spare[:3]) or 'nothing'} besides"
+        )
+    # One axis more, the last, where adapters are stacked. The model may hold some already.
+    for path, leaf in given.items():
+        expected = _one_shape(layers[path[:-1]]) if path[-1] in ROAD_LEAVES else held[path].shape
+        if leaf.shape != expected and (path[-1] not in ROAD_LEAVES or leaf.shape[:-1] != expected):
+            raise AdapterError(f"{dotted(path)}: expected shape {list(expected)}, found {list(leaf.shape)}")
+    for path, leaf in given.items():
+        held[path].set_value(jnp.asarray(leaf))
+
+
+def merge(model: nnx.Module) -> None:
+    """Rotates the kernels and biases of a wrapped model themselves, in place, so that its layers need no rotation.
+
+    Closed form, in float32, rounded once to each kernel's dtype. θ and α stay for `unmerge`; `unwrap` then gives the
+    plain merged model. Whatever shares the base's Variables, such as the model that `wrap` was given, is merged too.
+
+    Raises:
+        AdapterError: the model is merged or holds several adapters, or a kernel is also used by something else, which
+            would turn with it. Nothing is changed then.
+    """
+    _merge_in_place(model, invert=False)
+
+
+def unmerge(model: nnx.Module) -> None:
+    """Undoes `merge` by the inverse of each 2x2 block, in place and up to rounding.
+
+    Raises:
+        AdapterError: the model isn't merged, or a block is singular. Nothing is changed then.
+    """
+    _merge_in_place(model, invert=True)
+
+
+def _merge_in_place(model: nnx.Module, *, invert: bool) -> None:
+    layers = _layers(model)
+    if not invert:
+        _expect_unmerged(layers)
+    users: dict[int, list[str]] = {}
+    for name, module in {id(module): (name, module) for name, module in _modules(model)}.values():
+        for variable in vars(module).values():
+            if isinstance(variable, nnx.Variable):
+                users.setdefault(id(variable), []).append(name.removesuffix(".base"))
+    for path, layer in layers.items():
+        theta, alpha = layer.road_theta[...], layer.road_alpha[...]
+        if invert and not layer.merged:
+            raise AdapterError(f"{dotted(path)}: expected a merged layer, found one that isn't")
+        if theta.shape != _one_shape(layer):
+            raise AdapterError(f"{dotted(path)}: expected one adapter to merge, found theta {list(theta.shape)}")
+        for variable in (variable for variable, _ in _arrays(layer)):
+            if len(others := users[id(variable)]) > 1:
+                raise AdapterError(
+                    f"{dotted(path)}: expected params of its own to merge into, found {others} share one"
+                )
+        if invert:
+            _merge.check_invertible(dotted(path), theta, alpha, _config(layer))
+    for path, layer in layers.items():
+        theta, alpha = layer.road_theta[...], layer.road_alpha[...]
+        for variable, axes in _arrays(layer):
+            rotated = _merge.rotate_outputs(
+                dotted(path), variable[...], theta, alpha, _config(layer), axes, invert=invert
+            )
+            variable.set_value(rotated)
+        layer.merged = not invert
+
+
+def _expect_unmerged(layers: dict[tuple[str, ...], RoadLayer]) -> None:
+    if merged := [dotted(path) for path, layer in layers.items() if layer.merged]:
+        raise AdapterError(f"{merged[0]}: expected a layer that isn't merged, found a merged one (unmerge first)")
+
+
+def _config(layer: RoadLayer) -> RoadConfig:
+    return RoadConfig(variant=layer.variant, group_size=layer.group_size, subspace=layer.subspace)
+
+
+def _arrays(layer: RoadLayer) -> list[tuple[nnx.Variable, tuple[int, ...]]]:
+    """A layer's kernel and bias, and which of their axes are its outputs."""
+    layout = layer.layout
+    bias = getattr(layer.base, layout.bias, None)
+    arrays = [(getattr(layer.base, layout.kernel), layout.kernel_axes)]
+    return [*arrays, (bias, layout.bias_axes)] if isinstance(bias, nnx.Variable) else arrays
+
+
+def _one_shape(layer: RoadLayer) -> tuple[int, ...]:
+    """Of θ of one adapter."""
+    kernel = getattr(layer.base, layer.layout.kernel)
+    out = math.prod(kernel.shape[axis] for axis in layer.layout.kernel_axes)
+    return (*kernel.shape[: len(kernel.shape) - layer.layout.ndim], parameter_size(layer.variant, out))
+
+
+def _layers(model: nnx.Module) -> dict[tuple[str, ...], RoadLayer]:
+    """A wrapped model's rotated layers, each by its first name."""
+    found: dict[int, tuple[str, RoadLayer]] = {}
+    for name, module in _modules(model):
+        if isinstance(module, RoadLayer):
+            found.setdefault(id(module), (name, module))
+    if not found:
+        raise AdapterError("model: expected layers that wrap has adapted, found none")
+    return {tuple(name.split(".")): layer for name, layer in found.values()}
+
+
+def _trained(model: nnx.Module) -> dict[tuple[str, ...], nnx.Variable]:
+    """θ, α and saved params by their paths, each once."""
+    found: dict[tuple[str, ...], nnx.Variable] = {}
+    for path, layer in _layers(model).items():
+        found |= {(*path, name): getattr(layer, name) for name in ROAD_LEAVES}
+    saved = ((path, v) for path, v in nnx.iter_graph(model) if isinstance(v, SavedParam))
+    return found | {tuple(map(str, path)): variable for path, variable in saved}
+
+
+def _saved(modules: dict[str, nnx.Module], config: RoadConfig) -> dict[int, SavedParam]:
+    """Copies of the params of ``modules_to_save``, by the ids of what they are copies of."""
+    copies: dict[int, SavedParam] = {}
+    for wanted in config.modules_to_save or ():
+        chosen = [module for name, module in modules.items() if name.endswith(wanted)]
+        nodes = [node for module in chosen for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)]
+        params = [v for node in nodes for v in vars(node).values() if isinstance(v, nnx.Param)]
+        if not params:
+            raise AdapterError(f"RoadConfig.modules_to_save: expected modules with params, found no {wanted!r}")
+        copies |= {id(v): SavedParam(jnp.copy(v[...])) for v in params if id(v) not in copies}
+    return copies
+
+
+def _replace_params(node: Any, function: Callable[[nnx.Variable], nnx.Variable]) -> None:
+    """Exchanges a module's own Variables, which ``nnx.recursive_map`` would overwrite instead."""
+    for name, variable in list(vars(node).items()) if isinstance(node, nnx.Module) else ():
+        if isinstance(variable, nnx.Variable) and (new := function(variable)) is not variable:
+            setattr(node, name, new)
+
+
+def _adapted(node: Any, name: str, layout: Layout, config: RoadConfig, key: jax.Array | None) -> RoadLayer:
+    sizes = getattr(node, layout.kernel).shape
+    if len(sizes) < layout.ndim:
+        raise AdapterError(f"{name}: expected a {layout.kernel} of {layout.ndim} axes, found shape {list(sizes)}")
+    out = math.prod(sizes[axis] for axis in layout.kernel_axes)
+    declared = getattr(node, "out_features", out)
+    if math.prod((declared,) if isinstance(declared, int) else declared) != out:
+        raise AdapterError(f"{name}: expected stack axes first, found a {layout.kernel} of shape {list(sizes)}")
     check_group_size(out, config.group_size, name)
     subspace_blocks(out, config.subspace, name)
-    shape = (*stack, parameter_size(config.variant, out))
+    shape = (*sizes[: len(sizes) - layout.ndim], parameter_size(config.variant, out))
     theta, alpha = jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32)
     if key is not None:
         path_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         noise = 0.5 * jax.random.normal(path_key, (2, *shape), jnp.float32)
         theta, alpha = theta + noise[0], alpha + noise[1]
-    return RoadLayer(node, theta, alpha, variant=config.variant, group_size=config.group_size, subspace=config.subspace)
+    return RoadLayer(
+        node,
+        theta,
+        alpha,
+        variant=config.variant,
+        group_size=config.group_size,
+        layout=layout,
+        subspace=config.subspace,
+    )
 
 
-def _output_axes(layer: Any) -> int:
-    return len(_output_shape(layer))
+def _layout(node: nnx.Module, layers: Layouts) -> Layout | None:
+    """How a linear layer's arrays lie; None for what isn't one."""
+    for known in (layers, _FLAX):
+        for kind, layout in known.items():
+            # What a subclass's own call does is not known.
+            if isinstance(node, kind) and type(node).__call__ is kind.__call__:
+                return layout(node)
+    return None
 
 
-def _output_shape(layer: Any) -> tuple[int, ...]:
-    if isinstance(layer, nnx.Linear):
-        return (layer.out_features,)
-    if isinstance(layer, nnx.LinearGeneral):
-        features = layer.out_features
-        return (features,) if isinstance(features, int) else tuple(features)
-    outputs = einsum_outputs(layer.einsum_str)
-    if outputs is None:
-        raise AdapterError(f"nnx.Einsum: expected outputs that trail the result, found {layer.einsum_str!r}")
-    kernel = layer.einsum_str.replace(" ", "").partition("->")[0].split(",")[1]
-    return tuple(layer.kernel_shape[kernel.index(axis)] for axis in outputs)
+def _of_linear_general(layer: nnx.LinearGeneral) -> Layout:
+    ins, outs = (1 if isinstance(n, int) else len(n) for n in (layer.in_features, layer.out_features))
+    return trailing(outs, ins + outs + len(layer.batch_axis or {}))
 
 
-def _kernel_axes(layer: Any) -> int:
-    """How many axes the kernel of one layer has, stack axes not counted."""
-    if isinstance(layer, nnx.Linear):
-        return 2
-    if isinstance(layer, nnx.Einsum):
-        return len(layer.kernel_shape)
-    ins = (layer.in_features,) if isinstance(layer.in_features, int) else tuple(layer.in_features)
-    return len(ins) + len(_output_shape(layer)) + len(layer.batch_axis or {})
+_FLAX: Layouts = {
+    nnx.Linear: lambda _: trailing(1, 2),
+    nnx.LinearGeneral: _of_linear_general,
+    nnx.Einsum: lambda layer: einsum_layout(layer.einsum_str),
+}
 
 
 def _modules(model: nnx.Module, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, nnx.Module]]:

@@ -1,5 +1,7 @@
 """Layers and lifts that a Flax model may use: each adapted as the same layers written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import linen as nn
 
 import road_core
 import road_jax
-from road_core import RoadConfig
+from road_core import AdapterError, RoadConfig
 
 GROUP = 8
 
@@ -223,5 +225,184 @@ def test_a_tied_head_stays_as_it_is():
 
 
 def test_a_layer_named_in_vain_is_told(x):
-    with pytest.raises(road_core.AdapterError, match="nearest: "):
+    with pytest.raises(AdapterError, match="nearest: "):
         adapt(Twice(), x, target_modules=["sharde"])
+
+
+class Mixed(nn.Module):
+    """Einsums whose outputs don't come last: in the kernel, or in the result."""
+
+    @nn.compact
+    def __call__(self, x):
+        heads = nn.Einsum((4, 32, 8), "btd,hdk->bthk", name="heads")(x)
+        pair = nn.Einsum((2, 4, 32, 8), "btd,chdk->cbthk", name="pair")(x)
+        return nn.Einsum((32, 32), "...d,od->...o", name="out")((heads + pair[0] * pair[1]).reshape(x.shape))
+
+
+def test_einsums_with_outputs_anywhere(x):
+    road, variables, adapter = adapt(Mixed(), x)
+    found = check_merge(road, variables, adapter, x)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
+    heads = turn(np.einsum("btd,hdk->bthk", x, p["heads"]["kernel"]) + p["heads"]["bias"], adapter["heads"], 2)
+    # Paired in the order of the result's axes: c, h, k.
+    pair = np.einsum("btd,chdk->btchk", x, p["pair"]["kernel"]) + p["pair"]["bias"]
+    pair = turn(pair, adapter["pair"], 3)
+    mixed = (heads + pair[:, :, 0] * pair[:, :, 1]).reshape(x.shape)
+    expected = turn(mixed @ p["out"]["kernel"].T + p["out"]["bias"], adapter["out"])
+    assert_close(found, expected, "float32")
+
+
+@pytest.mark.parametrize(("equation", "shape"), [("btd,hdk->bthk", (4, 32, 8)), ("btd,hkd->bthk", (4, 8, 32))])
+def test_a_kernel_that_does_not_show_its_outputs_is_not_guessed(equation, shape, x):
+    model = nn.Einsum(shape, equation)
+    road, variables, adapter = adapt(nn.Sequential([model]), x)
+    merged = road.merge(variables, adapter)
+    fresh = road_jax.transform(road.model, road.config)
+    with pytest.raises(AdapterError, match=r"layers_0\.kernel: expected sample inputs of the model, to find"):
+        fresh.merge(variables, adapter)
+    found = fresh.merge(variables, adapter, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class DenseRelu(nn.Dense):
+    """A layer made of Flax's own: what it does with the product comes after the rotation."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(super().__call__(x))
+
+
+def test_a_subclass_is_rotated_once_where_its_product_is(x):
+    road, variables, adapter = adapt(nn.Sequential([DenseRelu(64)]), x)
+    found = check_merge(road, variables, adapter, x)
+    p = variables["params"]["layers_0"]
+    y = np.asarray(x, np.float64) @ np.asarray(p["kernel"], np.float64) + np.asarray(p["bias"], np.float64)
+    assert_close(found, np.maximum(turn(y, adapter["layers_0"]), 0), "float32")
+
+
+class Backwards(nn.Module):
+    """A layer that isn't Flax's: its weight has other names and its outputs first."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.normal(0.2), (64, x.shape[-1]))
+        return x @ w.T + self.param("b", nn.initializers.ones, (64,)).reshape(1, 1, 64)
+
+
+def checked(method):
+    """A decorator such as libraries put on their calls, for types or names."""
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        return method(*args, **kwargs)
+
+    return call
+
+
+class Decorated(nn.Module):
+    @nn.compact
+    @checked
+    def __call__(self, x):
+        return x @ self.param("w", nn.initializers.normal(0.2), (x.shape[-1], 64))
+
+
+class Own(nn.Module):
+    """A head that calls a layer on an array of its own choice, which is no param of that layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = Decorated(name="up.0")(x)
+        table = self.param("table", nn.initializers.normal(0.2), (64, 16))
+        return nn.Dense(16, use_bias=False, parent=None).apply({"params": {"kernel": table}}, y)
+
+
+def test_what_libraries_do(x):
+    """Decorated calls, dots in names, layers called by `apply`."""
+    config = RoadConfig(target_modules="all-linear", group_size=GROUP)
+    layers = {Decorated: lambda *_: road_jax.Layout(kernel="w")}
+    road = road_jax.transform(Own(), config, layers=layers)
+    variables = road.model.init(jax.random.key(0), x)
+    adapter = filled(road.init(jax.random.key(1), variables, x))
+    assert list(adapter) == ["up.0"]
+    found = check_merge(road, variables, adapter, x)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
+    assert_close(found, turn(np.asarray(x) @ p["up.0"]["w"], adapter["up.0"]) @ p["table"], "float32")
+
+
+class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        first = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return first(name="blocks")(x, None)[0]
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(32, name="down")(jnp.tanh(Backwards(name="up")(x))), None
+
+
+@pytest.mark.parametrize("ids", [None, [1, 0]])
+def test_a_layer_type_that_is_declared(x, ids):
+    layout = road_jax.Layout(kernel_axes=(0,), kernel="w", bias="b")
+    model, config = Stacked(), RoadConfig(target_modules="all-linear", group_size=GROUP)
+    road = road_jax.transform(model, config, layers={Backwards: lambda module, x: layout})
+    variables = model.init(jax.random.key(0), x)
+    adapter = filled(road.init(jax.random.key(1), variables, x))
+    assert adapter["blocks"]["up"]["road_theta"].shape == (2, 32)
+    if ids is None:
+        found = check_merge(road, variables, adapter, x)
+        back = road.unmerge(road.merge(variables, adapter), adapter)
+        up = back["params"]["blocks"]["up"]
+        assert_close(up["w"], variables["params"]["blocks"]["up"]["w"], "float32")
+    else:
+        several = road_jax.stack_adapters([adapter])
+        found = road.apply(variables, several, x, adapter_ids=jnp.asarray(ids))
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["blocks"])
+    y = np.asarray(x, np.float64)
+    for i in range(2):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], (p, adapter["blocks"]))
+        up = turn(y @ layer[0]["up"]["w"].T + layer[0]["up"]["b"], layer[1]["up"])
+        y = y + turn(np.tanh(up) @ layer[0]["down"]["kernel"] + layer[0]["down"]["bias"], layer[1]["down"])
+    if ids is not None:
+        y[1] = model.apply(variables, x)[1]
+    assert_close(found, y, "float32")
+
+
+class Shared(nn.Module):
+    """Two layers that keep their kernels in one scope."""
+
+    @nn.compact
+    def __call__(self, x):
+        for name in ("up", "down"):
+            layer = Named(name)
+            nn.share_scope(self, layer)
+            x = layer(x)
+        return x
+
+
+class Named(nn.Module):
+    kernel: str
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param(self.kernel, nn.initializers.normal(), (32, 32))
+
+
+def test_layer_types_that_can_not_be_adapted_are_refused(x):
+    config = RoadConfig(target_modules=["layers_0"], group_size=GROUP)
+    model = nn.Sequential([Backwards()])
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(AdapterError, match=r"layers_0: expected a Dense, .* that transform's layers declare, found Ba"):
+        road_jax.transform(model, config).init(jax.random.key(0), variables, x)
+    layers = {Backwards: lambda *_: road_jax.Layout(kernel_axes=(0,), kernel="w", bias="b")}
+    adapter = road_jax.transform(model, config, layers=layers).init(jax.random.key(0), variables, x)
+    with pytest.raises(AdapterError, match="layers_0: expected sample inputs"):
+        road_jax.transform(model, config, layers=layers).merge(variables, adapter)
+
+    model = nn.Sequential([Shared()])
+    layers = {Named: lambda module, x: road_jax.Layout(kernel=module.kernel)}
+    road = road_jax.transform(model, config, layers=layers)
+    with pytest.raises(AdapterError, match="layers_0: expected one kernel that is always used alike, found up with ou"):
+        road.init(jax.random.key(0), model.init(jax.random.key(0), x), x)

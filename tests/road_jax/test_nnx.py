@@ -135,6 +135,174 @@ def test_split_and_merge(x):
     np.testing.assert_array_equal(nnx.merge(structure, adapter, rest)(x), adapted(x))
 
 
+def small(**fields):
+    """Two layers of two types under a scan, with an output head."""
+
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return Block(rngs)
+
+    class Small(nnx.Module):
+        def __init__(self):
+            self.blocks = make(nnx.Rngs(0))
+            self.head = nnx.Linear(16, 6, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+            def run(block, x):
+                return block(x)
+
+            return self.head(run(self.blocks, x))
+
+    model = Small()
+    config = RoadConfig(**{"target_modules": ["heads", "out"], "group_size": 8, **fields})
+    return model, set_values(wrap(model, config)), config
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        # Outputs stand first in the kernel.
+        self.heads = nnx.Einsum("btd,hkd->bthk", (4, 8, 16), (4, 8), rngs=rngs)
+        self.out = nnx.LinearGeneral((4, 8), 16, axis=(-2, -1), rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.out(jnp.tanh(self.heads(x)))
+
+
+@pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
+def test_merge_in_place_and_back(variant, x):
+    model, adapted, _ = small(variant=variant)
+    base, before = model(x), jax.tree.map(jnp.copy, nnx.state(model))
+    turned = adapted(x)
+    road_jax.nnx.merge(adapted)
+    assert_close(adapted(x), turned, "float32", moved_from=base)
+    # The model that was wrapped shares the kernels.
+    assert_close(model(x), turned, "float32")
+    assert_close(unwrap(adapted)(x), turned, "float32")
+    with pytest.raises(AdapterError, match=r"blocks\.heads: expected a layer that isn't merged"):
+        road_jax.nnx.merge(adapted)
+    road_jax.nnx.unmerge(adapted)
+    for found, expected in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(before), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert_close(adapted(x), turned, "float32")
+    with pytest.raises(AdapterError, match="expected a merged layer"):
+        road_jax.nnx.unmerge(adapted)
+
+
+def test_rows_with_their_own_adapters(x):
+    model, adapted, _ = small()
+    a = road_jax.nnx.get_adapter(adapted)
+    b = jax.tree.map(lambda leaf: 1.5 * leaf - 0.2, a)
+    x = jnp.asarray(named_values("x", 4, 3, 16))
+    base, with_a = model(x), adapted(x)
+    road_jax.nnx.set_adapter(adapted, b)
+    with_b = adapted(x)
+    road_jax.nnx.set_adapter(adapted, road_jax.stack_adapters([a, b]))
+    traces = []
+
+    @nnx.jit
+    def run(model, x, ids):
+        traces.append(1)
+        return road_jax.nnx.apply(model, x, adapter_ids=ids)
+
+    for ids in ([1, 0, 2, 1], [2, 2, 0, 1]):
+        expected = jnp.stack([(base, with_a, with_b)[number][row] for row, number in enumerate(ids)])
+        assert_close(run(adapted, x, jnp.asarray(ids)), expected, "float32", moved_from=base)
+    assert len(traces) == 1
+    with pytest.raises(AdapterError, match=r"found theta .* and outputs"):
+        road_jax.nnx.apply(adapted, x, adapter_ids=jnp.asarray([1, 0]))
+    with pytest.raises(AdapterError, match="called without adapter_ids"):
+        adapted(x)
+    with pytest.raises(AdapterError, match=r"blocks\.heads: expected one adapter to merge"):
+        road_jax.nnx.merge(adapted)
+    road_jax.nnx.set_adapter(adapted, a)
+    np.testing.assert_array_equal(adapted(x), with_a)
+
+
+def test_save_and_load(x, tmp_path):
+    model, adapted, config = small(modules_to_save=["head"])
+    adapter = road_jax.nnx.get_adapter(adapted)
+    assert adapter["head"]["kernel"].shape == (16, 6)
+    road_jax.save_adapter(tmp_path / "a", adapter, config)
+    loaded, config = road_jax.load_adapter(tmp_path / "a")
+    again = wrap(model, config)
+    road_jax.nnx.set_adapter(again, loaded)
+    np.testing.assert_array_equal(again(x), adapted(x))
+    with pytest.raises(AdapterError, match=r"found no head\.bias, head\.kernel but tail\.bias besides"):
+        road_jax.nnx.set_adapter(again, {"blocks": loaded["blocks"], "tail": {"bias": jnp.ones(3)}})
+    with pytest.raises(AdapterError, match=r"blocks\.heads\.road_alpha: expected shape \[2, 16\], found \[3, 16\]"):
+        road_jax.nnx.set_adapter(again, jax.tree.map(lambda leaf: jnp.ones((3, *leaf.shape[1:])), loaded))
+
+
+@pytest.mark.steps_optax
+def test_saved_modules_are_trained_whole(x):
+    model, adapted, _ = small(modules_to_save=["head"])
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    optimizer = nnx.Optimizer(adapted, optax.adam(1e-2), wrt=RoadParam)
+    gradients = nnx.grad(lambda model: jnp.sum(jnp.square(model(x))), argnums=nnx.DiffState(0, RoadParam))(adapted)
+    optimizer.update(adapted, gradients)
+    assert float(jnp.abs(adapted.head.kernel[...] - model.head.kernel[...]).min()) > 1e-3
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(model), before)
+    assert jax.tree.all(same)
+    plain = unwrap(adapted)
+    assert isinstance(plain.head.kernel, nnx.Param)
+    assert not isinstance(plain.head.kernel, RoadParam)
+    np.testing.assert_array_equal(plain.head.kernel[...], adapted.head.kernel[...])
+    with pytest.raises(AdapterError, match="found no 'tail'"):
+        wrap(model, RoadConfig(target_modules=["out"], group_size=8, modules_to_save=["tail"]))
+
+
+def test_a_kernel_that_two_layers_share_is_not_merged(x):
+    model = Net(nnx.Rngs(0))
+    model.layers[1].kernel = model.layers[0].kernel
+    adapted = set_values(wrap(model, RoadConfig(target_modules=["first", "layers.0"], group_size=8)))
+    before = jnp.copy(model.first.kernel[...])
+    with pytest.raises(AdapterError, match=r"layers\.0: expected params of its own .* 'layers\.1'\] share one"):
+        road_jax.nnx.merge(adapted)
+    np.testing.assert_array_equal(model.first.kernel[...], before)
+    # One layer in two places has one kernel of its own.
+    adapted = set_values(wrap(model, RoadConfig(target_modules=["first"], group_size=8)))
+    turned = adapted(x)
+    road_jax.nnx.merge(adapted)
+    assert_close(adapted(x), turned, "float32")
+
+
+class Tanh(nnx.Linear):
+    """A layer that does more than its parent."""
+
+    def __call__(self, x):
+        return jnp.tanh(super().__call__(x))
+
+
+class Backwards(nnx.Module):
+    """A layer that isn't Flax's."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.asarray(named_values("w", 64, 16)))
+
+    def __call__(self, x):
+        return x @ self.w[...].T
+
+
+def test_layer_types_that_are_not_flaxs(x):
+    config = RoadConfig(target_modules=["layers.0"], group_size=8)
+    with pytest.raises(
+        AdapterError, match=r"layers\.0: expected nnx\.Linear, .* that wrap's layers declare, found Tanh"
+    ):
+        wrap(nnx.Sequential(Tanh(16, 64, rngs=nnx.Rngs(0))), config)
+    model = nnx.Sequential(Backwards())
+    layers = {Backwards: lambda _: road_jax.Layout(kernel_axes=(0,), kernel="w")}
+    adapted = set_values(wrap(model, config, layers=layers))
+    layer = adapted.layers[0]
+    bare = np.asarray(model(x))
+    theta, alpha = layer.road_theta[...], layer.road_alpha[...]
+    expected = road_core.rotate(bare, theta, alpha, variant="road_1", group_size=8)
+    assert_close(adapted(x), expected, "float32", moved_from=bare)
+    road_jax.nnx.merge(adapted)
+    assert_close(unwrap(adapted)(x), expected, "float32")
+
+
 def test_what_does_not_fit_is_refused():
     model = Net(nnx.Rngs(0))
     with pytest.raises(AdapterError, match="nearest: first"):
@@ -142,7 +310,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(AdapterError, match="first: expected a number of outputs that group_size 48 divides, found 64"):
         wrap(model, RoadConfig(target_modules=["first"], group_size=48))
     with pytest.raises(
-        AdapterError, match=r"attention: expected nnx\.Linear, nnx\.LinearGeneral or nnx\.Einsum, found Multi"
+        AdapterError, match=r"attention: expected nnx\.Linear, nnx\.LinearGeneral or nnx\.Einsum, .* found Multi"
     ):
         wrap(model, RoadConfig(target_modules=["attention"]))
     with pytest.raises(AdapterError, match="expected rngs"):

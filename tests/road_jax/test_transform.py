@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,6 +252,35 @@ def test_modules_to_save_ride_along(x, loop):
     assert_close(road.model.apply(road.merge(variables, adapter), x), expected, "float32")
     with pytest.raises(AdapterError, match="lm_head"):
         road.unmerge(variables, adapter)
+
+
+def test_a_saved_module_is_trained_beside_the_rotation(x, loop):
+    """Also by a step that takes the adapter's buffers over: they aren't the base's."""
+    road, variables, _ = loop
+    config = RoadConfig(target_modules=["up"], group_size=8, modules_to_save=["lm_head"])
+    road = road_jax.transform(road.model, config)
+    adapter = road.init(jax.random.key(1), variables, x)
+    before = jax.device_get(variables)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(adapter):
+        def loss(adapter):
+            return jnp.mean(jnp.square(road.apply(variables, adapter, x) - 1))
+
+        value, gradients = jax.value_and_grad(loss)(adapter)
+        return jax.tree.map(lambda leaf, gradient: leaf - 0.1 * gradient, adapter, gradients), value
+
+    losses = []
+    for _ in range(5):
+        adapter, value = step(adapter)
+        losses.append(float(value))
+    assert losses[-1] < losses[0]
+    assert float(jnp.abs(adapter["lm_head"]["kernel"] - variables["params"]["lm_head"]["kernel"]).max()) > 1e-4
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), variables, before))
+    found = road.model.apply(road.merge(variables, adapter), x)
+    assert_close(found, road.apply(variables, adapter, x), "float32", moved_from=road.model.apply(variables, x))
+    with pytest.raises(AdapterError, match=r"lm_head\.kernel: expected plain params to train whole, found int8 codes"):
+        road.init(jax.random.key(1), road_jax.quantize(variables, "int8", exclude=()), x)
 
 
 def test_plain_calls_stay_plain(x, loop):
