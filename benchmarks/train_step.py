@@ -160,9 +160,11 @@ def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
     # On the host, for the step gives its state's memory away.
     adapter = jax.device_get(road.init(jax.random.key(0), variables, jnp.zeros((1, 8), jnp.int32)))
     tx = optax.adamw(1e-3, weight_decay=0.0)
-    program = _step.make_program(road, tx, "jit")
+    begin = jax.device_get(_step.State(adapter, tx.init(adapter)))
+    mesh = models.make_mesh()
+    program = _step.make_program(road, tx, variables, begin, parallel="jit", accumulate=1, mesh=mesh)
     variables = program.place(variables)
-    state = program.place(_step.State(adapter, tx.init(adapter)))
+    state = program.place_state(begin)
     turn = 0
 
     def step() -> float:
@@ -174,7 +176,7 @@ def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
     for _ in batches:
         step()
     # What warming up changed is undone: every arm begins with a fresh adapter.
-    state, turn = program.place(_step.State(adapter, tx.init(adapter))), 0
+    state, turn = program.place_state(begin), 0
     return step
 
 

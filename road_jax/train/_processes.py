@@ -56,19 +56,21 @@ def any_of(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def share(array: np.ndarray) -> np.ndarray:
-    """Returns this process's rows of a batch that all of them have made alike."""
-    rows = len(array) // jax.process_count()
-    return array[jax.process_index() * rows :][:rows]
+def put(tree: Any, shardings: Any) -> Any:
+    """Places what every process holds alike on the devices, without asking the others.
 
-
-def put(tree: Any, sharding: NamedSharding) -> Any:
-    """Places what every process holds alike on all devices of a sharding, without asking the others."""
+    Args:
+        tree: of arrays.
+        shardings: one for all of them, or a tree of them laid out like ``tree``.
+    """
+    if isinstance(shardings, NamedSharding):
+        one = shardings
+        shardings = jax.tree.map(lambda _: one, tree)
     if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
+        return jax.device_put(tree, shardings)
 
-    def place(leaf: Any) -> jax.Array:
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(place, tree, shardings)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -58,6 +59,8 @@ class TrainOptions:
     subspace: tuple[float, float] | None = None
     """START STOP: train only this part of each layer's 2x2 blocks, as fractions. Adapters on parts that don't overlap
     compose exactly."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside θ and α, and kept in the adapter; lm_head for one."""
     steps: int | None = None
     """Optimiser steps. Without it, --epochs decide."""
     epochs: int = 3
@@ -80,6 +83,9 @@ class TrainOptions:
     """Of the base and its activations. θ, α and the optimiser are float32."""
     parallel: Literal["jit", "pmap"] = "jit"
     """How the devices share a batch."""
+    mesh: str | None = None
+    """How the devices are laid out, as data=2,fsdp=2,tensor=2: data deals a batch's rows, fsdp does too and stores the
+    base in shares, tensor computes heads, MLP and vocabulary in shares. Without it all devices are data."""
     scan: bool = True
     """Compile one layer and scan it; --no-scan unrolls (slower to compile, another adapter layout)."""
     remat: Literal["none", "linears", "full"] = "linears"
@@ -160,7 +166,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
     """
     _processes.join(options.coordinator, options.processes, options.process)
     console = console or Console(stderr=True, quiet=not _processes.is_first())
-    _check(options)
+    mesh = _check(options)
     if options.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
     with console.status(f"reading {options.data}"):
@@ -170,30 +176,35 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
     with console.status(f"loading {options.base}"):
         dtype = jnp.dtype(options.dtype)
         module, variables = models.load(options.base, dtype=dtype, scan=options.scan, remat=options.remat)
+        models.check_mesh(module.config, mesh)
         targets = options.target_modules
         config = RoadConfig(
             variant=options.variant,
             group_size=options.group_size,
             target_modules="all-linear" if targets == ("all-linear",) else list(targets),
             subspace=options.subspace,
+            modules_to_save=list(options.modules_to_save) or None,
             base_model_name_or_path=str(options.base),
             task_type="CAUSAL_LM",
         )
         road = transform(module, config)
         if options.quantize != "none":
-            variables = quantize(variables, options.quantize)
+            variables = quantize(variables, options.quantize, exclude=("lm_head", *options.modules_to_save))
         sample = jnp.zeros((1, 8), jnp.int32)
-        adapter = road.init(jax.random.key(options.seed), variables, sample)
+        # Whole modules too are trained in float32; their layers compute in the base's dtype all the same.
+        adapter = jax.tree.map(jnp.float32, road.init(jax.random.key(options.seed), variables, sample))
         tx, schedule = _step.optimizer(
             options.learning_rate, total, warmup=options.warmup, weight_decay=options.weight_decay
         )
         state = _step.State(adapter, tx.init(adapter))
-        program = _step.make_program(road, tx, options.parallel, options.accumulate)
+        program = _step.make_program(
+            road, tx, variables, state, parallel=options.parallel, accumulate=options.accumulate, mesh=mesh
+        )
         variables = program.place(variables)
 
     run = _Run(options, examples, total)
     with run.open(state) as (checkpoints, state, step):
-        state = program.place(state)
+        state = program.place_state(state)
 
         def evaluate(step: int) -> dict[str, float]:
             if not held_out:
@@ -250,8 +261,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
 
 
 def _trained(record: Adapter) -> int:
-    """How many θ and α a run trained: those within the subspace."""
-    config, count = record.config, 0
+    """How many parameters a run trained: θ and α within the subspace, and modules that were trained whole."""
+    config, count = record.config, sum(array.size for array in record.modules_to_save.values())
     for theta, alpha in record.modules.values():
         size = theta.shape[-1]
         out = output_size(config.variant, size)
@@ -381,8 +392,8 @@ def _line(record: dict[str, Any]) -> bytes:
     return (json.dumps(record) + "\n").encode()
 
 
-def _check(options: TrainOptions) -> None:
-    """Everything that can be known to be wrong before anything is loaded."""
+def _check(options: TrainOptions) -> Mesh:
+    """Refuses everything that can be known to be wrong before anything is loaded; returns the mesh."""
     for name, least in (
         ("batch_size", 1),
         ("max_length", 2),
@@ -401,11 +412,18 @@ def _check(options: TrainOptions) -> None:
         raise AdapterError(f"warmup: expected a fraction of the steps, found {options.warmup}")
     if not (options.learning_rate > 0 and np.isfinite(options.learning_rate)):
         raise AdapterError(f"learning_rate: expected a positive number, found {options.learning_rate}")
-    _step.check_rows(options.batch_size, options.accumulate)
+    mesh = models.make_mesh(None if options.mesh is None else _sizes(options.mesh))
+    if options.parallel == "pmap" and mesh.shape["data"] != mesh.size:
+        raise AdapterError(f"parallel: expected jit for a mesh of {options.mesh}, found pmap")
+    if options.quantize != "none" and mesh.shape["data"] != mesh.size:
+        raise AdapterError(
+            f"mesh: expected data alone for a quantised base, found {options.mesh} and {options.quantize}"
+        )
+    _step.check_rows(options.batch_size, mesh, options.accumulate)
     RoadConfig(variant=options.variant, group_size=options.group_size, subspace=options.subspace)
     if not options.resume:
         check_free(options.out)
-        return
+        return mesh
     if not (options.out / "options.json").is_file():
         raise AdapterError(f"{options.out}: expected a run to resume, found no options.json")
     begun, now = read_json(options.out / "options.json"), _fingerprint(options)
@@ -416,6 +434,18 @@ def _check(options: TrainOptions) -> None:
             f"{options.out}: expected the options that the run began with, "
             f"found {name} {now.get(name)!r} instead of {begun.get(name)!r}"
         )
+    return mesh
+
+
+def _sizes(mesh: str) -> dict[str, int]:
+    """Reads ``data=2,fsdp=4``."""
+    sizes = {}
+    for part in mesh.split(","):
+        name, _, size = part.strip().partition("=")
+        if not size.isdecimal() or name in sizes:
+            raise AdapterError(f"mesh: expected axes and sizes as data=2,fsdp=2,tensor=2, found {mesh!r}")
+        sizes[name] = int(size)
+    return sizes
 
 
 def _fingerprint(options: TrainOptions) -> dict[str, Any]:

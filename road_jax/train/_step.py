@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from road_core import AdapterError
+from road_jax import models
+from road_jax._sharding import shardings
 from road_jax._transform import Road
 from road_jax._tree import Tree
 from road_jax.train import _processes
@@ -73,38 +75,56 @@ class Program(NamedTuple):
     """A training program for a set of devices.
 
     Attributes:
-        place: puts a host tree (variables, state) onto the devices.
+        place: puts the base's variables onto the devices.
+        place_state: puts a state onto them.
         fetch: brings a state back to the host.
         train: ``(state, variables, batch) -> (state, metrics)``; the state is donated.
         evaluate: ``(adapter, variables, batch) -> (summed loss, right [rows, n])``, on the host.
     """
 
     place: Callable[[Any], Any]
+    place_state: Callable[[State], Any]
     fetch: Callable[[Any], Any]
     train: Callable[[State, Any, Batch], tuple[State, Metrics]]
     evaluate: Callable[[Tree, Any, Batch], tuple[float, np.ndarray]]
 
 
-def make_program(road: Road, tx: optax.GradientTransformation, parallel: str, accumulate: int = 1) -> Program:
+def make_program(
+    road: Road,
+    tx: optax.GradientTransformation,
+    variables: Any,
+    state: State,
+    *,
+    parallel: str,
+    accumulate: int,
+    mesh: Mesh,
+) -> Program:
     """Compiles the step for all devices: ``"jit"`` with shardings, or ``"pmap"``.
 
     Both give every device its share of a batch's rows and sum the gradients of θ and α alone. With ``accumulate`` a
-    device takes its rows in so many parts, one after the other, and steps once.
+    device takes its rows in so many parts, one after the other, and steps once. ``jit`` keeps and computes the base in
+    shares where the mesh has fsdp and tensor axes, and θ and α along the outputs that they rotate.
+
+    Raises:
+        AdapterError: a quantised base is to be cut, or a layer's shards would cut a group of outputs.
     """
-    return {"jit": _jit_program, "pmap": _pmap_program}[parallel](road, tx, accumulate)
+    if parallel == "pmap":
+        return _pmap_program(road, tx, accumulate)
+    return _jit_program(road, tx, variables, state, accumulate, mesh)
 
 
-def check_rows(rows: int, accumulate: int = 1) -> None:
+def check_rows(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Refuses a batch that can't be dealt evenly.
 
     Raises:
-        AdapterError: the devices, times the parts of an accumulated step, don't divide the rows.
+        AdapterError: the devices that share a batch, times the parts of an accumulated step, don't divide the rows.
     """
-    if rows % (jax.device_count() * accumulate):
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (count * accumulate):
         parts = f" times {accumulate} parts of a step" if accumulate > 1 else ""
+        shares = "devices" if count == mesh.size else "shares (data times fsdp)"
         raise AdapterError(
-            f"batch_size: expected a multiple of the {jax.device_count()} devices{parts}, so that each has its share, "
-            f"found {rows}"
+            f"batch_size: expected a multiple of the {count} {shares}{parts}, so that each has its share, found {rows}"
         )
 
 
@@ -138,14 +158,31 @@ def _update(tx: optax.GradientTransformation, state: State, loss: jax.Array, gra
     return State(adapter, opt_state), Metrics(loss, optax.tree.norm(gradients))
 
 
+def _share(array: np.ndarray) -> np.ndarray:
+    """This process's rows of a batch that all of them have made alike."""
+    rows = len(array) // jax.process_count()
+    return array[jax.process_index() * rows :][:rows]
+
+
 def _first(array: jax.Array) -> np.ndarray:
     """Of what ``pmap`` gave, the first of this process's devices' share."""
     return np.asarray(array.addressable_shards[0].data)[0]
 
 
-def _jit_program(road: Road, tx: optax.GradientTransformation, accumulate: int) -> Program:
-    mesh = Mesh(np.asarray(jax.devices()), (AXIS,))
-    everywhere, dealt = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+def _jit_program(
+    road: Road, tx: optax.GradientTransformation, variables: Any, state: State, accumulate: int, mesh: Mesh
+) -> Program:
+    everywhere, dealt = NamedSharding(mesh, P()), NamedSharding(mesh, P(("data", "fsdp")))
+    base_where = models.shardings(variables, mesh)
+    # Gathered over fsdp before a layer computes with it.
+    at_work = models.shardings(variables, mesh, stored=False)
+
+    adapter_where = shardings(state.adapter, at_work, config=road.config)
+    # The optimiser's moments lie as what they are moments of.
+    opt_where = optax.tree_utils.tree_map_params(
+        tx, lambda _, where: where, state.opt_state, adapter_where, transform_non_params=lambda _: everywhere
+    )
+    state_where = State(adapter_where, opt_where)
 
     def train(state: State, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
         count = jnp.maximum(jnp.sum(batch["weights"]), 1)
@@ -155,20 +192,28 @@ def _jit_program(road: Road, tx: optax.GradientTransformation, accumulate: int) 
     def evaluate(adapter: Tree, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return summed_loss(road, adapter, variables, batch)
 
-    train_jit = jax.jit(train, donate_argnums=0, out_shardings=everywhere)
+    train_jit = jax.jit(train, donate_argnums=0, out_shardings=(state_where, everywhere))
     evaluate_jit = jax.jit(evaluate, out_shardings=everywhere)
+    replicate = jax.jit(lambda state: state, out_shardings=everywhere)
 
     def deal(batch: Batch) -> Any:
-        mine = {name: _processes.share(array) for name, array in _arrays(batch).items()}
-        return {name: jax.make_array_from_process_local_data(dealt, array) for name, array in mine.items()}
+        def place(array: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(array.shape, dealt, lambda index: array[index])
+
+        return {name: place(array) for name, array in _arrays(batch).items()}
 
     def run_evaluate(adapter: Tree, variables: Any, batch: Batch) -> tuple[float, np.ndarray]:
         total, right = evaluate_jit(adapter, variables, deal(batch))
         return float(total), np.asarray(right)
 
+    def fetch(state: State) -> State:
+        # A process can't see what stands on another one's devices.
+        return jax.device_get(state if jax.process_count() == 1 else replicate(state))
+
     return Program(
-        place=lambda tree: _processes.put(tree, everywhere),
-        fetch=jax.device_get,
+        place=lambda variables: _processes.put(variables, base_where),
+        place_state=lambda state: _processes.put(state, state_where),
+        fetch=fetch,
         train=lambda state, variables, batch: train_jit(state, variables, deal(batch)),
         evaluate=run_evaluate,
     )
@@ -189,7 +234,7 @@ def _pmap_program(road: Road, tx: optax.GradientTransformation, accumulate: int)
 
     def deal(batch: Batch) -> Any:
         n = jax.local_device_count()
-        mine = {name: _processes.share(array) for name, array in _arrays(batch).items()}
+        mine = {name: _share(array) for name, array in _arrays(batch).items()}
         return {name: v.reshape(n, len(v) // n, *v.shape[1:]) for name, v in mine.items()}
 
     def run_train(state: State, variables: Any, batch: Batch) -> tuple[State, Metrics]:
@@ -203,6 +248,7 @@ def _pmap_program(road: Road, tx: optax.GradientTransformation, accumulate: int)
 
     return Program(
         place=jax_utils.replicate,
+        place_state=jax_utils.replicate,
         fetch=lambda state: jax.tree.map(_first, state),
         train=run_train,
         evaluate=run_evaluate,

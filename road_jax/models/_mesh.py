@@ -1,0 +1,105 @@
+"""Where a decoder's params stand on a mesh of data, fsdp and tensor axes."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from road_core import AdapterError
+from road_jax._quantize import QuantizedKernel
+from road_jax._tree import Tree, dotted, flatten, unflatten
+from road_jax.models._config import DecoderConfig
+
+# Rows of a batch are dealt over the first two; the second also keeps a share of each weight, the third computes one.
+AXES = ("data", "fsdp", "tensor")
+
+# By a layer's name, how the last axes of its params lie. Heads, the MLP's width and the vocabulary are computed in
+# shares (Megatron-LM, arXiv 1909.08053); the hidden size is what is left to store in shares (ZeRO, arXiv 1910.02054).
+_COLUMNS = {"kernel": P("fsdp", "tensor"), "bias": P("tensor")}
+_ROWS = {"kernel": P("tensor", "fsdp"), "bias": P()}
+_RULES = {
+    "embed_tokens": {"embedding": P("tensor", "fsdp")},
+    "q_proj": _COLUMNS,
+    "k_proj": _COLUMNS,
+    "v_proj": _COLUMNS,
+    "o_proj": _ROWS,
+    "gate_proj": _COLUMNS,
+    "up_proj": _COLUMNS,
+    "down_proj": _ROWS,
+    "lm_head": _COLUMNS,
+}
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
+    """Returns a mesh of all devices with the axes data, fsdp and tensor.
+
+    Args:
+        sizes: of the axes; those not named are 1. Without it all devices are on the data axis.
+
+    Raises:
+        AdapterError: an axis isn't known, or the sizes don't multiply to the number of devices.
+    """
+    count = jax.device_count()
+    sizes = {"data": count} if sizes is None else sizes
+    said = ",".join(f"{name}={size}" for name, size in sizes.items())
+    if unknown := [name for name in sizes if name not in AXES]:
+        raise AdapterError(f"mesh: expected the axes {', '.join(AXES)}, found {unknown[0]!r}")
+    if math.prod(sizes.values()) != count or min(sizes.values()) < 1:
+        raise AdapterError(f"mesh: expected sizes that multiply to the {count} devices, found {said}")
+    return Mesh(np.asarray(jax.devices()).reshape([sizes.get(name, 1) for name in AXES]), AXES)
+
+
+def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
+    """Refuses a mesh that cuts a model where it can't be cut.
+
+    Raises:
+        AdapterError: the tensor axis doesn't divide the heads, the MLP's width or the vocabulary, or the fsdp axis the
+            hidden size.
+    """
+    for name, axis in (
+        ("num_attention_heads", "tensor"),
+        ("num_key_value_heads", "tensor"),
+        ("intermediate_size", "tensor"),
+        ("vocab_size", "tensor"),
+        ("hidden_size", "fsdp"),
+    ):
+        if getattr(config, name) % mesh.shape[axis]:
+            raise AdapterError(
+                f"mesh: expected an axis {axis} that divides the model's {name} {getattr(config, name)}, "
+                f"found {axis}={mesh.shape[axis]}"
+            )
+
+
+def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) -> Tree:
+    """Returns shardings for a decoder's variables, laid out like them.
+
+    Args:
+        variables: of `road_jax.models.load`; shapes are enough.
+        mesh: with the axes data, fsdp and tensor (`make_mesh`).
+        stored: how params are kept. False gives how they are computed with: what fsdp shares is gathered first, so
+            that an adapter that lies along a kernel's outputs (`road_jax.shardings`) follows the tensor axis alone.
+
+    Returns:
+        A tree of ``NamedSharding``; norms, and whatever no rule names, are replicated.
+
+    Raises:
+        AdapterError: a quantised base is to be cut.
+    """
+    found = {}
+    for path, leaf in flatten(variables["params"]).items():
+        if isinstance(leaf, QuantizedKernel):
+            if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+                raise AdapterError(
+                    f"mesh: expected data alone for a quantised base, found {dotted(path)} in {leaf.kind}"
+                )
+            found[path] = jax.tree.map(lambda _: NamedSharding(mesh, P()), leaf)
+            continue
+        spec = _RULES.get(path[-2], {}).get(path[-1], P()) if len(path) > 1 else P()
+        kept = [axis if stored or axis != "fsdp" else None for axis in spec]
+        # A stack's axis stands first and is never cut.
+        found[path] = NamedSharding(mesh, P(*[None] * (len(leaf.shape) - len(kept)), *kept) if any(kept) else P())
+    return {"params": unflatten(found)}

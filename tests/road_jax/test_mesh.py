@@ -1,0 +1,183 @@
+"""A decoder on meshes of data, fsdp and tensor axes: the same training, in shares."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from _compare import assert_close
+from _models import small_checkpoint
+from jax.sharding import Mesh
+
+import road_jax
+from road_core import AdapterError, RoadConfig
+from road_jax import models
+from road_jax.models import _mesh
+from road_jax.train import TrainOptions, _data, _step, train
+
+pytestmark = pytest.mark.steps_optax
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One with a head of its own and biases, as Qwen2 has them; one with a tied head."""
+    folder = tmp_path_factory.mktemp("bases")
+    small_checkpoint(folder / "qwen2", "qwen2", num_hidden_layers=2, tie_word_embeddings=False)
+    small_checkpoint(folder / "llama", num_hidden_layers=2, tie_word_embeddings=True)
+    return folder
+
+
+def batch(seed):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(6, 160, (8, 16)).astype(np.int32)
+    segments = np.repeat(np.asarray([[1] * 7 + [2] * 6 + [0] * 3], np.int32), 8, axis=0)
+    at = np.sort(rng.integers(0, 12, (8, 5)).astype(np.int32), axis=1)
+    return _data.Batch(ids, segments, at, rng.integers(6, 160, (8, 5)).astype(np.int32), np.ones((8, 5), np.float32))
+
+
+def make(checkpoint, sizes, *, scan=True, accumulate=1, group_size=8):
+    count = int(np.prod([sizes.get(name, 1) for name in _mesh.AXES]))
+    mesh = Mesh(np.asarray(jax.devices()[:count]).reshape([sizes.get(name, 1) for name in _mesh.AXES]), _mesh.AXES)
+    module, variables = models.load(checkpoint, dtype=jnp.float32, scan=scan)
+    road = road_jax.transform(module, RoadConfig(target_modules="all-linear", group_size=group_size))
+    adapter = road.init(jax.random.key(0), variables, np.ones((1, 8), np.int32))
+    # From θ = 0 the first step would be the same however the adapter lay.
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.shape[-1], dtype=np.float32)), adapter)
+    tx, _ = _step.optimizer(1e-2, 4, warmup=0.0, weight_decay=0.0)
+    state = jax.device_get(_step.State(adapter, tx.init(adapter)))
+    program = _step.make_program(road, tx, variables, state, parallel="jit", accumulate=accumulate, mesh=mesh)
+    return program, program.place(variables), program.place_state(state), variables
+
+
+def run(*args, **options):
+    program, variables, state, _ = make(*args, **options)
+    losses = []
+    for step in range(3):
+        state, metrics = program.train(state, variables, batch(step))
+        losses.append(float(metrics.loss))
+    total, right = program.evaluate(state.adapter, variables, batch(9))
+    return losses, total, right, program.fetch(state).adapter
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints):
+    return {kind: run(checkpoints / kind, ONE) for kind in ("qwen2", "llama")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "options"),
+    [
+        ("llama", {"data": 8}, {}),
+        ("qwen2", {"fsdp": 8}, {}),
+        ("llama", {"data": 4, "tensor": 2}, {"accumulate": 2}),
+        ("qwen2", {"data": 2, "fsdp": 2, "tensor": 2}, {}),
+        ("llama", {"fsdp": 4, "tensor": 2}, {"scan": False}),
+    ],
+    ids=["data", "fsdp", "tensor, in parts", "all three", "unrolled"],
+)
+def test_a_mesh_trains_as_one_device(kind, sizes, options, checkpoints, expected):
+    losses, total, right, adapter = run(checkpoints / kind, sizes, **options)
+    np.testing.assert_allclose(losses, expected[kind][0], rtol=1e-5)
+    assert total == pytest.approx(expected[kind][1], rel=1e-5)
+    np.testing.assert_array_equal(right, expected[kind][2])
+    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
+    if options.get("scan", True):
+        for found, wanted in zip(jax.tree.leaves(adapter), jax.tree.leaves(expected[kind][3]), strict=True):
+            assert_close(found, wanted, "float16")  # Adam divides by the root of small gradients
+
+
+def test_a_step_leaks_no_tracer(checkpoints):
+    with jax.checking_leaks():
+        program, variables, state, _ = make(checkpoints / "llama", {"data": 4, "tensor": 2})
+        state, metrics = program.train(state, variables, batch(0))
+    assert np.isfinite(metrics.loss)
+
+
+def held(tree, device):
+    shards = (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 8}, {"fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+)
+def test_each_device_holds_its_share_of_the_base(sizes, checkpoints):
+    _, placed, state, variables = make(checkpoints / "llama", sizes)
+    weights = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables) if "norm" not in str(path)]
+    norms = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables) if "norm" in str(path)]
+    shares = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    expected = sum(leaf.nbytes for leaf in weights) // shares + sum(leaf.nbytes for leaf in norms)
+    assert {held(placed, device) for device in jax.devices()} == {expected}
+    up, down = (state.adapter["model"]["layers"]["mlp"][name]["road_theta"] for name in ("up_proj", "down_proj"))
+    # θ follows what is computed in shares; Adam's moments follow θ.
+    assert up.addressable_shards[0].data.shape == (2, 96 // sizes.get("tensor", 1))
+    assert down.addressable_shards[0].data.shape == (2, 64)
+    moments = state.opt_state[0].mu["model"]["layers"]["mlp"]["up_proj"]["road_theta"]
+    assert moments.sharding == up.sharding
+
+
+@pytest.fixture
+def options(checkpoints, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "one two", "completion": "three"}\n' * 40)
+    mesh = "data=2,fsdp=2,tensor=2"
+    return TrainOptions(
+        base=checkpoints / "llama",
+        data=data,
+        out=tmp_path / "run",
+        mesh=mesh,
+        group_size=8,
+        steps=4,
+        max_length=16,
+        learning_rate=3e-2,
+        dtype="float32",
+        eval_lines=8,
+    )
+
+
+def test_a_run_on_a_mesh_with_a_head_trained_whole(options):
+    options = dataclasses.replace(
+        options, base=options.base.parent / "qwen2", modules_to_save=("lm_head",), dtype="bfloat16"
+    )
+    result = train(options)
+    assert result.after["loss"] < 0.8 * result.before["loss"]
+    adapter, config = road_jax.load_adapter(options.out)
+    assert config.modules_to_save == ["lm_head"]
+    _, variables = models.load(options.base, dtype=jnp.bfloat16)
+    head = variables["params"]["lm_head"]["kernel"].astype(jnp.float32)
+    assert adapter["lm_head"]["kernel"].dtype == jnp.float32
+    assert float(jnp.abs(adapter["lm_head"]["kernel"] - head).max()) > 1e-3
+    assert adapter["model"]["layers"]["mlp"]["up_proj"]["road_theta"].shape == (2, 96)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mesh": "data=2,fsdp=2"}, "mesh: expected sizes that multiply to the 8 devices, found data=2,fsdp=2"),
+        ({"mesh": "data=2,model=4"}, "mesh: expected the axes data, fsdp, tensor, found 'model'"),
+        ({"mesh": "2x2x2"}, "mesh: expected axes and sizes as data=2,fsdp=2,tensor=2, found '2x2x2'"),
+        ({"mesh": "data=0,fsdp=8"}, "mesh: expected sizes that multiply to the 8 devices, found data=0,fsdp=8"),
+        (
+            {"mesh": "data=2,tensor=4"},
+            "mesh: expected an axis tensor that divides the model's num_key_value_heads 2, found tensor=4",
+        ),
+        ({"group_size": 64}, "gate_proj: expected 2 shards of whole groups of 64 outputs, found 192 outputs"),
+        ({"parallel": "pmap"}, "parallel: expected jit for a mesh of data=2,fsdp=2,tensor=2, found pmap"),
+        ({"quantize": "nf4"}, "mesh: expected data alone for a quantised base, found data=2,fsdp=2,tensor=2 and nf4"),
+        ({"batch_size": 6}, r"batch_size: expected a multiple of the 4 shares \(data times fsdp\), .* found 6"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_at_the_start(changes, said, options):
+    with pytest.raises(AdapterError, match=said):
+        train(dataclasses.replace(options, **changes))
+    assert not options.out.exists()
+
+
+def test_a_quantised_checkpoint_is_not_cut(checkpoints):
+    _, variables = models.load(checkpoints / "llama", dtype=jnp.float32)
+    mesh = models.make_mesh({"tensor": 2, "data": 4})
+    with pytest.raises(AdapterError, match=r"mesh: expected data alone for a quantised base, found model\.layers\."):
+        models.shardings(road_jax.quantize(variables, "int8"), mesh)
