@@ -20,6 +20,7 @@ from road_jax._io import to_record
 from road_jax.train import TrainOptions, train
 
 VARIANTS = ["road_1", "road_2", "road_4"]
+PAIRS = [("road_1", "road_1"), ("road_1", "road_2"), ("road_2", "road_2"), ("road_4", "road_1")]
 OUT, LAYERS = 64, 3
 X = jnp.asarray(named_values("x", 4, 5, OUT))
 
@@ -106,8 +107,7 @@ def test_apply_merge_and_mixed_batches_know_the_subspace(variant, net):
 
 
 @pytest.mark.steps_optax
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("axis", "variant"), [(0, "road_1"), (1, "road_2"), (0, "road_4")])
 def test_training_touches_its_blocks_only(variant, axis):
     model = Net(axis)
     variables = model.init(jax.random.key(0), X)
@@ -193,8 +193,7 @@ def test_road_train(tmp_path):
 # Composition
 
 
-@pytest.mark.parametrize("second", VARIANTS)
-@pytest.mark.parametrize("first", VARIANTS)
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_one_after_the_other(first, second, net):
     model, variables = net
     pairs = [
@@ -215,8 +214,7 @@ def test_one_after_the_other(first, second, net):
             assert_close(traced[module][leaf], array, "float32")
 
 
-@pytest.mark.parametrize("second", VARIANTS)
-@pytest.mark.parametrize("first", VARIANTS)
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_disjoint_subspaces_compose_exactly_in_any_order(first, second):
     a, b = (
         (values("a", first), config(first, subspace=(0, 0.3))),
@@ -227,9 +225,9 @@ def test_disjoint_subspaces_compose_exactly_in_any_order(first, second):
     assert both.subspace is None
     same(one, other)
     record = road_core.compose([to_record(*a), to_record(*b)])
-    assert one.keys() == record.modules.keys()
-    for path, (theta, alpha) in record.modules.items():
-        same((one[path]["road_theta"], one[path]["road_alpha"]), (theta, alpha))
+    for module, arrays in record.modules.items():
+        for leaf, array in zip(("road_theta", "road_alpha"), arrays, strict=True):
+            np.testing.assert_array_equal(one[module][leaf], array)
 
 
 def test_weights(net):
@@ -239,8 +237,8 @@ def test_weights(net):
     assert_close(found["stack"]["road_theta"], record.modules["stack"][0], "float32")
     assert_close(found["stack"]["road_alpha"], record.modules["stack"][1], "float32")
     for variant in ("road_2", "road_4"):
-        c, d = values("a", variant), values("b", variant)
-        found, both = road_jax.compose([c, d, c], [config(variant)] * 3, [3, 0, -2])
+        c, d = values("a", variant, std=0.15), values("b", variant)
+        found, both = road_jax.compose([c, d, c], [config(variant)] * 3, [3, 0, -2.0])
         whole = road_jax.transform(net[0], both).apply(net[1], found, X)
         assert_close(whole, expected(net[1], (c, config(variant))), "float32")
     # Weights may be learned.
@@ -258,7 +256,8 @@ def test_an_adapter_is_trained_behind_a_frozen_one(variant, net):
     road = road_jax.transform(model, road_jax.compose([frozen, fresh], both)[1])
 
     def loss(adapter):
-        return jnp.mean(jnp.square(road.apply(variables, road_jax.compose([frozen, adapter], both)[0], X)))
+        # No norm, which pure turns leave alone.
+        return jnp.mean(jnp.sin(road.apply(variables, road_jax.compose([frozen, adapter], both)[0], X)))
 
     gradient = jax.jit(jax.grad(loss))(fresh)
     for leaf in jax.tree.leaves(gradient):
@@ -281,7 +280,7 @@ def test_compositions_mix_in_a_batch(net):
 
 
 def singular(variant):
-    return jax.tree_util.tree_map_with_path(lambda p, v: v * ("theta" in str(p)), values("s", variant))
+    return jax.tree_util.tree_map_with_path(lambda p, v: v if "theta" in str(p) else 0 * v, values("s", variant))
 
 
 def call(*pairs, weights=None, **options):

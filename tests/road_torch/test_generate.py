@@ -193,7 +193,7 @@ def test_a_row_may_name_a_mix():
     model.add_weighted_adapter(["b", "c"], [1, 1], "both")
     names, prompts = ("b+c", "both", "b", "c"), ("one two three", "nine", "five six seven eight")
     rows = [{"prompt": prompt, "adapter": name} for name in names for prompt in prompts]
-    given = road_torch.generate(model, tokenizer, rows, max_new_tokens=6)
+    given = road_torch.generate(model, tokenizer, rows, max_new_tokens=40)
     assert [row["adapter"] for row in given] == [row["adapter"] for row in rows]
     texts = [tuple(row["completion"] for row in given[i : i + 3]) for i in range(0, 12, 3)]
     assert texts[0] == texts[1]
