@@ -61,6 +61,7 @@ def gemma():
         head_dim=16,
         num_kv_heads=2,
         sliding_window_size=8,
+        param_dtype=jnp.float32,
     )
     return library, library.Gemma3(config, rngs=nnx.Rngs(0)), 12
 
