@@ -1,5 +1,6 @@
 """RoAd adapters from Flax to PyTorch and back, and the proof that both compute the same."""
 
+from convert._compose import compose as compose
 from convert._convert import to_flax as to_flax
 from convert._convert import to_torch as to_torch
 from convert._inspect import Summary as Summary

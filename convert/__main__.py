@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from convert._compose import compose
 from convert._convert import to_flax, to_torch
 from convert._inspect import Summary, draw, inspect
 from convert._verify import Verification, verify
+from road_core import AdapterError
 from road_core._command import run
 
 _Flax = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FLAX-DIR")]
@@ -29,7 +31,7 @@ def main() -> None:
 
 def _main() -> None:
     tyro.extras.subcommand_cli_from_dict(
-        {"to-torch": _to_torch, "to-flax": _to_flax, "inspect": _inspect, "verify": _verify},
+        {"to-torch": _to_torch, "to-flax": _to_flax, "inspect": _inspect, "verify": _verify, "compose": _compose},
         prog="road-convert",
         description="RoAd adapters from Flax to PyTorch and back.",
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -113,6 +115,27 @@ def _verify(
     _report(result, _console())
     if not result.passed:
         sys.exit(1)
+
+
+def _compose(
+    folders: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="A B [C ...] OUT")],
+    /,
+    *,
+    weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W ...")] = (),
+    overwrite: bool = False,
+) -> None:
+    """Writes the adapter that does what others do one after the other, A first.
+
+    Args:
+        folders: adapters, all of Flax or all in PEFT's format, and after them a new or empty folder.
+        weights: how often each is applied, by default 1; after the folders. -1 undoes an adapter.
+        overwrite: replace an adapter that is already there.
+    """
+    if len(folders) < 2:
+        raise AdapterError(f"compose: expected adapters and a folder to write, found {len(folders)} folders")
+    *sources, out = folders
+    compose(sources, out, weights=weights or None, overwrite=overwrite)
+    _done(out)
 
 
 def _console() -> Console:

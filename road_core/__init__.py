@@ -3,6 +3,7 @@
 from road_core._adapter import Adapter as Adapter
 from road_core._adapter import bfloat16 as bfloat16
 from road_core._adapter import to_float32 as to_float32
+from road_core._compose import compose as compose
 from road_core._config import RoadConfig as RoadConfig
 from road_core._errors import AdapterError as AdapterError
 from road_core._format import read_flax as read_flax
@@ -16,5 +17,6 @@ from road_core._reference import merge as merge
 from road_core._reference import output_size as output_size
 from road_core._reference import parameter_size as parameter_size
 from road_core._reference import rotate as rotate
+from road_core._reference import subspace_mask as subspace_mask
 from road_core._reference import unmerge as unmerge
 from road_core._targets import select_modules as select_modules

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from road_core._config import RoadConfig
 from road_core._errors import AdapterError
-from road_core._reference import check_group_size, output_size
+from road_core._reference import check_group_size, output_size, subspace_mask
 
 Array = NDArray[np.generic]
 
@@ -78,9 +78,36 @@ class Adapter:
             tensors[f"{path}.road_theta"], tensors[f"{path}.road_alpha"] = theta, alpha
         return {**tensors, **self.modules_to_save}
 
+    def cleared(self) -> "Adapter":
+        """Returns the same function with θ = 0 and α = 1 outside of the config's subspace; the last axis is cleared.
+
+        Raises:
+            AdapterError: the group size doesn't divide a layer's outputs, or the subspace holds no block of it.
+        """
+        if self.config.subspace is None:
+            return self
+        modules = {}
+        for path, arrays in self.modules.items():
+            out = output_size(self.config.variant, arrays[0].shape[-1])
+            try:
+                mask = subspace_mask(
+                    out,
+                    variant=self.config.variant,
+                    group_size=self.config.group_size,
+                    subspace=self.config.subspace,
+                )
+            except AdapterError as error:
+                raise AdapterError(f"{path}: {error}") from None
+            theta, alpha = (array.copy() for array in arrays)
+            theta[..., ~mask] = np.zeros((), theta.dtype)
+            alpha[..., ~mask] = np.array((0x3F80,), bfloat16) if alpha.dtype == bfloat16 else 1
+            modules[path] = theta, alpha
+        return dataclasses.replace(self, modules=modules)
+
     def digest(self) -> str:
-        """Returns a SHA-256 over what decides the function: variant, group size and every tensor's name and bytes."""
-        sha = hashlib.sha256(f"{self.config.variant} {self.config.group_size}".encode())
+        """Returns a SHA-256 over what decides the function: variant, group size, subspace, tensors' names and bytes."""
+        where = "" if self.config.subspace is None else " {} {}".format(*self.config.subspace)
+        sha = hashlib.sha256(f"{self.config.variant} {self.config.group_size}{where}".encode())
         for key, array in sorted(self.tensors().items()):
             dtype = "bfloat16" if is_bfloat16(array.dtype) else array.dtype.name
             sha.update(f"\n{key} {dtype} {list(array.shape)} ".encode())

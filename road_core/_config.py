@@ -12,7 +12,7 @@ VARIANTS = ("road_1", "road_2", "road_4")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 # PEFT's own RoadConfig lacks these. They are written only when set, so that PEFT reads a plain file without a warning.
-_NOT_IN_PEFT = ("exclude_modules", "layers_to_transform", "layers_pattern")
+_NOT_IN_PEFT = ("exclude_modules", "layers_to_transform", "layers_pattern", "subspace")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,9 @@ class RoadConfig:
     task_type: str | None = None
     inference_mode: bool = False
     auto_mapping: dict[str, Any] | None = None
+    # The fractions (start, stop) of each layer's 2x2 blocks between which the adapter acts, and is trained; None is all
+    # of them. Outside, it is the identity whatever θ and α hold. PEFT doesn't know it, so its files hold θ = 0, α = 1.
+    subspace: tuple[float, float] | None = None
     # Fields of a file that PEFT knows and this project does not: carried through a round trip.
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -61,6 +64,7 @@ class RoadConfig:
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", [self.modules_to_save])
         object.__setattr__(self, "layers_to_transform", _indices(self.layers_to_transform))
+        object.__setattr__(self, "subspace", _fractions(self.subspace))
         object.__setattr__(self, "extra", dict(self.extra))
 
         if self.variant not in VARIANTS:
@@ -140,3 +144,16 @@ def _indices(value: object) -> int | list[int] | None:
         if all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
             return sorted(indices) if isinstance(value, set | frozenset) else indices
     raise AdapterError(f"RoadConfig.layers_to_transform: expected an integer or a list of them, found {value!r}")
+
+
+def _fractions(value: object) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    numbers = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else []
+    if len(numbers) == 2 and all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        start, stop = map(float, numbers)
+        if 0 <= start < stop <= 1:
+            return start, stop
+    raise AdapterError(
+        f"RoadConfig.subspace: expected two fractions (start, stop) with 0 <= start < stop <= 1, found {value!r}"
+    )

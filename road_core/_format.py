@@ -4,6 +4,7 @@ The specification is in README.md beside this file.
 """
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ class _Format:
     metadata: str
 
 
+# What `_write` adds to an adapter's metadata.
+_OWN_METADATA = ("format", "road_variant", "road_group_size", "road_digest", "road_subspace")
+
 _PEFT = _Format("adapter_config.json", "adapter_model.safetensors", "base_model.model.", "pt")
 _FLAX = _Format("road_config.json", "road_adapter.safetensors", "", "flax")
 
@@ -42,7 +46,7 @@ def read_peft(directory: str | os.PathLike) -> Adapter:
 
 
 def write_peft(directory: str | os.PathLike, adapter: Adapter, *, overwrite: bool = False) -> None:
-    """Writes an adapter so that PEFT loads it.
+    """Writes an adapter so that PEFT loads it. Outside of a subspace the file holds θ = 0 and α = 1.
 
     Args:
         directory: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
@@ -55,7 +59,7 @@ def write_peft(directory: str | os.PathLike, adapter: Adapter, *, overwrite: boo
     for path, (theta, _) in adapter.modules.items():
         if theta.ndim != 1:
             raise AdapterError(f"{path}.road_theta: expected one axis in PEFT's format, found {list(theta.shape)}")
-    _write(directory, adapter, _PEFT, overwrite)
+    _write(directory, adapter.cleared(), _PEFT, overwrite)
 
 
 def read_flax(directory: str | os.PathLike) -> Adapter:
@@ -84,7 +88,13 @@ def _write(directory: str | os.PathLike, adapter: Adapter, form: _Format, overwr
         "road_group_size": str(adapter.config.group_size),
         "road_digest": adapter.digest(),
     }
-    files = {form.tensors: dump_tensors(tensors, metadata), form.config: dump_json(adapter.config.to_dict())}
+    fields = adapter.config.to_dict()
+    if "subspace" in fields:
+        metadata["road_subspace"] = json.dumps(fields["subspace"])
+        if form is _PEFT:
+            # PEFT would warn of a field that it doesn't know, and needs none: the tensors say it all.
+            del fields["subspace"]
+    files = {form.tensors: dump_tensors(tensors, metadata), form.config: dump_json(fields)}
     write_files(directory, files, overwrite=overwrite)
 
 
@@ -95,13 +105,20 @@ def _read(directory: str | os.PathLike, form: _Format) -> Adapter:
     except AdapterError as error:
         raise AdapterError(_with_place(error, config_path)) from None
     tensors, metadata = read_tensors(tensors_path)
-    for name, value in (("variant", config.variant), ("group_size", str(config.group_size))):
+    if form is _PEFT and config.subspace is None and "road_subspace" in metadata:
+        config = dataclasses.replace(config, subspace=_subspace(metadata["road_subspace"], tensors_path))
+    subspace = "none" if config.subspace is None else json.dumps(config.subspace)
+    for name, value in (
+        ("variant", config.variant),
+        ("group_size", str(config.group_size)),
+        ("subspace", subspace),
+    ):
         written = metadata.get(f"road_{name}", value)
         if written != value:
             raise AdapterError(f"{config_path}: expected {name} {written}, as the tensors were written, found {value}")
     try:
         modules, saved = _sort_out(tensors, config, form.prefix)
-        carried = {k: v for k, v in metadata.items() if k != "format" and not re.match("road_(variant|group|dig)", k)}
+        carried = {k: v for k, v in metadata.items() if k not in _OWN_METADATA}
         adapter = Adapter(config, modules, saved, carried)
     except AdapterError as error:
         raise AdapterError(_with_place(error, tensors_path)) from None
@@ -111,6 +128,13 @@ def _read(directory: str | os.PathLike, form: _Format) -> Adapter:
             f"found {digest[:12]}…"
         )
     return adapter
+
+
+def _subspace(text: str, path: os.PathLike) -> tuple[float, float] | None:
+    try:
+        return RoadConfig(subspace=json.loads(text)).subspace
+    except (AdapterError, ValueError, RecursionError):
+        raise AdapterError(f"{path}: expected two fractions as road_subspace, found {text!r:.60}") from None
 
 
 def _sort_out(

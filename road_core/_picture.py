@@ -76,7 +76,11 @@ def _by_kind(adapter: Adapter) -> dict[str, list[tuple[int, np.ndarray, np.ndarr
     for module, (theta, alpha) in adapter.modules.items():
         config = adapter.config
         first, second = coefficients(
-            to_float32(theta), to_float32(alpha), variant=config.variant, group_size=config.group_size
+            to_float32(theta),
+            to_float32(alpha),
+            variant=config.variant,
+            group_size=config.group_size,
+            subspace=config.subspace,
         )
         number = re.search(r"\d+", module)
         points = kinds.setdefault(module.rpartition(".")[2], [])

@@ -12,6 +12,7 @@ from road_core._config import VARIANTS
 from road_core._errors import AdapterError
 
 Float64 = NDArray[np.float64]
+Subspace = tuple[float, float] | None
 
 
 def parameter_size(variant: str, out: int) -> int:
@@ -38,7 +39,44 @@ def check_group_size(out: int, group_size: int, where: str) -> None:
         raise AdapterError(f"{where}: expected a number of outputs that group_size {group_size} divides, found {out}")
 
 
-def coefficients(theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size: int) -> tuple[Float64, Float64]:
+def subspace_mask(out: int, *, variant: str, group_size: int, subspace: Subspace) -> NDArray[np.bool_]:
+    """Tells which θ and α of a layer belong to a subspace: a run of its 2x2 blocks.
+
+    Blocks are counted as road_1 counts its θ: pair ``p`` of group ``k`` is block ``k g/2 + p``. Of ``n = out/2`` blocks
+    the subspace ``(start, stop)`` has those from ``round(start n)`` up to, not including, ``round(stop n)``; so
+    (0, 0.5) and (0.5, 1) have no block in common and all of them together. ``None`` is every block.
+
+    Paper: section 4.3, where halves of the blocks are trained apart.
+
+    Args:
+        out: outputs of the layer.
+        variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
+        group_size: even; divides ``out``.
+        subspace: fractions of the blocks, ``0 <= start < stop <= 1``.
+
+    Returns:
+        bool ``[parameter_size(variant, out)]``.
+
+    Raises:
+        AdapterError: ``group_size`` doesn't divide ``out``, or the layer is so small that no block is in the subspace.
+    """
+    check_group_size(out, group_size, "subspace")
+    size, n = parameter_size(variant, out), out // 2
+    start, stop = subspace or (0.0, 1.0)
+    first, last = round(start * n), round(stop * n)
+    if first == last:
+        raise AdapterError(
+            f"subspace: expected fractions that take in at least one of a layer's {n} blocks, found ({start}, {stop})"
+        )
+    blocks = np.zeros(n, bool)
+    blocks[first:last] = True
+    copies = 2 * size // out
+    return np.broadcast_to(blocks.reshape(-1, 1, group_size // 2), (out // group_size, copies, group_size // 2)).ravel()
+
+
+def coefficients(
+    theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size: int, subspace: Subspace = None
+) -> tuple[Float64, Float64]:
     """Forms ``first = α cos θ`` and ``second = α sin θ``, one of each an output.
 
     Args:
@@ -46,12 +84,13 @@ def coefficients(theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size
         alpha: scales, of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
+        subspace: outside of it θ = 0 and α = 1, whatever the arrays hold; see `subspace_mask`.
 
     Returns:
         ``first`` and ``second``, each float64 ``[..., out]``.
 
     Raises:
-        AdapterError: the shapes differ, or ``group_size`` doesn't divide ``out``.
+        AdapterError: the shapes differ, ``group_size`` doesn't divide ``out``, or the subspace holds no block.
     """
     theta, alpha = np.asarray(theta, np.float64), np.asarray(alpha, np.float64)
     if theta.shape != alpha.shape or theta.ndim == 0:
@@ -59,6 +98,9 @@ def coefficients(theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size
     lead, size = theta.shape[:-1], theta.shape[-1]
     out = output_size(variant, size)
     check_group_size(out, group_size, "theta")
+    if subspace is not None:
+        mask = subspace_mask(out, variant=variant, group_size=group_size, subspace=subspace)
+        theta, alpha = np.where(mask, theta, 0.0), np.where(mask, alpha, 1.0)
     if variant == "road_1":
         pairs = (*lead, out // group_size, group_size // 2)
         theta, alpha = (np.concatenate([v.reshape(pairs)] * 2, axis=-1) for v in (theta, alpha))
@@ -73,7 +115,9 @@ def coefficients(theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size
     return first.reshape(*lead, out), second.reshape(*lead, out)
 
 
-def rotate(y: ArrayLike, theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size: int) -> Float64:
+def rotate(
+    y: ArrayLike, theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size: int, subspace: Subspace = None
+) -> Float64:
     """Rotates and scales the pairs of a layer's output: ``y * first + rotate_half(y) * second``.
 
     With ``i < g/2`` in a group, ``y'[i] = first[i] y[i] − second[i] y[i + g/2]`` and
@@ -85,6 +129,7 @@ def rotate(y: ArrayLike, theta: ArrayLike, alpha: ArrayLike, *, variant: str, gr
         alpha: see `coefficients`.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
+        subspace: see `coefficients`.
 
     Returns:
         float64, of the shape of ``y``.
@@ -96,21 +141,25 @@ def rotate(y: ArrayLike, theta: ArrayLike, alpha: ArrayLike, *, variant: str, gr
         >>> rotate([1.0, 0.0], [np.pi / 2], [2.0], variant="road_1", group_size=2).round(6).tolist()
         [0.0, 2.0]
     """
-    first, second = coefficients(theta, alpha, variant=variant, group_size=group_size)
+    first, second = coefficients(theta, alpha, variant=variant, group_size=group_size, subspace=subspace)
     return _apply(np.asarray(y, np.float64), first, second, group_size)
 
 
-def merge(weight: ArrayLike, theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size: int) -> Float64:
+def merge(
+    weight: ArrayLike, theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size: int, subspace: Subspace = None
+) -> Float64:
     """Rotates the rows of a weight ``[out, in]`` (or the entries of a bias ``[out]``), so that ``(R W) x = R (W x)``.
 
     Returns:
         float64, of the shape of ``weight``.
     """
-    first, second = coefficients(theta, alpha, variant=variant, group_size=group_size)
+    first, second = coefficients(theta, alpha, variant=variant, group_size=group_size, subspace=subspace)
     return np.moveaxis(_apply(np.moveaxis(np.asarray(weight, np.float64), 0, -1), first, second, group_size), -1, 0)
 
 
-def unmerge(weight: ArrayLike, theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size: int) -> Float64:
+def unmerge(
+    weight: ArrayLike, theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size: int, subspace: Subspace = None
+) -> Float64:
     """Undoes `merge` with the inverse of each 2x2 block.
 
     Returns:
@@ -119,7 +168,7 @@ def unmerge(weight: ArrayLike, theta: ArrayLike, alpha: ArrayLike, *, variant: s
     Raises:
         AdapterError: a block is singular (its scale is 0), so that there is no inverse.
     """
-    first, second = coefficients(theta, alpha, variant=variant, group_size=group_size)
+    first, second = coefficients(theta, alpha, variant=variant, group_size=group_size, subspace=subspace)
     first, second = inverse(first, second, group_size=group_size)
     return np.moveaxis(_apply(np.moveaxis(np.asarray(weight, np.float64), 0, -1), first, second, group_size), -1, 0)
 
