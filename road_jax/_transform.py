@@ -69,7 +69,7 @@ class Road:
             with nn.intercept_methods(declare):
                 return self.model.init(rng, *args, **kwargs)
 
-        traced = _trace(shapes, rng, args, kwargs)
+        traced = trace(shapes, rng, args, kwargs)
         leaves = {p: leaf for p, leaf in flatten(nn.meta.unbox(traced["params"])).items() if p[-1] in _FILL}
         base = flatten(nn.meta.unbox(variables["params"]))
         linear = [dotted(path[:-1]) for path in leaves if path[-1] == "road_theta"]
@@ -275,7 +275,7 @@ def _as_tuple(features: int | Collection[int]) -> tuple[int, ...]:
     return (features,) if isinstance(features, int) else tuple(features)
 
 
-def _trace(function: Callable, rng: jax.Array, args: Any, kwargs: Any) -> Any:
+def trace(function: Callable, rng: jax.Array, args: Any, kwargs: Any) -> Any:
     """Like ``jax.eval_shape``, with inputs that aren't arrays (flags, names) left as they are."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
