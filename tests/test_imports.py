@@ -34,9 +34,10 @@ PUBLIC = {
     "road_core": "Adapter AdapterError Intervention InterventionConfig RoadConfig bfloat16 check_group_size "
     "coefficients compose intervene inverse merge output_size parameter_size position_mask read_flax read_intervention "
     "read_peft rotate select_modules subspace_mask to_float32 unmerge write_flax write_intervention write_peft",
-    "road_jax": "AdapterError QuantizedKernel Road RoadConfig dequantize generate load_adapter models nnx quantize "
-    "rotate save_adapter shardings stack_adapters transform",
-    "road_torch": "AdapterError RoadConfig RoadModel",
+    "road_jax": "AdapterError Intervened InterventionConfig QuantizedKernel Road RoadConfig dequantize generate "
+    "intervene load_adapter load_intervention models nnx quantize rotate save_adapter save_intervention shardings "
+    "stack_adapters transform",
+    "road_torch": "AdapterError InterventionModel RoadConfig RoadModel",
     "convert": "compose to_flax to_torch verify",
 }
 
