@@ -10,6 +10,12 @@ from road_core._format import read_flax as read_flax
 from road_core._format import read_peft as read_peft
 from road_core._format import write_flax as write_flax
 from road_core._format import write_peft as write_peft
+from road_core._intervention import Intervention as Intervention
+from road_core._intervention import InterventionConfig as InterventionConfig
+from road_core._intervention import intervene as intervene
+from road_core._intervention import position_mask as position_mask
+from road_core._intervention import read_intervention as read_intervention
+from road_core._intervention import write_intervention as write_intervention
 from road_core._reference import check_group_size as check_group_size
 from road_core._reference import coefficients as coefficients
 from road_core._reference import inverse as inverse

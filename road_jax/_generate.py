@@ -10,13 +10,14 @@ import numpy as np
 from flax import linen as nn
 
 from road_core import AdapterError
+from road_jax._intervene import Intervened
 from road_jax._transform import Road
 from road_jax._tree import Tree
 from road_jax.models._decoder import Cache
 
 
 def generate(
-    model: nn.Module | Road,
+    model: nn.Module | Road | Intervened,
     variables: Tree,
     prompts: Sequence[Sequence[int]],
     *,
@@ -36,10 +37,11 @@ def generate(
     nothing.
 
     Args:
-        model: a decoder of `road_jax.models`, or the `Road` that `road_jax.transform` makes of it.
+        model: a decoder of `road_jax.models`, or what `road_jax.transform` or `road_jax.intervene` makes of it.
         variables: the model's.
         prompts: token ids, one list a row.
-        adapter: for a `Road`; ``{}`` for none.
+        adapter: for a `Road`, ``{}`` for none; or the intervention for an `Intervened`, whose prompts are all that
+            stands before the new tokens.
         adapter_ids: for an adapter of `road_jax.stack_adapters`: which of them each row gets, counted from 1; 0 for
             none.
         max_new_tokens: of each answer at most.
@@ -55,9 +57,11 @@ def generate(
     Raises:
         AdapterError: an empty prompt, a token that the model doesn't know, or arguments that contradict each other.
     """
-    if isinstance(model, Road) != (adapter is not None):
+    if isinstance(model, Road | Intervened) != (adapter is not None):
         raise AdapterError("generate: expected a Road together with an adapter, or a plain model without one")
-    module = model.model if isinstance(model, Road) else model
+    if isinstance(model, Intervened) and adapter_ids is not None:
+        raise AdapterError("adapter_ids: expected adapters of road_jax.transform, found an intervention")
+    module = model.model if isinstance(model, Road | Intervened) else model
     vocabulary = module.config.vocab_size
     _check(prompts, vocabulary, max_new_tokens, temperature, top_k, top_p, rng)
     if adapter_ids is not None and (adapter is None or len(adapter_ids) != len(prompts)):
@@ -118,11 +122,11 @@ def _run(
     """Returns the new tokens ``[rows, capacity]`` and how many of each row count."""
     rows, length = ids.shape
     rng, temperature, top_k, top_p = drawing
-    apply: Callable = (
-        functools.partial(model.apply, variables, adapter, adapter_ids=adapter_ids)
-        if isinstance(model, Road)
-        else functools.partial(model.apply, variables)
-    )
+    apply: Callable = functools.partial(model.apply, variables)
+    if isinstance(model, Intervened):
+        apply = functools.partial(model.apply, variables, adapter)
+    elif isinstance(model, Road):
+        apply = functools.partial(model.apply, variables, adapter, adapter_ids=adapter_ids)
 
     def choose(logits: jax.Array, step: jax.Array) -> jax.Array:
         logits = logits[:, 0].astype(jnp.float32)

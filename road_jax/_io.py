@@ -1,6 +1,7 @@
 """Adapters on disk: nested dicts of arrays to and from the Flax folder format."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -52,8 +53,13 @@ def to_record(adapter: Tree, config: RoadConfig) -> Adapter:
 
 def from_record(record: Adapter) -> dict[str, Any]:
     """Inverts `to_record`."""
+    return from_tensors(record.tensors())
+
+
+def from_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns a nested dict of JAX arrays from arrays by dotted key, as files hold them."""
     arrays = {
         key: jnp.asarray(array.view(ml_dtypes.bfloat16) if array.dtype == bfloat16 else array)
-        for key, array in record.tensors().items()
+        for key, array in tensors.items()
     }
     return unflatten({tuple(key.split(".")): array for key, array in arrays.items()})

@@ -86,7 +86,7 @@ class Road:
             with nn.intercept_methods(declare):
                 return self.model.init(rng, *args, **kwargs)
 
-        traced = _trace(shapes, rng, args, kwargs)
+        traced = trace(shapes, rng, args, kwargs)
         leaves = {p: leaf for p, leaf in flatten(nn.meta.unbox(traced["params"])).items() if p[-1] in _FILL}
         base = flatten(nn.meta.unbox(variables["params"]))
         paths = {dotted(path[:-1]): path[:-1] for path in leaves}
@@ -251,7 +251,7 @@ class Road:
         paths = adapted_paths(adapter)
         if args or kwargs:
             flat = {path: leaf for path, leaf in flatten(adapter).items() if path[-1] in ROAD_LEAVES}
-            _trace(lambda _, args, kwargs: self.apply(variables, unflatten(flat), *args, **kwargs), None, args, kwargs)
+            trace(lambda _, args, kwargs: self.apply(variables, unflatten(flat), *args, **kwargs), None, args, kwargs)
         elif self.layers and (unknown := [path for path in paths if path not in self._seen]):
             raise AdapterError(
                 f"{dotted(unknown[0])}: expected sample inputs, to find the kernel of a declared layer type, found none"
@@ -342,7 +342,7 @@ def _as_tuple(features: int | Collection[int]) -> tuple[int, ...]:
     return (features,) if isinstance(features, int) else tuple(features)
 
 
-def _trace(function: Callable, rng: jax.Array | None, args: Any, kwargs: Any) -> Any:
+def trace(function: Callable, rng: jax.Array | None, args: Any, kwargs: Any) -> Any:
     """Like ``jax.eval_shape``, with inputs that aren't arrays (flags, names) left as they are."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]

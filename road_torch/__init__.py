@@ -4,6 +4,7 @@ from typing import Any
 
 from road_core import AdapterError as AdapterError
 from road_core import RoadConfig as RoadConfig
+from road_torch._intervention import InterventionModel as InterventionModel
 from road_torch._layer import RoadLayer as RoadLayer
 from road_torch._model import RoadModel as RoadModel
 

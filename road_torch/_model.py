@@ -548,7 +548,7 @@ class RoadModel(nn.Module):
         if not names or (rows is not None and rows != len(names)):
             raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(names)}")
         self._check_unmerged("adapter_names")
-        if torch.is_grad_enabled() and self.training and _checkpoints(self.base_model):
+        if torch.is_grad_enabled() and self.training and checkpoints(self.base_model):
             raise AdapterError(
                 "adapter_names: expected a model without gradient checkpointing, found one that would compute its "
                 "layers a second time after the call"
@@ -820,7 +820,8 @@ def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _checkpoints(model: nn.Module) -> bool:
+def checkpoints(model: nn.Module) -> bool:
+    """True where a backward pass may compute some layers a second time."""
     return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
 
 

@@ -31,12 +31,14 @@ import {package}
 """
 
 PUBLIC = {
-    "road_core": "Adapter AdapterError RoadConfig bfloat16 check_group_size coefficients compose inverse merge "
-    "output_size parameter_size read_flax read_peft rotate select_modules subspace_mask to_float32 unmerge "
-    "write_flax write_peft",
-    "road_jax": "AdapterError Layout QuantizedKernel Road RoadConfig compose dequantize einsum_layout generate "
-    "load_adapter models nnx quantize rotate save_adapter shardings stack_adapters transform",
-    "road_torch": "AdapterError RoadConfig RoadModel",
+    "road_core": "Adapter AdapterError Intervention InterventionConfig RoadConfig bfloat16 check_group_size "
+    "coefficients compose intervene inverse merge output_size parameter_size position_mask read_flax read_intervention "
+    "read_peft rotate select_modules subspace_mask to_float32 unmerge write_flax write_intervention "
+    "write_peft",
+    "road_jax": "AdapterError Intervened InterventionConfig Layout QuantizedKernel Road RoadConfig compose dequantize "
+    "einsum_layout generate intervene load_adapter load_intervention models nnx quantize rotate save_adapter "
+    "save_intervention shardings stack_adapters transform",
+    "road_torch": "AdapterError InterventionModel RoadConfig RoadModel",
     "convert": "compose diff inspect merge to_flax to_torch verify",
 }
 

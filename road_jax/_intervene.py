@@ -1,0 +1,368 @@
+"""`intervene`: RoAd on the outputs of whole blocks of a Linen model, without a change to the model."""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from road_core import (
+    AdapterError,
+    Intervention,
+    InterventionConfig,
+    RoadConfig,
+    check_group_size,
+    parameter_size,
+    read_intervention,
+    subspace_mask,
+    write_intervention,
+)
+from road_jax._io import from_tensors
+from road_jax._rotate import blocks, polar, rotate_blocks
+from road_jax._transform import Road, trace
+from road_jax._tree import Path, Tree, dotted, flatten, to_dict, unflatten
+from road_jax.models._decoder import Block
+
+Blocks = type[nn.Module] | Callable[[nn.Module], bool]
+
+# Beside the params of a block: the coefficients that its output is rotated with.
+_LEAVES = ("road_first", "road_second")
+
+
+class _Place(NamedTuple):
+    """Where the params of one block stand, or of a scanned stack of them.
+
+    Attributes:
+        path: the module's.
+        axis: of the stack in its params; None for a block on its own.
+        start: the index of the first of them.
+        layers: how many there are.
+        hidden: outputs of each.
+    """
+
+    path: Path
+    axis: int | None
+    start: int
+    layers: int
+    hidden: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervened:
+    """A pair of pure functions, `init` and `apply`; made by `intervene`.
+
+    Attributes:
+        model: the Linen module, unchanged.
+        config: which blocks' outputs are rotated, at which tokens, and how.
+        blocks: what a block is.
+    """
+
+    model: nn.Module
+    config: InterventionConfig
+    blocks: Blocks = Block
+    # What tracing the model found out; the same for all inputs.
+    _places: list[_Place] = dataclasses.field(default_factory=list, compare=False, repr=False)
+
+    def init(self, *args: Any, **kwargs: Any) -> Tree:
+        """Returns a fresh intervention, which changes nothing yet; the model is only traced for its shapes, never run.
+
+        Args:
+            *args: sample inputs of the model; shapes and dtypes are all that counts.
+            **kwargs: more of them.
+
+        Returns:
+            ``{"layers": {"<index>": {"road_theta": …, "road_alpha": …}}}`` with the config's blocks, scanned or not:
+            float32 ``[parameter_size]`` each, θ = 0 and α = 1.
+
+        Raises:
+            AdapterError: the model has no such blocks, or the group size doesn't divide their outputs.
+        """
+        size = parameter_size(self.config.variant, self._find(args, kwargs)[0].hidden)
+        leaves = {"road_theta": jnp.zeros, "road_alpha": jnp.ones}
+        return {
+            "layers": {
+                str(i): {name: make((size,), jnp.float32) for name, make in leaves.items()} for i in self.config.layers
+            }
+        }
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        intervention: Tree,
+        *args: Any,
+        prompt_mask: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the model with the chosen blocks' outputs rotated at the chosen tokens: ``h' = R h``.
+
+        A pure function: ``jit``, ``grad`` and ``vmap`` it freely. A gradient over ``intervention`` alone computes no
+        gradient of a kernel, and is exactly 0 outside of the config's subspace.
+
+        Args:
+            variables: the model's variables; kernels may be quantised by `road_jax.quantize`.
+            intervention: as `init` gives it.
+            *args: the model's inputs.
+            prompt_mask: int or bool ``[batch, length]``, nonzero at the prompt's tokens, 0 at padding on either side
+                and at answers; see `road_core.position_mask`. If not given it is the model's ``attention_mask``, or
+                all tokens where that isn't given either, or none of them where the model is given a ``cache``: what is
+                decoded is no prompt. ``positions="all"`` doesn't look at it.
+            **kwargs: passed to ``model.apply``.
+
+        Returns:
+            What ``model.apply`` returns; every rotated output keeps its dtype.
+
+        Raises:
+            AdapterError: the intervention isn't the config's or the model's, the mask has another shape, or a block
+                gives something else than hidden states.
+        """
+        given = self._arguments(args, kwargs)
+        spans = self.config.spans
+        if spans is not None and prompt_mask is None:
+            if given.get("cache") is not None:
+                return _plain(self.model).apply(variables, {}, *args, **kwargs)
+            prompt_mask = given.get("attention_mask")
+        places = self._find(args, kwargs)
+        added = self._coefficients(intervention, places)
+        used: set[Path] = set()
+
+        def turn(module: nn.Module, result: Any) -> Any:
+            if not module.scope.has_variable("params", _LEAVES[0]):
+                return result
+            used.add(module.path)
+            h, *rest = result if isinstance(result, tuple) else (result,)
+            first, second = (module.scope.get_variable("params", name) for name in _LEAVES)
+            turned = rotate_blocks(h, first, second)
+            if spans is not None:
+                mask = jnp.ones(h.shape[:-1], jnp.int32) if prompt_mask is None else prompt_mask
+                if mask.shape != h.shape[:-1]:
+                    raise AdapterError(
+                        f"{dotted(module.path)}: expected a prompt mask {list(h.shape[:-1])}, as the block's output, "
+                        f"found {list(mask.shape)}"
+                    )
+                turned = jnp.where(_chosen(mask, *spans)[..., None], turned, h)
+            return (turned, *rest) if isinstance(result, tuple) else turned
+
+        params = {**flatten(variables["params"]), **added}
+        with nn.intercept_methods(self._on_blocks(turn)):
+            # Also runs quantised kernels, which model.apply can't.
+            result = _plain(self.model).apply({**to_dict(variables), "params": unflatten(params)}, {}, *args, **kwargs)
+        if unused := sorted({dotted(path[:-1]) for path in added} - set(map(dotted, used))):
+            raise AdapterError(f"intervention: expected every block to be called, found unused {', '.join(unused[:5])}")
+        return result
+
+    def _coefficients(self, intervention: Tree, places: list[_Place]) -> dict[Path, jax.Array]:
+        """Returns what is laid beside the blocks' params; blocks of a stack that aren't chosen get the identity."""
+        config, hidden = self.config, places[0].hidden
+        leaves = flatten(intervention)
+        size = parameter_size(config.variant, hidden)
+        expected: dict[Path, tuple[int, ...]] = {
+            ("layers", str(i), name): (size,) for i in config.layers for name in ("road_theta", "road_alpha")
+        }
+        found = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+        if found != expected:
+            wrong = sorted(dotted(p) for p in found.keys() | expected.keys() if found.get(p) != expected.get(p))
+            raise AdapterError(
+                f"intervention: expected road_theta and road_alpha [{size}] of layers.<index> for "
+                f"{list(config.layers)!s:.80}, found a difference in {', '.join(wrong[:5])}"
+            )
+        theta, alpha = (
+            jnp.stack([leaves["layers", str(i), name] for i in config.layers]) for name in ("road_theta", "road_alpha")
+        )
+        if config.subspace is not None:
+            mask = subspace_mask(
+                hidden, variant=config.variant, group_size=config.group_size, subspace=config.subspace
+            )[None]
+            theta, alpha = jnp.where(mask, theta, jnp.zeros_like(theta)), jnp.where(mask, alpha, jnp.ones_like(alpha))
+        # Each [layers of the config, groups, 1 or 2, half].
+        tables = blocks(*polar(theta, alpha), variant=config.variant, group_size=config.group_size)
+        row = {i: k for k, i in enumerate(config.layers)}
+        added: dict[Path, jax.Array] = {}
+        for place in places:
+            here = [i for i in config.layers if place.start <= i < place.start + place.layers]
+            for name, table, identity in zip(_LEAVES, tables, (jnp.ones, jnp.zeros), strict=True):
+                if not here:
+                    continue
+                chosen = table[np.array([row[i] for i in here])]
+                if place.axis is None:
+                    added[*place.path, name] = chosen[0]
+                else:
+                    stack = identity((place.layers, *table.shape[1:]), table.dtype)
+                    stack = stack.at[np.array(here) - place.start].set(chosen)
+                    added[*place.path, name] = jnp.moveaxis(stack, 0, place.axis)
+        return added
+
+    def _find(self, args: Any, kwargs: Any) -> list[_Place]:
+        """Traces the model once for where its blocks stand."""
+        if not self._places:
+            self._places.extend(self._trace(args, kwargs))
+        return self._places
+
+    def _trace(self, args: Any, kwargs: Any) -> list[_Place]:
+        hidden: dict[Path, int] = {}
+        probes = {"road_probe_2": 2, "road_probe_3": 3}
+
+        def declare(module: nn.Module, result: Any) -> Any:
+            h = result[0] if isinstance(result, tuple) else result
+            if (shape := jnp.shape(h) if hasattr(h, "shape") else None) is None or len(shape) != 3:
+                raise AdapterError(
+                    f"{dotted(module.path)}: expected a block that gives hidden states [batch, length, hidden] first, "
+                    f"found {type(h).__name__ if shape is None else list(shape)}"
+                )
+            hidden[module.path] = h.shape[-1]
+            for name, size in probes.items():
+                module.scope.param(name, lambda _, size=size: jnp.zeros(size, jnp.float32))
+            return result
+
+        def shapes(rng: jax.Array, args: Any, kwargs: Any) -> Any:
+            # What only apply knows.
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("mutable", "rngs")}
+            with nn.intercept_methods(self._on_blocks(declare)):
+                return self.model.init(rng, *args, **kwargs)
+
+        params = flatten(nn.meta.unbox(trace(shapes, jax.random.key(0), args, kwargs)["params"]))
+        places: list[_Place] = []
+        for path, size in hidden.items():
+            # The axes on which two params of different sizes agree are those of stacks.
+            pair = [params[*path, name].shape for name in probes]
+            axes = [axis for axis, (a, b) in enumerate(zip(*pair, strict=True)) if a == b]
+            if len(axes) > 1:
+                raise AdapterError(f"{dotted(path)}: expected one stack of blocks at most, found stacks of stacks")
+            count = pair[0][axes[0]] if axes else 1
+            start = places[-1].start + places[-1].layers if places else 0
+            places.append(_Place(path, axes[0] if axes else None, start, count, size))
+        if not places:
+            raise AdapterError(
+                f"intervene: expected blocks in {type(self.model).__name__}, found none; say by blocks=… which modules "
+                "they are"
+            )
+        total = places[-1].start + places[-1].layers
+        if self.config.layers[-1] >= total:
+            raise AdapterError(
+                f"InterventionConfig.layers: expected indices from 0 to {total - 1}, found {self.config.layers[-1]}"
+            )
+        if len(sizes := {place.hidden for place in places}) > 1:
+            raise AdapterError(f"intervene: expected blocks of one hidden size, found {sorted(sizes)}")
+        check_group_size(places[0].hidden, self.config.group_size, dotted(places[0].path))
+        return places
+
+    def _on_blocks(self, act: Callable[[nn.Module, Any], Any]) -> Callable:
+        """Returns an interceptor that passes what each block gives through ``act``."""
+        calls: dict[Path, int] = {}
+
+        def intercept(next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            module = context.module
+            if context.method_name != "__call__" or not self._is_block(module):
+                return next_fn(*args, **kwargs)
+            before = calls.get(module.path, 0)
+            result = next_fn(*args, **kwargs)
+            # scan and remat call the block itself within a module of the same path; that one sees one layer's params.
+            if calls.get(module.path, 0) > before:
+                return result
+            calls[module.path] = before + 1
+            return act(module, result)
+
+        return intercept
+
+    def _is_block(self, module: nn.Module) -> bool:
+        if isinstance(self.blocks, type):
+            return isinstance(module, self.blocks)
+        return self.blocks(module)
+
+    def _arguments(self, args: Any, kwargs: Any) -> Mapping[str, Any]:
+        """The model's inputs by name, where its signature tells them."""
+        try:
+            return inspect.signature(type(self.model).__call__).bind_partial(self.model, *args, **kwargs).arguments
+        except TypeError:
+            # Arguments of apply, such as rngs.
+            return kwargs
+
+
+def intervene(model: nn.Module, config: InterventionConfig, *, blocks: Blocks = Block) -> Intervened:
+    """Makes the functions that train and run an intervention on a Linen model: RoAd on what its blocks give.
+
+    The model needs no change; its blocks may stand under ``nn.scan`` and ``nn.remat``. Paper: section 4.3.
+
+    Args:
+        model: a Linen module.
+        config: which blocks, counted in the order in which they run, at which tokens, and how.
+        blocks: the class of the blocks, or a function that tells of a module whether it is one. A block gives hidden
+            states ``[batch, length, hidden]``, alone or first in a tuple. If not given, the blocks of
+            `road_jax.models`.
+
+    Returns:
+        `Intervened`: ``init`` and ``apply``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, road_jax
+        >>> from flax import linen as nn
+        >>> model = nn.Sequential([nn.Dense(64), nn.Dense(64)])
+        >>> x = jnp.ones((2, 5, 64))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> config = road_jax.InterventionConfig(layers=[1], positions="last")
+        >>> model = road_jax.intervene(model, config, blocks=nn.Dense)
+        >>> intervention = model.init(x)
+        >>> jax.tree.map(jnp.shape, intervention)
+        {'layers': {'1': {'road_alpha': (32,), 'road_theta': (32,)}}}
+        >>> model.apply(variables, intervention, x).shape
+        (2, 5, 64)
+    """
+    return Intervened(model, config, blocks)
+
+
+def save_intervention(
+    directory: str | os.PathLike, intervention: Tree, config: InterventionConfig, *, overwrite: bool = False
+) -> None:
+    """Writes ``intervention_config.json`` and ``intervention.safetensors``, which road_torch loads as they are.
+
+    Args:
+        directory: a new or empty folder; with ``overwrite``, one whose two files are replaced.
+        intervention: as ``Intervened.init`` gives it; any floating dtypes, kept bit for bit.
+        config: how it was made.
+        overwrite: see ``directory``.
+
+    Raises:
+        AdapterError: the folder already holds something, or the intervention isn't whole and finite.
+    """
+    leaves = {dotted(path): np.asarray(jax.device_get(leaf)) for path, leaf in flatten(intervention).items()}
+    keys = {i: (f"layers.{i}.road_theta", f"layers.{i}.road_alpha") for i in config.layers}
+    if wrong := sorted(leaves.keys() ^ {key for pair in keys.values() for key in pair}):
+        raise AdapterError(
+            f"intervention: expected road_theta and road_alpha of layers.<index> for {list(config.layers)!s:.80}, "
+            f"found a difference in {', '.join(wrong[:5])}"
+        )
+    layers = {i: (leaves[theta], leaves[alpha]) for i, (theta, alpha) in keys.items()}
+    write_intervention(directory, Intervention(config, layers), overwrite=overwrite)
+
+
+def load_intervention(directory: str | os.PathLike) -> tuple[Tree, InterventionConfig]:
+    """Reads what `save_intervention` wrote.
+
+    Returns:
+        The intervention as a nested dict of JAX arrays in the file's dtypes, and its config.
+
+    Raises:
+        AdapterError: the folder holds no whole intervention.
+    """
+    record = read_intervention(directory)
+    return from_tensors(record.tensors()), record.config
+
+
+def _plain(model: nn.Module) -> Road:
+    return Road(model, RoadConfig())
+
+
+def _chosen(prompt_mask: jax.Array, first: int, last: int) -> jax.Array:
+    """Returns `road_core.position_mask`, bool ``[batch, length]``."""
+    texts = prompt_mask.astype(jnp.int32)
+    # How many tokens of its own text stand before each token, and behind it.
+    same = texts[:, :, None] == texts[:, None, :]
+    place = np.arange(texts.shape[1])
+    before, behind = (
+        jnp.sum(same & side[None], axis=-1) for side in (place[None] < place[:, None], place[None] > place[:, None])
+    )
+    return (texts > 0) & ((before < first) | (behind < last))

@@ -1,0 +1,327 @@
+"""Interventions in Flax against the float64 reference between blocks computed by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from _compare import assert_close, named_values
+from _models import small_checkpoint
+from flax import linen as nn
+
+import road_jax
+from road_core import AdapterError, intervene, position_mask, read_intervention
+from road_jax import InterventionConfig, models
+
+LAYERS, WIDTH = 4, 32
+# Padding on the left, on the right, and an answer behind the prompt.
+PROMPT = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]], np.int32)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + jnp.tanh(nn.Dense(WIDTH, name="dense")(x)), None
+
+
+class Stack(nn.Module):
+    """The same blocks in a loop or under scan, also with remat; params on either axis."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        body = nn.remat(Block) if "remat" in self.how else Block
+        if "loop" in self.how:
+            for i in range(LAYERS):
+                x, _ = body(name=f"blocks_{i}")(x)
+            return x
+        axis = 1 if "axis1" in self.how else 0
+        scan = nn.scan(body, variable_axes={"params": axis}, split_rngs={"params": True}, length=LAYERS)
+        return scan(name="blocks")(x, None)[0]
+
+
+def weights():
+    return [
+        (named_values(f"kernel {i}", WIDTH, WIDTH, std=0.2), named_values(f"bias {i}", WIDTH)) for i in range(LAYERS)
+    ]
+
+
+def variables_of(how):
+    trees = [{"dense": {"kernel": kernel, "bias": bias}} for kernel, bias in weights()]
+    if "loop" in how:
+        return {"params": jax.tree.map(jnp.asarray, {f"blocks_{i}": tree for i, tree in enumerate(trees)})}
+    axis = 1 if "axis1" in how else 0
+    return {"params": {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)}}
+
+
+def with_values(tree):
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return jnp.asarray(named_values(name, *leaf.shape, mean=float("alpha" in name), std=0.4))
+
+    return jax.tree_util.tree_map_with_path(fill, tree)
+
+
+def by_hand(x, config, tree):
+    """The stack in NumPy float64, with the reference between its blocks."""
+    x = np.asarray(x, np.float64)
+    mask = position_mask(PROMPT, config.positions)
+    for i, (kernel, bias) in enumerate(weights()):
+        x = x + np.tanh(x @ kernel.astype(np.float64) + bias)
+        if i in config.layers:
+            leaves = tree["layers"][str(i)]
+            x = intervene(
+                x,
+                leaves["road_theta"],
+                leaves["road_alpha"],
+                mask,
+                variant=config.variant,
+                group_size=config.group_size,
+                subspace=config.subspace,
+            )
+    return x
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jnp.asarray(named_values("x", *PROMPT.shape, WIDTH))
+
+
+FIELDS = {
+    "last": {"layers": (1, 3), "positions": "last"},
+    "all": {"layers": (2,), "positions": "all", "variant": "road_2", "subspace": (0.25, 0.75)},
+    "ends": {"layers": (0, 1, 2, 3), "positions": "first:2+last:3", "variant": "road_4", "subspace": (0, 0.5)},
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ("loop", "last"),
+        ("loop, remat", "ends"),
+        ("scan", "last"),
+        ("scan", "all"),
+        ("scan, remat", "last"),
+        ("scan, axis1", "ends"),
+    ],
+)
+def test_it_is_the_reference_between_blocks(how, kind, x):
+    config = InterventionConfig(group_size=8, **FIELDS[kind])
+    model, variables = Stack(how), variables_of(how)
+    intervened = road_jax.intervene(model, config, blocks=Block)
+    tree = intervened.init(x)
+    assert sorted(tree["layers"]) == [str(i) for i in config.layers]
+    plain = model.apply(variables, x)
+    prompt = jnp.asarray(PROMPT)
+    np.testing.assert_array_equal(intervened.apply(variables, tree, x, prompt_mask=prompt), plain)
+    tree = with_values(tree)
+    with jax.default_matmul_precision("highest"):
+        actual = jax.jit(intervened.apply)(variables, tree, x, prompt_mask=prompt)
+    assert actual.dtype == jnp.float32
+    assert_close(actual, by_hand(x, config, tree), "float32", moved_from=plain)
+
+
+@pytest.mark.parametrize("how", ["loop", "scan, remat"])
+def test_gradients_are_the_references_and_end_at_the_subspace(how, x):
+    config = InterventionConfig(layers=(1, 2), positions="last:2", group_size=8, subspace=(0.5, 1))
+    intervened = road_jax.intervene(Stack(how), config, blocks=Block)
+    tree = with_values(intervened.init(x))
+    prompt = jnp.asarray(PROMPT)
+
+    @jax.jit
+    def loss(tree):
+        return jnp.sum(jnp.sin(intervened.apply(variables_of(how), tree, x, prompt_mask=prompt)))
+
+    with jax.default_matmul_precision("highest"):
+        gradient = jax.grad(loss)(tree)
+    for i, name, at in [
+        ("1", "road_theta", 9),
+        ("1", "road_alpha", 12),
+        ("2", "road_theta", 15),
+        ("2", "road_alpha", 8),
+    ]:
+        ends = []
+        for step in (-1e-5, 1e-5):
+            moved = jax.tree.map(lambda leaf: np.array(leaf, np.float64), tree)
+            moved["layers"][i][name][at] += step
+            ends.append(np.sin(by_hand(x, config, moved)).sum())
+        np.testing.assert_allclose(gradient["layers"][i][name][at], (ends[1] - ends[0]) / 2e-5, rtol=1e-4)
+    for leaf in jax.tree.leaves(gradient):
+        np.testing.assert_array_equal(leaf[:8], 0)
+        assert (leaf[8:] != 0).all()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+def tokens(*shape):
+    return np.random.default_rng(0).integers(6, 160, shape).astype(np.int32)
+
+
+CONFIG = InterventionConfig(layers=(0, 2), positions="first+last:2", group_size=32)
+
+
+def test_scanned_and_numbered_decoders_agree(base):
+    ids, mask = tokens(2, 7), np.array([[0, 0, 1, 1, 1, 1, 1], [1] * 7], np.int32)
+    logits, gradients = [], []
+    for scan in (True, False):
+        module, variables = models.load(base, scan=scan)
+        intervened = road_jax.intervene(module, CONFIG)
+        tree = with_values(intervened.init(ids))
+
+        @jax.jit
+        def run(tree, intervened=intervened, variables=variables):
+            return intervened.apply(variables, tree, ids, mask)
+
+        with jax.default_matmul_precision("highest"):
+            logits.append(run(tree))
+            gradients.append(jax.grad(lambda tree, run=run: jnp.sum(jnp.tanh(run(tree))))(tree))
+    plain = module.apply(variables, ids, mask)
+    assert_close(logits[0][mask > 0], logits[1][mask > 0], "float32", moved_from=plain[mask > 0])
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_the_side_of_the_padding_makes_no_difference_nor_do_texts_in_one_row(base):
+    module, variables = models.load(base)
+    intervened = road_jax.intervene(module, CONFIG)
+    text, other = tokens(5), tokens(3)[::-1]
+    run, tree = jax.jit(intervened.apply), with_values(intervened.init(text[None]))
+    with jax.default_matmul_precision("highest"):
+        alone = run(variables, tree, text[None])[0]
+        zeros = np.zeros(3, np.int32)
+        for ids, mask, at in (
+            ([*zeros, *text], [0] * 3 + [1] * 5, slice(3, 8)),
+            ([*text, *zeros], [1] * 5 + [0] * 3, slice(0, 5)),
+            ([*other, *text], [1] * 3 + [2] * 5, slice(3, 8)),
+        ):
+            both = run(variables, tree, jnp.asarray([ids]), attention_mask=jnp.asarray([mask], jnp.int32))
+            assert_close(both[0, at], alone, "float32", moved_from=module.apply(variables, text[None])[0])
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_decoding_with_a_cache_is_the_whole_text_at_once(base, positions):
+    """Without a cache, each step again on all tokens, with the prompt marked: new tokens are touched by "all" only."""
+    module, variables = models.load(base)
+    config = InterventionConfig(layers=(1,), positions=positions, group_size=32)
+    intervened = road_jax.intervene(module, config)
+    prompts = [[6, 7, 8], [9] * 6]
+    tree = with_values(intervened.init(np.array(prompts[:1])))
+    with jax.default_matmul_precision("highest"):
+        answers = road_jax.generate(intervened, variables, prompts, adapter=tree, max_new_tokens=6)
+        assert answers != road_jax.generate(module, variables, prompts, max_new_tokens=6)
+        texts = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
+        longest = max(map(len, texts))
+        ids = np.array([text + [0] * (longest - len(text)) for text in texts], np.int32)
+        mask = (np.arange(longest)[None] < np.array([[len(text)] for text in texts])).astype(np.int32)
+        marked = np.arange(longest)[None] < np.array([[len(prompt)] for prompt in prompts])
+        logits = intervened.apply(variables, tree, ids, attention_mask=mask, prompt_mask=jnp.asarray(marked))
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            ends = logits[row, len(prompt) - 1 : len(texts[row]) - 1]
+            assert np.argmax(ends, axis=-1).tolist() == answer
+
+
+def test_a_quantised_base(base):
+    module, variables = models.load(base)
+    ids = tokens(2, 6)
+    quantized = road_jax.quantize(variables, "nf4")
+    intervened = road_jax.intervene(module, CONFIG)
+    run, tree = jax.jit(intervened.apply), intervened.init(ids)
+    with jax.default_matmul_precision("highest"):
+        expected = run(road_jax.dequantize(quantized), with_values(tree), ids)
+        assert_close(run(quantized, with_values(tree), ids), expected, "float32", moved_from=run(quantized, tree, ids))
+
+
+@pytest.mark.steps_optax
+def test_training_lowers_the_loss_and_the_file_gives_the_same(base, tmp_path):
+    module, variables = models.load(base)
+    config = InterventionConfig(layers=(1,), positions="last:2", group_size=32, subspace=(0, 0.5))
+    intervened = road_jax.intervene(module, config)
+    ids, wanted = tokens(8, 5), tokens(8)
+    tree = intervened.init(ids)
+    optimiser = optax.adam(0.1)
+
+    @jax.jit
+    def step(tree, state):
+        def loss(tree):
+            logits = intervened.apply(variables, tree, ids)[:, -1]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
+
+        value, gradient = jax.value_and_grad(loss)(tree)
+        updates, state = optimiser.update(gradient, state)
+        return optax.apply_updates(tree, updates), state, value
+
+    state, losses = optimiser.init(tree), []
+    for _ in range(30):
+        tree, state, value = step(tree, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.7 * losses[0]
+
+    road_jax.save_intervention(tmp_path / "it", tree, config)
+    loaded, again = road_jax.load_intervention(tmp_path / "it")
+    assert again == config
+    assert read_intervention(tmp_path / "it").hidden_size == 128
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+
+
+def test_bfloat16_stays_and_is_rounded_once(x):
+    config = InterventionConfig(layers=(LAYERS - 1,), positions="all", group_size=8)
+    intervened = road_jax.intervene(Stack("loop"), config, blocks=Block)
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables_of("loop"))
+    tree = with_values(intervened.init(x))
+    h = Stack("loop").apply(variables, x.astype(jnp.bfloat16))
+    actual = intervened.apply(variables, tree, x.astype(jnp.bfloat16))
+    assert actual.dtype == jnp.bfloat16
+    leaves = tree["layers"][str(LAYERS - 1)]
+    expected = intervene(
+        np.asarray(h, np.float64),
+        leaves["road_theta"],
+        leaves["road_alpha"],
+        np.ones(PROMPT.shape),
+        variant="road_1",
+        group_size=8,
+    )
+    assert_close(actual, expected, "bfloat16", moved_from=h)
+
+
+def test_what_does_not_fit_is_refused(x, base, tmp_path):
+    model, variables = Stack("scan"), variables_of("scan")
+
+    def made(blocks=Block, **fields):
+        config = InterventionConfig(**{"layers": (1,), "group_size": 8, **fields})
+        return road_jax.intervene(model, config, blocks=blocks)
+
+    with pytest.raises(AdapterError, match=r"layers: expected indices from 0 to 3, found 4"):
+        made(layers=(4,)).init(x)
+    with pytest.raises(AdapterError, match="expected a number of outputs that group_size 64 divides, found 32"):
+        made(group_size=64).init(x)
+    with pytest.raises(AdapterError, match="expected blocks in Stack, found none; say by blocks="):
+        made(blocks=nn.Conv).init(x)
+    with pytest.raises(AdapterError, match=r"expected a block that gives hidden states .* found \[5, 32\]"):
+        made().init(jnp.ones((5, WIDTH)))
+    intervened = made()
+    tree = intervened.init(x)
+    with pytest.raises(AdapterError, match=r"expected a prompt mask \[3, 6\].* found \[3, 5\]"):
+        intervened.apply(variables, tree, x, prompt_mask=jnp.ones((3, 5), jnp.int32))
+    for wrong in (
+        {"layers": {"2": tree["layers"]["1"]}},
+        {"layers": {"1": {"road_theta": tree["layers"]["1"]["road_theta"]}}},
+        {"layers": {"1": jax.tree.map(lambda leaf: leaf[:4], tree["layers"]["1"])}},
+    ):
+        with pytest.raises(
+            AdapterError, match=r"expected road_theta and road_alpha \[16\] of layers\.<index> for \[1\]"
+        ):
+            intervened.apply(variables, wrong, x)
+    with pytest.raises(AdapterError, match=r"found a difference in layers\.2\.road_alpha"):
+        road_jax.save_intervention(
+            tmp_path / "it", {"layers": {**tree["layers"], "2": tree["layers"]["1"]}}, made().config
+        )
+    assert not (tmp_path / "it").exists()
+    module, variables = models.load(base)
+    with pytest.raises(AdapterError, match=r"expected adapters of road_jax\.transform, found an intervention"):
+        road_jax.generate(
+            road_jax.intervene(module, CONFIG), variables, [[6, 7]], adapter=tree, adapter_ids=[1], max_new_tokens=1
+        )
