@@ -17,10 +17,9 @@ import road_torch
 
 pytestmark = pytest.mark.steps_optax
 
-PROMPTS = [[9, 8, 7, 6, 10], [20, 21, 22], [33, 34, 35, 36]]
+PROMPTS = [[9, 8, 7, 6, 10], [20, 21, 22]]
 CONFIGS = [
-    road_jax.InterventionConfig(layers=(0, 2), positions="last", group_size=64, subspace=(0, 0.5)),
-    road_jax.InterventionConfig(layers=(1,), positions="first+last:2", group_size=8, variant="road_2"),
+    road_jax.InterventionConfig(layers=(0, 2), positions="first+last:2", group_size=64, subspace=(0, 0.5)),
     road_jax.InterventionConfig(layers=(0, 1, 2), positions="all", group_size=32, variant="road_4"),
 ]
 
@@ -58,13 +57,13 @@ def test_flax_and_pytorch_agree(base, tmp_path):
             with torch.no_grad():
                 np.testing.assert_allclose(model(**inputs).logits.numpy()[mask > 0], logits[mask > 0], atol=1e-4)
     with torch.no_grad():
-        mixed = model(**inputs, adapter_names=["0", "1", "2"]).logits.numpy()
-    for row in range(3):
+        mixed = model(**inputs, adapter_names=["0", "1"]).logits.numpy()
+    for row in range(2):
         real = mask[row] > 0
         np.testing.assert_allclose(mixed[row][real], flax_logits[row][real], atol=1e-4)
         assert np.abs(plain[row][real] - flax_logits[row][real]).max() > 1e-2
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    tokens = model.generate(**inputs, adapter_names=["0", "1", "2"], **options)
+    tokens = model.generate(**inputs, adapter_names=["0", "1"], **options)
     assert tokens[:, longest:].tolist() == flax_tokens
 
 
