@@ -169,7 +169,7 @@ def test_an_intervention_checks_itself():
         Intervention(config, {0: (theta, alpha), 1: (theta[:12], alpha[:12])})
     with pytest.raises(AdapterError, match=r"layers\.1\.road_alpha: expected finite values, found 16"):
         Intervention(config, {0: (theta, alpha), 1: (theta, alpha * np.nan)})
-    with pytest.raises(AdapterError, match="subspace: expected fractions that take in at least one"):
+    with pytest.raises(AdapterError, match="expected a subspace that takes in at least one"):
         Intervention(InterventionConfig(layers=(0,), group_size=8, subspace=(0, 0.01)), {0: (theta, alpha)})
 
 
