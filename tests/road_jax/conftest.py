@@ -9,6 +9,16 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
+def no_leaks(request):
+    """No tracer outlives its trace. JAX then traces anew at every call, so that not all tests can afford it."""
+    if request.node.get_closest_marker("no_leaks"):
+        with jax.checking_leaks():
+            yield
+    else:
+        yield
+
+
+@pytest.fixture(autouse=True)
 def strict_numerics(request):
     """No dtype or rank is promoted silently; optax's optimisers do it, so tests that step one are marked."""
     if request.node.get_closest_marker("steps_optax"):

@@ -74,6 +74,12 @@ def test_an_adapter_speaks_as_its_merged_weights_do(small):
     assert said != road_jax.generate(module, variables, PROMPTS, max_new_tokens=10)
 
 
+@pytest.mark.no_leaks
+def test_no_tracer_leaks(small):
+    _, variables, road, adapter = small
+    assert road_jax.generate(road, variables, [[7, 8], [9]], adapter=adapter, max_new_tokens=2)
+
+
 def test_one_program_for_a_bucket(small):
     _, variables, road, adapter = small
     _generate._run.clear_cache()

@@ -15,6 +15,8 @@ from road_core import AdapterError, RoadConfig
 
 GROUP = 8
 
+pytestmark = pytest.mark.no_leaks
+
 
 def filled(adapter):
     def fill(path, leaf):

@@ -128,6 +128,21 @@ def test_a_stack_of_layers_gets_stacked_parameters(x):
     assert_close(adapted(x), expected, "float32", moved_from=model(x))
 
 
+@pytest.mark.no_leaks
+def test_no_tracer_leaks():
+    x = jnp.asarray(named_values("x", 2, 3, 16))
+    _, adapted, _ = small()
+
+    @nnx.jit
+    def gradient(model, x):
+        return nnx.grad(lambda model: jnp.sum(model(x)), argnums=nnx.DiffState(0, RoadParam))(model)
+
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient(adapted, x)))
+    road_jax.nnx.set_adapter(adapted, road_jax.stack_adapters([road_jax.nnx.get_adapter(adapted)]))
+    run = nnx.jit(lambda model, x, ids: road_jax.nnx.apply(model, x, adapter_ids=ids))
+    assert run(adapted, x, jnp.asarray([1, 0])).shape == (2, 3, 6)
+
+
 def test_split_and_merge(x):
     adapted = set_values(wrap(Net(nnx.Rngs(0)), RoadConfig(target_modules=["first"], group_size=8)))
     structure, adapter, rest = nnx.split(adapted, RoadParam, ...)
