@@ -27,6 +27,11 @@ def device() -> str:
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {versions}"
 
 
+def settings(options: Any) -> dict[str, str]:
+    """Returns the fields of a dataclass of options, but for the folders, which decide no figure."""
+    return {name: str(value) for name, value in vars(options).items() if not isinstance(value, Path)}
+
+
 def median_ratios(times: Mapping[str, Sequence[float]], of: str) -> dict[str, tuple[float, list[float]]]:
     """Returns for each arm the median over the rounds of its time over that of ``of`` in the same round, and all."""
     found = {}

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import road_jax
-from benchmarks._common import RESULTS, bars, device, median_ratios, write
+from benchmarks._common import RESULTS, bars, device, median_ratios, settings, write
 from road_jax import RoadConfig
 from road_jax._tree import flatten, unflatten
 from road_jax.models import Decoder, DecoderConfig
@@ -51,7 +51,7 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console()
-    results: dict[str, Any] = {"device": device(), "options": {k: str(v) for k, v in vars(options).items()}, "arms": {}}
+    results: dict[str, Any] = {"device": device(), "options": settings(options), "arms": {}}
     flops = {name: program.flops() for name, program in arms(options, scan=False, remat="none").items()}
     scanned = arms(options, scan=True, remat="linears")
     plain = arms(options, scan=True, remat="none")

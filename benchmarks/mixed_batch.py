@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks._common import RESULTS, device, write
+from benchmarks._common import RESULTS, device, settings, write
 from examples.demo.model import prepare_model
 from road_torch import RoadConfig, RoadModel, load
 
@@ -99,7 +99,7 @@ def main() -> None:
     checkpoint = prepare_model(options.cache / "smollm2-135m-instruct", options.cache, console=console)
     results: dict[str, Any] = {
         "device": device(),
-        "options": {k: str(v) for k, v in vars(options).items()},
+        "options": settings(options),
         "bases": {},
     }
     for name, quantize, dtype in BASES:

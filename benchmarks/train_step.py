@@ -32,7 +32,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import road_jax
-from benchmarks._common import RESULTS, bars, device, median_ratios, write
+from benchmarks._common import RESULTS, bars, device, median_ratios, settings, write
 from examples.demo import tasks
 from examples.demo.model import prepare_model
 from road_jax import RoadConfig, models
@@ -64,7 +64,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console()
     checkpoint = prepare_model(options.cache / "smollm2-135m-instruct", options.cache, console=console)
-    results: dict[str, Any] = {"device": device(), "options": {k: str(v) for k, v in vars(options).items()}}
+    results: dict[str, Any] = {"device": device(), "options": settings(options)}
     for name, make in (("same work", _same_work), ("a task", _task)):
         arms, lines = make(checkpoint, options, console)
         results[name] = measure(name, arms, lines, options.rounds, console)

@@ -35,7 +35,7 @@ from rich.table import Table
 
 import convert
 import road_torch
-from benchmarks._common import RESULTS, device, write
+from benchmarks._common import RESULTS, device, settings, write
 from benchmarks.composition.tasks import Scores, Study, prepare, score
 from examples.demo.model import prepare_model
 from examples.demo.tasks import Messages
@@ -70,8 +70,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console()
     checkpoint = prepare_model(options.cache / "smollm2-135m-instruct", options.cache, console=console)
-    asked = {name: str(value) for name, value in vars(options).items()}
-    results: dict[str, Any] = {"device": device(), "options": asked, "seeds": {}}
+    results: dict[str, Any] = {"device": device(), "options": settings(options), "seeds": {}}
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("transformers").setLevel(logging.ERROR)
