@@ -3,9 +3,11 @@
 import math
 from typing import Any
 
+import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from road_core import AdapterError, RoadConfig, output_size
+from road_jax._quantize import QuantizedKernel
 from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, unflatten
 
 
@@ -29,7 +31,7 @@ def shardings(
         A tree of ``NamedSharding`` laid out like the adapter.
 
     Raises:
-        AdapterError: a module has no kernel among the shardings, or a group is cut.
+        AdapterError: a module has no kernel among the shardings, a group is cut, or a quantised kernel is in shards.
 
     Example:
         >>> import jax, numpy as np, road_jax
@@ -46,7 +48,7 @@ def shardings(
         if path[-1] not in ROAD_LEAVES:
             found[path] = _at(given, path)
             continue
-        kernel = _at(given, (*path[:-1], "kernel"))
+        kernel = _whole(_at(given, (*path[:-1], "kernel")), dotted(path[:-1]))
         found[path] = _along_outputs(kernel, len(leaf.shape))
         if config is not None and not allow_cut:
             _check_whole(dotted(path[:-1]), kernel.mesh, found[path].spec, leaf.shape[-1], config)
@@ -57,6 +59,16 @@ def _at(given: dict[Path, Any], path: Path) -> NamedSharding:
     if path not in given:
         raise AdapterError(f"{dotted(path)}: expected a sharding for it in variables_shardings['params'], found none")
     return given[path]
+
+
+def _whole(kernel: Any, path: str) -> NamedSharding:
+    """A kernel's sharding; of a quantised one, which is blocks of codes and not rows of outputs, that of all of it."""
+    if not isinstance(kernel, QuantizedKernel):
+        return kernel
+    parts = jax.tree.leaves(kernel)
+    if any(entry is not None for part in parts for entry in part.spec):
+        raise AdapterError(f"{path}: expected a quantised kernel that every device has whole, found it in shards")
+    return NamedSharding(parts[0].mesh, PartitionSpec())
 
 
 def _along_outputs(kernel: NamedSharding, axes: int) -> NamedSharding:

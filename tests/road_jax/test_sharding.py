@@ -156,3 +156,14 @@ def test_a_module_without_a_sharding_is_named(mesh):
     adapter = {"proj": {"road_theta": np.zeros(64), "road_alpha": np.ones(64)}}
     with pytest.raises(AdapterError, match=r"proj\.kernel: expected a sharding for it"):
         road_jax.shardings(adapter, {"params": {"other": {"kernel": NamedSharding(mesh, P())}}})
+
+
+def test_a_quantised_kernel_is_whole_or_refused(mesh):
+    kernel = road_jax.quantize({"params": {"proj": {"kernel": jnp.ones((64, 128))}}}, "nf4")
+    adapter = {"proj": {"road_theta": np.zeros(64), "road_alpha": np.ones(64)}}
+    whole = jax.tree.map(lambda _: NamedSharding(mesh, P()), kernel)
+    found = road_jax.shardings(adapter, whole, config=RoadConfig())
+    assert found["proj"]["road_theta"] == NamedSharding(mesh, P())
+    cut = jax.tree.map(lambda _: NamedSharding(mesh, P("model")), kernel)
+    with pytest.raises(AdapterError, match=r"proj: expected a quantised kernel that every device has whole"):
+        road_jax.shardings(adapter, cut)
