@@ -15,8 +15,6 @@ from road_core import AdapterError, RoadConfig
 
 GROUP = 8
 
-pytestmark = pytest.mark.no_leaks
-
 
 def filled(adapter):
     def fill(path, leaf):
@@ -52,6 +50,7 @@ def x():
     return jnp.asarray(named_values("x", 2, 6, 32))
 
 
+@pytest.mark.no_leaks
 def test_flaxs_own_attention(x):
     """Query, key and value are DenseGeneral to heads × head_dim, the output is one from both."""
     model = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=64, out_features=32)
@@ -80,6 +79,7 @@ class Twice(nn.Module):
         return shared(nn.tanh(shared(x)))
 
 
+@pytest.mark.no_leaks
 def test_a_shared_layer_has_one_adapter(x):
     road, variables, adapter = adapt(Twice(), x)
     found = check_merge(road, variables, adapter, x)
@@ -102,6 +102,7 @@ class Branches(nn.Module):
         return jnp.sum(dense(x), axis=0)
 
 
+@pytest.mark.no_leaks
 def test_a_vmapped_layer_has_an_adapter_a_copy(x):
     road, variables, adapter = adapt(Branches(), x)
     assert adapter["branches"]["road_theta"].shape == (2, 8)
