@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from road_core import Adapter, AdapterError, RoadConfig, bfloat16
+from road_core import Adapter, AdapterError, bfloat16
 from road_core._adapter import Array, is_bfloat16
+from road_core._config import config_of_run
 from road_core._files import inside, read_json
 
 
@@ -35,15 +36,7 @@ def read_checkpoint(step: Path) -> Adapter:
         AdapterError: orbax isn't installed, or the run's files are broken.
     """
     step = step.absolute()
-    options = read_json(inside(step.parents[1], "options.json"))
-    targets = options.get("target_modules")
-    config = RoadConfig(
-        variant=str(options.get("variant")),
-        group_size=options.get("group_size"),  # type: ignore[arg-type]  # it checks itself
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        base_model_name_or_path=options.get("base"),
-        task_type="CAUSAL_LM",
-    )
+    config = config_of_run(read_json(inside(step.parents[1], "options.json")))
     try:
         import orbax.checkpoint as ocp
     except ModuleNotFoundError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -123,6 +124,27 @@ class RoadConfig:
         known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
         extra = {name: value for name, value in fields.items() if name not in known and name != "peft_type"}
         return cls(**{name: value for name, value in fields.items() if name in known}, extra=extra)
+
+
+def config_of_run(options: Mapping[str, Any]) -> RoadConfig:
+    """Returns the config of the adapter that a run of road-train trains.
+
+    Args:
+        options: the fields of ``road_jax.train.TrainOptions``, also as they stand in a run's ``options.json``.
+
+    Raises:
+        AdapterError: a field is wrong.
+    """
+    targets, base = options.get("target_modules"), options.get("base")
+    return RoadConfig(
+        variant=str(options.get("variant")),
+        group_size=options.get("group_size"),  # type: ignore[arg-type]  # it checks itself
+        target_modules="all-linear" if targets in (["all-linear"], ("all-linear",)) else targets,
+        subspace=options.get("subspace"),
+        modules_to_save=options.get("modules_to_save") or None,
+        base_model_name_or_path=os.fspath(base) if isinstance(base, os.PathLike) else base,
+        task_type="CAUSAL_LM",
+    )
 
 
 def _names(field: str, value: object) -> str | list[str] | None:

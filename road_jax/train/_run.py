@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from road_core import Adapter, AdapterError, RoadConfig, output_size, subspace_blocks, write_flax
+from road_core import Adapter, AdapterError, output_size, subspace_blocks, write_flax
+from road_core._config import config_of_run
 from road_core._files import check_free, dump_json, read_json, write_file
 from road_core._picture import draw_rotations
 from road_jax import models
@@ -177,16 +178,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         dtype = jnp.dtype(options.dtype)
         module, variables = models.load(options.base, dtype=dtype, scan=options.scan, remat=options.remat)
         models.check_mesh(module.config, mesh)
-        targets = options.target_modules
-        config = RoadConfig(
-            variant=options.variant,
-            group_size=options.group_size,
-            target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-            subspace=options.subspace,
-            modules_to_save=list(options.modules_to_save) or None,
-            base_model_name_or_path=str(options.base),
-            task_type="CAUSAL_LM",
-        )
+        config = config_of_run(dataclasses.asdict(options))
         road = transform(module, config)
         if options.quantize != "none":
             variables = quantize(variables, options.quantize, exclude=("lm_head", *options.modules_to_save))
@@ -420,7 +412,7 @@ def _check(options: TrainOptions) -> Mesh:
             f"mesh: expected data alone for a quantised base, found {options.mesh} and {options.quantize}"
         )
     _step.check_rows(options.batch_size, mesh, options.accumulate)
-    RoadConfig(variant=options.variant, group_size=options.group_size, subspace=options.subspace)
+    config_of_run(dataclasses.asdict(options))
     if not options.resume:
         check_free(options.out)
         return mesh

@@ -10,6 +10,7 @@ import pytest
 from _compare import named_values
 
 import convert
+import road_core
 import road_jax
 from road_core import AdapterError, RoadConfig
 from road_jax.train._checkpoint import Checkpoints
@@ -49,6 +50,17 @@ def test_a_checkpoint_is_converted_as_the_adapter_it_holds(tmp_path):
         convert.to_torch(tmp_path / "flax", tmp_path / "torch", overwrite=True)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             assert (out / name).read_bytes() == (tmp_path / "torch" / name).read_bytes()
+
+    options = json.loads((tmp_path / "run" / "options.json").read_text())
+    write = (tmp_path / "run" / "options.json").write_text
+    write(json.dumps({**options, "subspace": [0.0, 0.5], "modules_to_save": []}))
+    convert.to_torch(tmp_path / "run", tmp_path / "half")
+    half = road_core.read_peft(tmp_path / "half")
+    assert half.config.subspace == (0.0, 0.5)
+    theta, alpha = half.modules["model.layers.1.self_attn.q_proj"]
+    assert not road_core.to_float32(theta)[16:].any()
+    assert (road_core.to_float32(alpha)[16:] == 1).all()
+    write(json.dumps(options))
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "10" / "state" / "d")
     with pytest.raises(AdapterError, match=r"checkpoints/10: expected a checkpoint of road-train, found "):
