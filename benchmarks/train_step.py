@@ -33,6 +33,7 @@ from rich.table import Table
 
 import road_jax
 from benchmarks._common import RESULTS, bars, device, median_ratios, settings, write
+from benchmarks._lines import lines_of, pad
 from examples.demo import tasks
 from examples.demo.model import prepare_model
 from road_jax import RoadConfig, models
@@ -131,27 +132,17 @@ def _task(checkpoint: Path, options: Options, console: Console) -> tuple[dict[st
     packed, padded, counts = [], [], []
     for element in _data.packed(examples, rows=options.rows, length=options.length, seed=0, epochs=1):
         batch = _data.to_batch(element, options.rows)
-        held = [examples[i] for i in np.unique(element["example"][element["input_ids_segment_ids"] > 0])]
+        held = lines_of(element, examples)
         if len(packed) == 4:
             break
         packed.append(batch)
-        padded.append(_pad(held))
+        padded.append(pad(held))
         counts.append(len(held))
     arms = {OURS: _flax(checkpoint, packed)}
     for name, config in _peers().items():
         arms[name] = _torch(checkpoint, config, padded)
     # Steps go through the same batches in the same order, so lines a step are those of all of them on average.
     return arms, dict.fromkeys(arms, round(statistics.mean(counts)))
-
-
-def _pad(examples: list[_data.Example]) -> dict[str, torch.Tensor]:
-    longest = max(len(example.input_ids) for example in examples)
-    ids, mask, labels = (np.full((len(examples), longest), fill, np.int64) for fill in (0, 0, -100))
-    for row, example in enumerate(examples):
-        n = len(example.input_ids)
-        ids[row, :n], mask[row, :n] = example.input_ids, 1
-        labels[row, :n] = np.where(example.is_target == 1, example.input_ids, -100)
-    return {k: torch.from_numpy(v) for k, v in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
 def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:

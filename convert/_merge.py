@@ -21,6 +21,7 @@ from convert._inspect import read_adapter
 from convert._mapping import map_to_torch, natural
 from road_core import Adapter, AdapterError, coefficients, to_float32
 from road_core._adapter import Array, from_float32
+from road_core._errors import listed
 from road_core._files import Entry, check_free, dump_json, inside, read_header, read_json, write_file
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _shards(folder: Path) -> tuple[dict[str, dict[str, Entry]], dict[str, Any] |
             raise AdapterError(f"{folder / _INDEX}: expected names of files in the folder, found {wrong[0]!r}")
         shards = {name: read_header(inside(folder, name))[0] for name in sorted(set(places.values()))}
         if lost := sorted(key for key, name in places.items() if key not in shards[name]):
-            raise AdapterError(f"{folder / _INDEX}: expected tensors where the index says, found no {_listed(lost)}")
+            raise AdapterError(f"{folder / _INDEX}: expected tensors where the index says, found no {listed(lost)}")
         return shards, index
     return {_SINGLE: read_header(inside(folder, _SINGLE))[0]}, None
 
@@ -259,7 +260,7 @@ def _plan(
         if entries[name].dtype not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name} of {entries[name].dtype}")
     if problems:
-        raise AdapterError(f"expected the adapter's layers in floating point, found {_listed(problems)}")
+        raise AdapterError(f"expected the adapter's layers in floating point, found {listed(problems)}")
 
     tensors: dict[str, list[_Tensor]] = {file: [] for file in shards}
     for name, entry in entries.items():
@@ -421,10 +422,6 @@ def _wide(dtype: np.dtype) -> np.dtype:
 
 def _widen(array: Array, wide: np.dtype) -> NDArray[Any]:
     return (array if array.dtype == np.float64 else to_float32(array)).astype(wide, copy=False)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @contextlib.contextmanager

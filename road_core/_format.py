@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from road_core._adapter import Adapter, Array
 from road_core._config import RoadConfig
-from road_core._errors import AdapterError
+from road_core._errors import AdapterError, listed
 from road_core._files import dump_json, dump_tensors, inside, read_json, read_tensors, write_files
 
 
@@ -161,10 +161,9 @@ def _sort_out(
         else:
             wrong.append(key)
     if wrong:
-        listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise AdapterError(
             f"expected pairs of {prefix}<module>.road_theta and .road_alpha, and tensors of modules_to_save "
-            f"{config.modules_to_save}, found besides {listed}"
+            f"{config.modules_to_save}, found besides {listed(wrong)}"
         )
     return modules, saved
 

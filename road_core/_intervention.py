@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from road_core._adapter import Adapter, Array
 from road_core._config import RoadConfig
-from road_core._errors import AdapterError
+from road_core._errors import AdapterError, listed
 from road_core._files import dump_json, dump_tensors, inside, read_json, read_tensors, write_files
 from road_core._reference import Float64, Subspace, output_size, rotate
 
@@ -256,10 +256,9 @@ def read_intervention(directory: str | os.PathLike) -> Intervention:
     tensors, metadata = read_tensors(tensors_path)
     expected = [f"layers.{i}.{name}" for i in config.layers for name in ("road_theta", "road_alpha")]
     if wrong := sorted(tensors.keys() ^ set(expected)):
-        listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise AdapterError(
             f"{tensors_path}: expected road_theta and road_alpha of layers.<index> for {list(config.layers)!s:.80}, "
-            f"found a difference in {listed}"
+            f"found a difference in {listed(wrong)}"
         )
     layers = {i: (tensors[f"layers.{i}.road_theta"], tensors[f"layers.{i}.road_alpha"]) for i in config.layers}
     try:

@@ -48,7 +48,7 @@ def shardings(
         if path[-1] not in ROAD_LEAVES:
             found[path] = _at(given, path)
             continue
-        kernel = _whole(_at(given, (*path[:-1], "kernel")), dotted(path[:-1]))
+        kernel = _one(_at(given, (*path[:-1], "kernel")), dotted(path[:-1]))
         found[path] = _along_outputs(kernel, len(leaf.shape))
         if config is not None and not allow_cut:
             _check_whole(dotted(path[:-1]), kernel.mesh, found[path].spec, leaf.shape[-1], config)
@@ -61,7 +61,7 @@ def _at(given: dict[Path, Any], path: Path) -> NamedSharding:
     return given[path]
 
 
-def _whole(kernel: Any, path: str) -> NamedSharding:
+def _one(kernel: Any, path: str) -> NamedSharding:
     """A kernel's sharding; of a quantised one, which is blocks of codes and not rows of outputs, that of all of it."""
     if not isinstance(kernel, QuantizedKernel):
         return kernel

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules, subspace_blocks
+from road_core._errors import listed
 from road_jax import _merge, _quantize
 from road_jax._layout import Layout, Layouts, along, einsum_layout, trailing
 from road_jax._rotate import blocks, check_layer, polar, rotate_blocks, rotate_rows, within
@@ -202,8 +203,7 @@ class Road:
         with nn.intercept_methods(turn):
             result = self.model.apply(merged, *args, **kwargs)
         if unused := sorted(map(dotted, expected - used)):
-            listed = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
-            raise AdapterError(f"adapter: expected every module to be used by a layer, found unused {listed}")
+            raise AdapterError(f"adapter: expected every module to be used by a layer, found unused {listed(unused)}")
         return result
 
     def merge(self, variables: Mapping[str, Any], adapter: Tree, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from flax import traverse_util
 
 from road_core import AdapterError
+from road_core._errors import listed
 
 ROAD_LEAVES = ("road_theta", "road_alpha")
 
@@ -60,8 +61,7 @@ def overlay(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, 
         }
     )
     if lost:
-        listed = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-        raise AdapterError(f"adapter: expected modules of the model's params, found besides {listed}")
+        raise AdapterError(f"adapter: expected modules of the model's params, found besides {listed(lost)}")
     return unflatten({**base, **leaves})
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from road_core import AdapterError
+from road_core._errors import listed
 from road_core._files import inside, read_json, write_file
 from road_torch._model import RoadModel
 from road_torch._routing import BASE, parts, read_name
@@ -179,8 +180,7 @@ def load(directory: str | os.PathLike, *, quantize: str = "none", dtype: str = "
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if wrong:
         raise AdapterError(
-            f"{directory}: expected a tensor of the right shape for every weight, found none for {', '.join(wrong[:3])}"
-            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            f"{directory}: expected a tensor of the right shape for every weight, found none for {listed(wrong, 3)}"
         )
     return model.eval(), tokenizer
 

@@ -22,6 +22,7 @@ from road_core import (
     write_peft,
 )
 from road_core._compose import check_group_sizes
+from road_core._errors import listed
 from road_core._files import check_free, new_directory
 from road_torch import _kernels, _merge
 from road_torch._io import to_adapter, to_tensor
@@ -244,11 +245,11 @@ class RoadModel(nn.Module):
         if missing and strict:
             raise AdapterError(
                 f"{directory}: expected θ and α for every module that target_modules selects, found none for "
-                f"{_listed(missing)}"
+                f"{listed(missing, 3)}"
             )
         if extra := [path for path in adapter.modules if path not in chosen]:
             raise AdapterError(
-                f"{directory}: expected θ and α only for modules that target_modules selects, found {_listed(extra)}"
+                f"{directory}: expected θ and α only for modules that target_modules selects, found {listed(extra, 3)}"
             )
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
         for path in missing:
@@ -311,12 +312,12 @@ class RoadModel(nn.Module):
         if wrong := sorted(mine.keys() ^ adapter.modules.keys()):
             raise AdapterError(
                 f"{directory}: expected θ and α for the {len(mine)} modules of {adapter_name!r}, found "
-                f"{len(adapter.modules)}, differing in {_listed(wrong)}"
+                f"{len(adapter.modules)}, differing in {listed(wrong, 3)}"
             )
         if wrong := sorted(mine.keys() ^ self._select(adapter.config).keys()):
             raise AdapterError(
                 f"{directory}: expected target_modules that select the modules of {adapter_name!r}, "
-                f"found a choice that differs in {_listed(wrong)}"
+                f"found a choice that differs in {listed(wrong, 3)}"
             )
         for path, (theta, _) in adapter.modules.items():
             size = mine[path].road_theta[adapter_name].shape
@@ -688,7 +689,7 @@ class RoadModel(nn.Module):
         for key, value in (tensors or {}).items():
             owner = next((path for path in found if key.startswith(f"{path}.")), None)
             if owner is None:
-                raise AdapterError(f"{source}: expected tensors of {_listed(list(found))}, found {key}")
+                raise AdapterError(f"{source}: expected tensors of {listed(list(found), 3)}, found {key}")
             groups[owner][key.removeprefix(f"{owner}.")] = value
         copies = {}
         for path, module in found.items():
@@ -843,7 +844,3 @@ def _output_head(model: Any, modules: Mapping[str, nn.Module], config: RoadConfi
     if head is None and get is not None and config.task_type == "SEQ_CLS":
         head = next((found for name in ("score", "classifier") if (found := getattr(model, name, None))), None)
     return [path for path, module in modules.items() if head is not None and module is head]
-
-
-def _listed(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -12,57 +12,35 @@ from road_core import RoadConfig
 from road_jax.nnx import RoadParam
 
 IDS = np.random.default_rng(0).integers(0, 96, (2, 12)).astype(np.int32)
+SIZES = {
+    "num_layers": 2,
+    "embed_dim": 64,
+    "hidden_dim": 128,
+    "num_heads": 4,
+    "head_dim": 16,
+    "num_kv_heads": 2,
+}
 TARGETS = np.random.default_rng(1).integers(0, 96, (2, 12)).astype(np.int32)
 
 
 def llama():
     from tunix.models.llama3 import model as library
 
-    config = library.ModelConfig(
-        num_layers=2,
-        vocab_size=96,
-        embed_dim=64,
-        hidden_dim=128,
-        num_heads=4,
-        head_dim=16,
-        num_kv_heads=2,
-        rope_theta=10000,
-        norm_eps=1e-5,
-    )
+    config = library.ModelConfig(**SIZES, vocab_size=96, rope_theta=10000, norm_eps=1e-5)
     return library, library.Llama3(config, rngs=nnx.Rngs(0)), 14
 
 
 def qwen():
     from tunix.models.qwen3 import model as library
 
-    config = library.ModelConfig(
-        num_layers=2,
-        vocab_size=96,
-        embed_dim=64,
-        hidden_dim=128,
-        num_heads=4,
-        head_dim=16,
-        num_kv_heads=2,
-        rope_theta=10000,
-        norm_eps=1e-5,
-    )
+    config = library.ModelConfig(**SIZES, vocab_size=96, rope_theta=10000, norm_eps=1e-5)
     return library, library.Qwen3(config, rngs=nnx.Rngs(0)), 14
 
 
 def gemma():
     from tunix.models.gemma3 import model as library
 
-    config = library.ModelConfig(
-        num_layers=2,
-        num_embed=96,
-        embed_dim=64,
-        hidden_dim=128,
-        num_heads=4,
-        head_dim=16,
-        num_kv_heads=2,
-        sliding_window_size=8,
-        param_dtype=jnp.float32,
-    )
+    config = library.ModelConfig(**SIZES, num_embed=96, sliding_window_size=8, param_dtype=jnp.float32)
     return library, library.Gemma3(config, rngs=nnx.Rngs(0)), 12
 
 

@@ -16,16 +16,16 @@ merged task vectors, the sum of the LoRAs. Writes ``benchmarks/results/compositi
 
 import dataclasses
 import gc
+import itertools
 import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import peft
 import torch
 import tyro
@@ -36,10 +36,11 @@ from rich.table import Table
 import convert
 import road_torch
 from benchmarks._common import RESULTS, device, settings, write
+from benchmarks._lines import lines_of, pad
 from benchmarks.composition.tasks import Scores, Study, prepare, score
 from examples.demo.model import prepare_model
 from examples.demo.tasks import Messages
-from road_jax.train import TrainOptions, _data, train
+from road_jax.train import TrainOptions, _data, _step, train
 
 HALVES = {"skill": (0.0, 0.5), "format": (0.5, 1.0)}
 METRICS = ("skill", "format", "both")
@@ -178,10 +179,12 @@ def _lora(checkpoint: Path, study: Study, seed: int, options: Options, console: 
         model.set_adapter(name)
         model.train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
-        batches = [*_batches(study.data[task], tokenizer, seed, options)]
+        # As road-train's adapters are trained.
+        _, schedule = _step.optimizer(options.lora_learning_rate, options.steps, warmup=0.1, weight_decay=0.0)
+        batches = _batches(study.data[task], tokenizer, seed, options)
         for step, batch in enumerate(track(batches, f"LoRA, {task}", console=console)):
             for group in optimizer.param_groups:
-                group["lr"] = options.lora_learning_rate * _schedule(step, len(batches))
+                group["lr"] = float(schedule(step))
             optimizer.zero_grad(set_to_none=True)
             model(**batch).loss.backward()
             optimizer.step()
@@ -194,29 +197,11 @@ def _lora(checkpoint: Path, study: Study, seed: int, options: Options, console: 
     return found
 
 
-def _schedule(step: int, steps: int, warmup: float = 0.1) -> float:
-    """As road-train's: up in a tenth of the steps, then down to nothing."""
-    rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else (steps - step) / (steps - rise)
-
-
-def _batches(data: Path, tokenizer: Any, seed: int, options: Options) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields the lines of each of road-train's packed batches, padded."""
+def _batches(data: Path, tokenizer: Any, seed: int, options: Options) -> list[dict[str, torch.Tensor]]:
+    """Returns the lines of each of road-train's packed batches, padded."""
     examples = _data.tokenize(_data.read_lines(data), tokenizer, str(data))
     packed = _data.packed(examples, rows=options.rows, length=options.length, seed=seed, epochs=99)
-    for element, _ in zip(packed, range(options.steps), strict=False):
-        held = [examples[i] for i in np.unique(element["example"][element["input_ids_segment_ids"] > 0])]
-        longest = max(len(example.input_ids) for example in held)
-        ids, mask, labels = (np.full((len(held), longest), fill, np.int64) for fill in (0, 0, -100))
-        for row, example in enumerate(held):
-            n = len(example.input_ids)
-            ids[row, :n], mask[row, :n] = example.input_ids, 1
-            labels[row, :n] = np.where(example.is_target == 1, example.input_ids, -100)
-        yield {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-            "labels": torch.from_numpy(labels),
-        }
+    return [pad(lines_of(element, examples)) for element in itertools.islice(packed, options.steps)]
 
 
 def _answers(

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 
 from road_core import AdapterError
+from road_core._errors import listed
 from road_core._files import inside, read_json
 from road_jax._quantize import BLOCK, QuantizedKernel, from_codes
 from road_jax._tree import Path as TreePath
@@ -123,9 +124,7 @@ def _open(directory: str | os.PathLike) -> Iterator[_Tensors]:
             held = {name: set(shard.keys()) for name, shard in shards.items()}
             lost = sorted(key for key, name in index.items() if key not in held[name])
             if lost:
-                raise AdapterError(
-                    f"{folder / _INDEX}: expected tensors where the index says, found no {_listed(lost)}"
-                )
+                raise AdapterError(f"{folder / _INDEX}: expected tensors where the index says, found no {listed(lost)}")
             yield _Tensors({key: shards[name] for key, name in index.items()})
         else:
             whole = open_file(_SINGLE)
@@ -187,7 +186,7 @@ def _check(
     if config.tie_word_embeddings:
         left = [name for name in left if name != "lm_head.weight"]
     problems = [
-        f"{what} {_listed(names)}"
+        f"{what} {listed(names)}"
         for what, names in (("no", missing), ("another form of", wrong), ("besides", left))
         if names
     ]
@@ -269,7 +268,3 @@ def _read(tensors: _Tensors, path: TreePath, leaf: Any, layers: int | None, *, o
         else:
             result[...] = array
     return jnp.asarray(result)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

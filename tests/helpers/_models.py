@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 
 WORDS = [
     *("<pad>", "[UNK]", "</s>", "<user>", "<assistant>", "<system>"),
@@ -48,6 +49,18 @@ def small_model(kind: str = "llama", *, seed: int = 0, **changes) -> transformer
             else:
                 parameter.normal_(std=0.5 if "embed" in name else parameter.shape[-1] ** -0.5)
     return model.eval()
+
+
+class Net(nn.Module):
+    """Two linear layers, ``up`` to ``outputs`` and ``down`` again, the same ones at every call."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(inputs, outputs), nn.Linear(outputs, inputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from _compare import assert_close, named_values
-from _models import small_checkpoint, small_model
+from _models import Net, small_checkpoint, small_model
 from torch import nn
 
 import road_core
@@ -17,16 +17,6 @@ from road_torch._generate import load
 IN, OUT = 16, 64
 X = torch.from_numpy(named_values("x", 4, 3, IN))
 VARIANTS = ["road_1", "road_2", "road_4"]
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(IN, OUT), nn.Linear(OUT, IN)
-
-    def forward(self, x):
-        return self.down(self.up(x))
 
 
 def add(model, name, variant="road_1", **changes):
@@ -45,7 +35,7 @@ def fill(layer, name):
 
 
 def road(*, max_loaded=None, **adapters):
-    model = RoadModel(Net(), max_loaded=max_loaded).eval()
+    model = RoadModel(Net(IN, OUT), max_loaded=max_loaded).eval()
     for name, variant in adapters.items():
         add(model, name, variant)
     return model
@@ -53,7 +43,7 @@ def road(*, max_loaded=None, **adapters):
 
 def reference(model, *names):
     """What the whole net gives with adapters one after the other, float64."""
-    value, net = X.double(), Net().double()
+    value, net = X.double(), Net(IN, OUT).double()
     for path in ("up", "down"):
         value, layer = getattr(net, path)(value).detach(), getattr(model.base_model, path)
         for name in names:
@@ -84,7 +74,7 @@ def test_a_row_may_name_several_adapters(first, second):
     check(model, [(["b", "c"], "bc"), ("b+c+a", "bca"), ("a+a", "aa"), (["b"], "b")])
     model.set_adapter(["b", "a"])
     with torch.no_grad():
-        assert_close(model(X, adapter_names=["b+a"] * 4), model(X), "float32", moved_from=Net()(X))
+        assert_close(model(X, adapter_names=["b+a"] * 4), model(X), "float32", moved_from=Net(IN, OUT)(X))
 
 
 def test_one_pass_for_a_mix_and_formed_once(monkeypatch):
@@ -136,7 +126,7 @@ def test_a_mix_follows_its_adapters(tmp_path):
     add(model, "b", "road_4")
     check(model, names)
     base = model.unload()
-    torch.testing.assert_close(base(X), Net()(X))
+    torch.testing.assert_close(base(X), Net(IN, OUT)(X))
 
 
 def test_deleted_adapters_of_mixes_are_let_go():
@@ -272,9 +262,10 @@ def test_refused(case):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_touches_its_blocks_only(variant, tmp_path):
-    model = RoadModel(Net(), RoadConfig(variant=variant, group_size=8, target_modules=["up"], subspace=(0.25, 0.5)))
-    layer, plain = model.base_model.up, Net()(X).detach()
-    mask = torch.from_numpy(subspace_mask(OUT, variant=variant, group_size=8, subspace=(0.25, 0.5)).copy())
+    subspace = (0.25, 0.5)
+    model = RoadModel(Net(IN, OUT), RoadConfig(variant=variant, group_size=8, target_modules=["up"], subspace=subspace))
+    layer, plain = model.base_model.up, Net(IN, OUT)(X).detach()
+    mask = torch.from_numpy(subspace_mask(OUT, variant=variant, group_size=8, subspace=subspace).copy())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
     for _ in range(3):
         optimizer.zero_grad()
@@ -293,7 +284,7 @@ def test_training_touches_its_blocks_only(variant, tmp_path):
     model.eval()
     assert_close(model(X).detach(), expected, "float32", moved_from=plain)
     model.save_pretrained(tmp_path / "saved")
-    again = RoadModel.from_pretrained(Net(), tmp_path / "saved")
+    again = RoadModel.from_pretrained(Net(IN, OUT), tmp_path / "saved")
     assert again.road_configs["default"].subspace == (0.25, 0.5)
     assert torch.equal(again(X), model(X))
     compiled = torch.compile(model.train(), backend="aot_eager")
@@ -305,7 +296,7 @@ def test_training_touches_its_blocks_only(variant, tmp_path):
 @pytest.mark.parametrize("second", VARIANTS)
 @pytest.mark.parametrize("first", VARIANTS)
 def test_disjoint_subspaces_commute_bit_for_bit(first, second):
-    model = RoadModel(Net()).eval()
+    model = RoadModel(Net(IN, OUT)).eval()
     add(model, "a", first, subspace=(0, 0.5))
     add(model, "b", second, subspace=(0.5, 1))
     names = ["a+b", "b+a", "a", "b"]

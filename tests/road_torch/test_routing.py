@@ -7,8 +7,7 @@ import threading
 import pytest
 import torch
 from _compare import assert_close, named_values
-from _models import small_model
-from torch import nn
+from _models import Net, small_model
 from torch._dynamo.testing import CompileCounter
 
 import road_core
@@ -20,23 +19,13 @@ X = torch.from_numpy(named_values("x", 4, 3, IN))
 IDS = torch.arange(3, 31).reshape(4, 7)
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(IN, OUT), nn.Linear(OUT, IN)
-
-    def forward(self, x):
-        return self.down(self.up(x))
-
-
 def config(**changes):
     fields = {"target_modules": ["up", "down"], "group_size": 8, "init_weights": False, "inference_mode": True}
     return RoadConfig(**{**fields, **changes})
 
 
 def road(names, *, max_loaded=None, **changes):
-    model = RoadModel(Net(), max_loaded=max_loaded).eval()
+    model = RoadModel(Net(IN, OUT), max_loaded=max_loaded).eval()
     for name in names:
         torch.manual_seed(sum(map(ord, name)))
         model.add_adapter(name, config(**changes))
@@ -45,7 +34,7 @@ def road(names, *, max_loaded=None, **changes):
 
 def reference(model, name):
     """What road_core says that the whole net gives, float64."""
-    value, net = X.double(), Net().double()
+    value, net = X.double(), Net(IN, OUT).double()
     for path in ("up", "down"):
         value = getattr(net, path)(value).detach()
         layer = getattr(model.base_model, path)
@@ -344,7 +333,7 @@ def test_the_least_recently_used_makes_room(monkeypatch):
 @pytest.mark.parametrize("number", [0, -1, 1.5, "two"])
 def test_max_loaded_is_a_number_from_1_up(number):
     with pytest.raises(AdapterError, match="max_loaded: expected a number from 1 up"):
-        RoadModel(Net(), max_loaded=number)
+        RoadModel(Net(IN, OUT), max_loaded=number)
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ import hypothesis.strategies as st
 import numpy as np
 import torch
 from _compare import assert_close, named_values
+from _models import Net
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from torch import nn
 
 import road_core
 from road_torch import RoadConfig, RoadModel
@@ -28,16 +28,6 @@ CONFIGS = st.builds(
 )
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(IN, OUT), nn.Linear(OUT, IN)
-
-    def forward(self, x):
-        return self.down(self.up(x))
-
-
 class Sequences(RuleBasedStateMachine):
     """The model, and beside it the little that it should be."""
 
@@ -45,7 +35,7 @@ class Sequences(RuleBasedStateMachine):
     def start(self, limit):
         self.folder = tempfile.TemporaryDirectory()
         self.number = 0
-        self.model = RoadModel(Net(), max_loaded=limit)
+        self.model = RoadModel(Net(IN, OUT), max_loaded=limit)
         self.limit = limit
         self.adapters = {}
         self.active = []
@@ -99,7 +89,7 @@ class Sequences(RuleBasedStateMachine):
     def swap(self, data):
         name = data.draw(st.sampled_from(sorted(self.adapters)))
         config = self.adapters[name][0]
-        other = RoadModel(Net())
+        other = RoadModel(Net(IN, OUT))
         torch.manual_seed(1000 + self.number)
         other.add_adapter("default", config)
         folder = self.new_folder()
@@ -159,10 +149,10 @@ class Sequences(RuleBasedStateMachine):
     @rule()
     def disabled(self):
         with torch.no_grad(), self.model.disable_adapter():
-            assert torch.equal(self.model(X), Net()(X))
+            assert torch.equal(self.model(X), Net(IN, OUT)(X))
             if self.adapters:
                 given = self.model(X, adapter_names=[sorted(self.adapters)[0]] * 3)
-                assert torch.equal(given, Net()(X))
+                assert torch.equal(given, Net(IN, OUT)(X))
 
     @invariant()
     def plain(self):
@@ -173,7 +163,7 @@ class Sequences(RuleBasedStateMachine):
                 self.check(self.model(X), X, self.merged or self.active)
 
     def check(self, given, x, names):
-        value, net = x.double(), Net().double()
+        value, net = x.double(), Net(IN, OUT).double()
         for path in PATHS:
             value = getattr(net, path)(value).detach()
             for name in names:

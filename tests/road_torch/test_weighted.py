@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from _compare import assert_close, named_values
-from torch import nn
+from _models import Net
 
 import road_core
 from road_torch import AdapterError, RoadConfig, RoadModel
@@ -13,19 +13,9 @@ IN, OUT = 16, 64
 X = torch.from_numpy(named_values("x", 6, IN))
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(IN, OUT), nn.Linear(OUT, IN)
-
-    def forward(self, x):
-        return self.down(self.up(x))
-
-
 def road(**adapters):
     """``name=(variant, group_size, modules)``."""
-    model = RoadModel(Net())
+    model = RoadModel(Net(IN, OUT))
     for name, (variant, size, targets) in adapters.items():
         model.add_adapter(
             name, RoadConfig(variant=variant, group_size=size, target_modules=targets, inference_mode=True)
@@ -42,7 +32,7 @@ def road(**adapters):
 
 
 def reference(model, names):
-    value, net = X.double(), Net().double()
+    value, net = X.double(), Net(IN, OUT).double()
     for path in ("up", "down"):
         value, layer = getattr(net, path)(value).detach(), getattr(model.base_model, path)
         for name in names:
@@ -78,9 +68,9 @@ def test_whole_weights_are_repetitions(case, weights, tmp_path):
     expected = reference(model, names)
     model.set_adapter("sum")
     given = model(X).detach()
-    assert_close(given, expected, "float32", moved_from=Net()(X).detach())
+    assert_close(given, expected, "float32", moved_from=Net(IN, OUT)(X).detach())
     model.save_pretrained(tmp_path / "saved", ["sum"])
-    again = RoadModel.from_pretrained(Net(), tmp_path / "saved" / "sum")
+    again = RoadModel.from_pretrained(Net(IN, OUT), tmp_path / "saved" / "sum")
     assert torch.equal(again(X), given)
 
 
@@ -97,7 +87,7 @@ def test_a_weight_of_minus_1_undoes(case):
     model = road(**CASES[case])
     model.add_weighted_adapter(["a", "b", "b", "a"], [1, 1, -1, -1], "none")
     model.set_adapter("none")
-    np.testing.assert_allclose(model(X).detach(), Net()(X).detach(), atol=2e-4)
+    np.testing.assert_allclose(model(X).detach(), Net(IN, OUT)(X).detach(), atol=2e-4)
 
 
 def test_real_weights_are_the_powers_of_complex_numbers():
