@@ -1,10 +1,12 @@
 """`RoadLayer`: any linear base, and the rotation of its output."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from road_core import AdapterError
 from road_core._compose import Part, compose_module
@@ -15,6 +17,7 @@ from road_torch._routing import LOCAL, LOCK, Mix, Name, Pass, Plan, Routing, Sha
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_linear = nn.functional.linear
 
 
 class _Parameters(nn.ParameterDict):
@@ -96,18 +99,34 @@ class RoadLayer(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Calls the base layer and rotates what it gives."""
         # Decoding calls this hundreds of times a token: every attribute counts. self.base_layer would go the long way
-        # through nn.Module.__getattr__.
+        # through nn.Module.__getattr__, and the call of an nn.Linear that nobody watches through four functions.
         base: Any = self._modules["base_layer"]
-        y: Tensor = base(x, *args, **kwargs)
+        if _is_compiling():
+            return self._traced(base(x, *args, **kwargs))
+        with_grad = _is_grad_enabled()
+        weights = base._parameters
+        if (
+            type(base) is not nn.Linear
+            or with_grad
+            or args
+            or kwargs
+            or len(weights) != 2
+            or "forward" in base.__dict__
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or _global_forward_hooks
+            or _global_forward_pre_hooks
+        ):
+            y: Tensor = base(x, *args, **kwargs)
+        else:
+            y = _linear(x, weights["weight"], weights["bias"])
         shared = self._shared
         if shared.off or shared.merged:
             return y
         routing = LOCAL.routing
         if routing is None or routing.shared is not shared:
             routing = shared.plain
-        if _is_compiling():
-            return self._traced(y, routing)
-        if routing.trainable and _is_grad_enabled():
+        if with_grad and routing.trainable:
             return self._differentiable(y, routing)
         plan = routing.plans.get(self)
         if (
@@ -116,9 +135,9 @@ class RoadLayer(nn.Module):
             or (plan.outdated(self._changes[0]) if plan.shape is None else plan.shape != y.shape)
         ):
             plan = self._plan(y, routing, plan)
-        if not plan.passes:
+        if not plan.steps:
             return y
-        if _is_grad_enabled():
+        if with_grad:
             if any(source.requires_grad for source in plan.sources):
                 return self._differentiable(y, routing)
             if y.requires_grad:
@@ -126,8 +145,8 @@ class RoadLayer(nn.Module):
                     y = _ops.rotate(y, *default.rows(y, first, cross, index), group_size, shared.kernel)
                 return y
         if self._gives_new and not base._forward_hooks and y.is_contiguous():
-            for first, cross, group_size, index in plan.passes:
-                y = self._kernel.rotate_(y, first, cross, group_size, index, plan.scratch)
+            for step in plan.steps:
+                y = step(y)
             return y
         for first, cross, group_size, index in plan.passes:
             y = self._kernel.rotate(y, first, cross, group_size, index)
@@ -247,17 +266,22 @@ class RoadLayer(nn.Module):
         if old is not None and before and before[0] == len(y) and len(before) == y.ndim:
             plan = old
         else:
-            plan = routing.plans[self] = self._gather(y, routing)
-        if routing.names is None:
-            return plan
-        plan.shape, plan.scratch = y.shape, None
-        if y.numel() <= default.SMALL:
-            # Layers run one after the other, so those of one size can share it.
+            plan = self._gather(y, routing)
+        plan.shape = None if routing.names is None else y.shape
+        if plan.shape is None or y.numel() > default.SMALL or self._kernel is not _kernels.DEFAULT:
+            plan.steps = [
+                functools.partial(self._kernel.rotate_, first=first, cross=cross, group_size=size, index=rows)
+                for first, cross, size, rows in plan.passes
+            ]
+        else:
+            # Layers run one after the other, so those of one size can share memory.
             key = (y.shape, y.dtype, y.device)
             if key not in routing.scratch:
                 with torch.inference_mode(False):
                     routing.scratch[key] = torch.empty_like(y, memory_format=torch.contiguous_format)
-            plan.scratch = routing.scratch[key]
+            plan.steps = [default.prepare_(*one[:3], routing.scratch[key]) for one in plan.passes]
+        # Another thread may look for it: it comes last.
+        routing.plans[self] = plan
         return plan
 
     def _gather(self, y: Tensor, routing: Routing) -> Plan:
@@ -311,9 +335,14 @@ class RoadLayer(nn.Module):
             y = rotate(y, first[index].view(shape), cross[index].view(shape), size)
         return y
 
-    def _traced(self, y: Tensor, routing: Routing) -> Tensor:
+    def _traced(self, y: Tensor) -> Tensor:
         """What ``torch.compile`` sees: a gather by tensors alone: another choice of adapters is no new graph."""
-        self._shared.traced = True
+        shared, routing = self._shared, LOCAL.routing
+        if shared.off or shared.merged:
+            return y
+        if routing is None or routing.shared is not shared:
+            routing = shared.plain
+        shared.traced = True
         if routing.trainable:
             return self._differentiable(y, routing)
         self._check_order(routing)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import threading
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -82,7 +82,7 @@ class Plan:
     drops the plan, and a mixed batch's routing lives for one call.
     """
 
-    __slots__ = ("changes", "dtype", "passes", "scratch", "shape", "sources", "versions")
+    __slots__ = ("changes", "dtype", "passes", "shape", "sources", "steps", "versions")
 
     def __init__(self, dtype: torch.dtype, passes: list[Pass], sources: Sequence[Tensor], changes: int) -> None:
         self.dtype = dtype
@@ -92,7 +92,8 @@ class Plan:
         self.changes = changes
         # Of a mixed batch's output.
         self.shape: torch.Size | None = None
-        self.scratch: Tensor | None = None
+        # The passes, each as a function that overwrites an output.
+        self.steps: list[Callable[[Tensor], Tensor]] = []
 
     def outdated(self, changes: int) -> bool:
         """True where θ or α were replaced or written to."""

@@ -1,17 +1,21 @@
 """Adapters trained apart and used together, without more training: the paper's experiment in small (section 4.3).
 
-SmolLM2-135M-Instruct and the two tasks of `benchmarks.composition.tasks`. For each seed, which orders the lines, every
-adapter is trained on its own task alone, with the same batches:
+SmolLM2-135M-Instruct in float32 and the two tasks of `benchmarks.composition.tasks`. For each seed, which orders the
+lines, every adapter is trained on its own task alone, with the same batches:
 
 - ``halves``: RoAd in Flax, one adapter on the first half of each layer's 2x2 blocks, the other on the second half;
 - ``whole``: RoAd in Flax, both on all blocks;
-- ``LoRA r8``: PEFT, both on all linear layers.
+- ``LoRA r8``: PEFT, both on all linear layers;
+- ``LoReFT r8``: one edit of each layer's hidden state, half of its rows for a task. They are trained at once, for they
+  must stay orthogonal: each step sees a batch of both tasks.
 
-Trained at once, with every line turning the half of its task, the halves would get these same gradients: none of them
-depends on the other half. What a training apart gives is therefore what the paper's joint run gives, up to its batches.
+Trained at once, with every line turning the half of its task, RoAd's halves would get the gradients that they get
+apart: none of them depends on the other half (``tests/road_jax/test_compose.py`` shows it). So what a training apart
+gives is what the paper's joint run gives, up to its batches.
 
 Scored are held-out reviews by greedy text: the base, each adapter, and both together: composed (``A+B``), weighted,
-merged task vectors, the sum of the LoRAs. Writes ``benchmarks/results/composition.json`` and ``.png``.
+merged task vectors, the sum of the LoRAs, all rows of LoReFT. Writes ``benchmarks/results/composition.json`` and
+``.png``.
 """
 
 import dataclasses
@@ -21,7 +25,7 @@ import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ import convert
 import road_torch
 from benchmarks._common import RESULTS, device, settings, write
 from benchmarks._lines import lines_of, pad
+from benchmarks.composition.loreft import LoReFT
 from benchmarks.composition.tasks import Scores, Study, prepare, score
 from examples.demo.model import prepare_model
 from examples.demo.tasks import Messages
@@ -53,12 +58,13 @@ class Options:
     # Each is an order of the training lines.
     seeds: tuple[int, ...] = (0, 1, 2)
     # Optimiser steps of each adapter, with their rows and tokens a row.
-    steps: int = 24
+    steps: int = 20
     rows: int = 2
     length: int = 256
-    # Peak learning rates of RoAd and LoRA.
+    # Peak learning rates.
     learning_rate: float = 4e-3
     lora_learning_rate: float = 2e-3
+    loreft_learning_rate: float = 4e-3
     # Held-out reviews that are scored.
     lines: int = 100
     # Where the model and data are kept.
@@ -100,8 +106,11 @@ def run(
     jax.clear_caches()
     found = {arm: score(answers, study.labels) for arm, answers in _road(checkpoint, folder, study).items()}
     gc.collect()
-    lora = _lora(checkpoint, study, seed, options, console)
-    return found | {arm: score(answers, study.labels) for arm, answers in lora.items()}
+    for peer in (_lora, _loreft):
+        peers = peer(checkpoint, study, seed, options, console)
+        found |= {arm: score(answers, study.labels) for arm, answers in peers.items()}
+        gc.collect()
+    return found
 
 
 def _options(
@@ -124,7 +133,7 @@ def _options(
 
 def _road(checkpoint: Path, folder: Path, study: Study) -> dict[str, list[str]]:
     """Answers with every arm of RoAd, each as rows of mixed batches, and with merged task vectors."""
-    base, tokenizer = road_torch.load(checkpoint)
+    base, tokenizer = road_torch.load(checkpoint, dtype="float32")
     model = road_torch.RoadModel(base).eval()
     for kind in ("halves", "whole"):
         for task in HALVES:
@@ -171,23 +180,16 @@ def _task_vectors(model: road_torch.RoadModel, tokenizer: Any, study: Study, kin
 def _lora(checkpoint: Path, study: Study, seed: int, options: Options, console: Console) -> dict[str, list[str]]:
     """Trains a LoRA for each task on the lines that RoAd's batches had, and answers with each and with their sum."""
     torch.manual_seed(seed)
-    base, tokenizer = road_torch.load(checkpoint)
+    base, tokenizer = road_torch.load(checkpoint, dtype="float32")
     config = peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16)
     model: Any = peft.get_peft_model(base, config, adapter_name="A")
     model.add_adapter("B", config)
     for name, task in zip("AB", HALVES, strict=True):
         model.set_adapter(name)
         model.train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
-        # As road-train's adapters are trained.
-        _, schedule = _step.optimizer(options.lora_learning_rate, options.steps, warmup=0.1, weight_decay=0.0)
         batches = _batches(study.data[task], tokenizer, seed, options)
-        for step, batch in enumerate(track(batches, f"LoRA, {task}", console=console)):
-            for group in optimizer.param_groups:
-                group["lr"] = float(schedule(step))
-            optimizer.zero_grad(set_to_none=True)
-            model(**batch).loss.backward()
-            optimizer.step()
+        losses = ((lambda batch=batch: model(**batch).loss) for batch in batches)
+        _train(model, losses, options.lora_learning_rate, options, f"LoRA, {task}", console)
     model.eval()
     model.add_weighted_adapter(["A", "B"], [1.0, 1.0], "both", combination_type="cat")
     found = {}
@@ -195,6 +197,47 @@ def _lora(checkpoint: Path, study: Study, seed: int, options: Options, console: 
         model.set_adapter(name)
         found[arm] = _answers(model, tokenizer, study.prompts, arm)
     return found
+
+
+def _loreft(checkpoint: Path, study: Study, seed: int, options: Options, console: Console) -> dict[str, list[str]]:
+    """Trains LoReFT on the same lines, half of its rows for each task, and answers with each half and with all."""
+    torch.manual_seed(seed)
+    base, tokenizer = road_torch.load(checkpoint, dtype="float32")
+    model = LoReFT(base, rank=8, positions=4)
+    rows = {"skill": slice(0, 4), "format": slice(4, 8)}
+    batches = [_batches(study.data[task], tokenizer, seed, options) for task in rows]
+
+    def loss(*pair: dict[str, torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros(())
+        for model.rows, batch in zip(rows.values(), pair, strict=True):
+            total = total + model.loss(**batch)
+        return total
+
+    losses = ((lambda pair=pair: loss(*pair)) for pair in zip(*batches, strict=True))
+    _train(model, losses, options.loreft_learning_rate, options, "LoReFT", console)
+    found = {}
+    for model.rows, arm in zip((*rows.values(), slice(0, 8)), ("LoReFT: A", "LoReFT: B", "LoReFT: A+B"), strict=True):
+        found[arm] = _answers(model, tokenizer, study.prompts, arm)
+    return found
+
+
+def _train(
+    model: torch.nn.Module,
+    losses: Iterable[Callable[[], torch.Tensor]],
+    learning_rate: float,
+    options: Options,
+    what: str,
+    console: Console,
+) -> None:
+    """Trains what asks for gradients as road-train would: its optimiser and schedule, one loss a step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+    _, schedule = _step.optimizer(learning_rate, options.steps, warmup=0.1, weight_decay=0.0)
+    for step, loss in enumerate(track(losses, what, total=options.steps, console=console)):
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedule(step))
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        optimizer.step()
 
 
 def _batches(data: Path, tokenizer: Any, seed: int, options: Options) -> list[dict[str, torch.Tensor]]:
@@ -215,7 +258,7 @@ def _answers(
         inputs = tokenizer(texts[rows], return_tensors="pt", padding=True, add_special_tokens=False)
         named = {} if adapter_names is None else {"adapter_names": adapter_names[rows]}
         with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=14, do_sample=False, **named)
+            out = model.generate(**inputs, max_new_tokens=12, do_sample=False, **named)
         answers += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
 

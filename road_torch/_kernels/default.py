@@ -7,6 +7,9 @@ Here the second coefficient carries the sign of its half, so that one product se
 with ``partner(y) = concat(y[g/2:], y[:g/2])``. It is ``y * first + rotate_half(y) * second``, term by term.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,8 +18,6 @@ from road_core import output_size, subspace_blocks
 # Up to this many elements a call costs more than its arithmetic, and gathering by an index is the cheapest way to
 # swap halves; beyond, copying whole slices is.
 SMALL = 1 << 15
-
-_SWAP: dict[torch.device, Tensor] = {}
 
 
 def coefficients(
@@ -86,30 +87,40 @@ def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tens
     return torch.addcmul(y * first, partner(y, group_size), cross)
 
 
-def rotate_(
-    y: Tensor,
-    first: Tensor,
-    cross: Tensor,
-    group_size: int,
-    index: Tensor | None = None,
-    scratch: Tensor | None = None,
-) -> Tensor:
-    """As `rotate`, but overwrites ``y``, which must be contiguous; ``scratch`` is memory of its shape and dtype."""
+def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tensor | None = None) -> Tensor:
+    """As `rotate`, but overwrites ``y``, which must be contiguous."""
     if index is not None or first.dtype is not y.dtype:
         first, cross = rows(y, first, cross, index)
-    if scratch is None and y.numel() > SMALL:
+    if y.numel() > SMALL:
         other = partner(y, group_size)
-        return y.mul_(first).addcmul_(other, cross)
-    swap = _SWAP.get(y.device)
-    if swap is None:
-        with torch.inference_mode(False):
-            swap = _SWAP[y.device] = torch.tensor([1, 0], device=y.device)
-    pairs = y.view(-1, 2, group_size // 2)
-    if scratch is None:
-        scratch = torch.index_select(pairs, 1, swap).view(y.shape)
     else:
-        torch.index_select(pairs, 1, swap, out=scratch.view(pairs.shape))
-    return y.mul_(first).addcmul_(scratch, cross)
+        other = torch.index_select(y.view(-1, 2, group_size // 2), 1, _swap(y.device)).view(y.shape)
+    return y.mul_(first).addcmul_(other, cross)
+
+
+def prepare_(first: Tensor, cross: Tensor, group_size: int, scratch: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns `rotate_` for outputs like ``scratch``, memory that it may overwrite: nothing is left to do but the ops.
+
+    Args:
+        first: in the dtype of ``scratch``, and broadcasts against it.
+        cross: as ``first``.
+        group_size: even; divides ``out``.
+        scratch: contiguous; at most `SMALL` elements.
+    """
+    shape = (-1, 2, group_size // 2)
+    pairs, swap, select = scratch.view(shape), _swap(scratch.device), torch.index_select
+
+    def rotate_(y: Tensor) -> Tensor:
+        select(y.view(shape), 1, swap, out=pairs)
+        return y.mul_(first).addcmul_(scratch, cross)
+
+    return rotate_
+
+
+@functools.cache
+def _swap(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([1, 0], device=device)
 
 
 def compose(first: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], group_size: int) -> tuple[Tensor, Tensor]:

@@ -78,15 +78,8 @@ def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tens
     return _launch(y, torch.empty_like(y), first, cross, group_size, index)
 
 
-def rotate_(
-    y: Tensor,
-    first: Tensor,
-    cross: Tensor,
-    group_size: int,
-    index: Tensor | None = None,
-    scratch: Tensor | None = None,
-) -> Tensor:
-    """As `rotate`, but overwrites ``y``, which must be contiguous; ``scratch`` isn't needed here."""
+def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tensor | None = None) -> Tensor:
+    """As `rotate`, but overwrites ``y``, which must be contiguous."""
     return _launch(y, y, first, cross, group_size, index)
 
 

@@ -175,8 +175,47 @@ def test_an_output_that_a_hook_keeps_is_not_overwritten():
     kept = []
     linear.register_forward_hook(lambda module, args, output: kept.append(output))
     x = torch.randn(2, IN)
-    model(x)
-    torch.testing.assert_close(kept[0], nn.functional.linear(x, linear.weight, linear.bias))
+    for number, context in enumerate((torch.enable_grad, torch.inference_mode)):
+        with context():
+            model(x)
+            torch.testing.assert_close(kept[number], nn.functional.linear(x, linear.weight, linear.bias))
+
+
+def _double_the_input(_module, args):
+    return (2 * args[0],)
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda linear: linear.register_forward_hook(lambda module, args, y: 2 * y),
+        lambda linear: linear.register_forward_pre_hook(_double_the_input),
+        lambda linear: nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args: _double_the_input(module, args) if module is linear else None
+        ),
+        lambda linear: setattr(linear, "forward", lambda x: nn.Linear.forward(linear, 2 * x)),
+        lambda linear: nn.utils.parametrizations.spectral_norm(linear),
+        lambda linear: nn.utils.parametrizations.weight_norm(linear),
+        lambda linear: nn.utils.weight_norm(linear).weight_g.data.mul_(2),
+    ],
+    ids=["hook", "pre-hook", "global hook", "own forward", "parametrized", "parametrized in two", "old weight norm"],
+)
+def test_what_is_hung_on_the_base_counts_in_inference(watch):
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "a")).eval()
+    linear, x = model.base_model.inner["proj"].base_layer.eval(), torch.randn(2, IN)
+    with torch.inference_mode():
+        model(x)
+    handle = watch(linear)
+    try:
+        expected = linear(x)
+        with model.disable_adapter(), torch.inference_mode():
+            torch.testing.assert_close(model(x), expected)
+        with torch.inference_mode():
+            given = model(x)
+        torch.testing.assert_close(given, model(x))
+    finally:
+        if hasattr(handle, "remove"):
+            handle.remove()
 
 
 @pytest.mark.parametrize("way", ["in place", "replaced", "load_state_dict", "assigned"])

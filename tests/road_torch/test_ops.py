@@ -34,10 +34,10 @@ def test_rotate_against_the_reference(shape, dtype, variant, group_size):
     assert given.dtype == y.dtype
     assert_close(given.double(), expected, dtype, moved_from=y.double())
     assert torch.equal(y, before)
-    scratch = torch.empty_like(y)
-    for place in (None, scratch):
+    prepared = default.prepare_(first, cross, group_size, torch.empty_like(y))
+    for in_place in (lambda y: default.rotate_(y, first, cross, group_size), prepared):
         over = before.clone()
-        assert default.rotate_(over, first, cross, group_size, None, place) is over
+        assert in_place(over) is over
         assert torch.equal(over, given)
 
 
