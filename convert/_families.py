@@ -49,6 +49,7 @@ class Row:
         interleaved: whether Flax has a head's outputs in RoPE's interleaved order (x0, y0, x1, y1, …) where PyTorch has
             them in halves (x0, x1, …, y0, y1, …).
         width: of a part, how many outputs it has: ``"heads"``, ``"kv_heads"`` or, all alike, ``"equal"``.
+        bias_apart: whether Flax adds the bias outside the layer, after the rotation, where PyTorch rotates it too.
     """
 
     flax: str
@@ -57,6 +58,7 @@ class Row:
     linear: bool = True
     interleaved: bool = False
     width: str | None = None
+    bias_apart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,7 +391,7 @@ _TRANSFORMERS = (
     ),
 )
 
-# tunix (models/llama3, qwen2, qwen3, gemma3: params.py and params_safetensors.py of 2026). Attention's layers are
+# tunix (models/llama3, qwen2, qwen3, gemma3 of 0.1.7, tried in tests_published/test_convert.py). Attention's layers are
 # Einsums with a `w` of [embed, heads, head_dim]: θ is of the outputs, flattened. RoPE is in halves, as in PyTorch.
 
 _TUNIX = f"layers.{LAYER}"
@@ -404,6 +406,7 @@ def _tunix(attention: tuple[Row, ...]) -> tuple[Row, ...]:
 
 
 _TUNIX_SEPARATE = tuple(Row(f"{_TUNIX}.attn.{name}_proj", f"{_BLOCK}.self_attn.{name}_proj", ()) for name in "qkvo")
+_TUNIX_QWEN2 = (*(dataclasses.replace(row, bias_apart=True) for row in _TUNIX_SEPARATE[:3]), _TUNIX_SEPARATE[3])
 # As many key heads as query heads: one Einsum for the three of them; fewer: one for keys and values.
 _TUNIX_GEMMA = (
     *(Row(f"{_TUNIX}.attn.qkv_einsum", f"{_BLOCK}.self_attn.{name}_proj", (), width="equal") for name in "qkv"),
@@ -415,8 +418,8 @@ _TUNIX_GEMMA_GROUPED = (
     Row(f"{_TUNIX}.attn.attn_vec_einsum", f"{_BLOCK}.self_attn.o_proj", ()),
 )
 
-# MaxText (its checkpoint conversion of 2026: param_mapping.py and the Llama strategy). Stacks have their layers on axis
-# 1. Llama 3.1's q and k are in RoPE's interleaved order (its hooks' adjust_rope); Qwen3's are in halves.
+# MaxText (0.2.4). Stacks have their layers on axis 1. Llama 3.1's q and k are in RoPE's interleaved order; Qwen3's are
+# in halves.
 
 _MAXTEXT = f"decoder.layers_{LAYER}"
 
@@ -446,7 +449,8 @@ TABLES = (
     Family("phi3-apart", _decoder(_PHI3_APART), asked=True),
     *_TRANSFORMERS,
     *_mirrored("easydel", _KERNEL),
-    *(Family(name, _tunix(_TUNIX_SEPARATE), style="tunix") for name in ("llama", "qwen2", "qwen3")),
+    *(Family(name, _tunix(_TUNIX_SEPARATE), style="tunix") for name in ("llama", "qwen3")),
+    Family("qwen2", _tunix(_TUNIX_QWEN2), style="tunix"),
     Family("gemma3_text", _tunix(_TUNIX_GEMMA_GROUPED), style="tunix"),
     Family("gemma3_text-fused", _tunix(_TUNIX_GEMMA), style="tunix"),
     Family("llama", _maxtext(interleaved=True), style="maxtext", axis=1),

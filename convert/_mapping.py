@@ -50,12 +50,17 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Paths:
-    """The modules of an adapter on one side: those with θ and α, the output heads of them, those saved whole."""
+    """The modules of an adapter on one side: those with θ and α, the output heads of them, those saved whole.
+
+    ``classifier`` tells whether the model may have a head of labels, which Flax's "all-linear" leaves out and PEFT's
+    doesn't.
+    """
 
     modules: list[str]
     heads: list[str]
     saved: list[str]
     model_type: str
+    classifier: bool
 
 
 def map_to_torch(
@@ -243,7 +248,7 @@ def _place(adapter: Adapter, side: str, choice: Sequence[Family]) -> tuple[Famil
         if others:
             names = ", ".join(dict.fromkeys(table.name for table in [*same, *others]))
             raise AdapterError(f"family: expected one of {names} to be named, for all of them know these modules")
-        return first[0], first[1], []
+        return first[0], first[1], _apart(first[1])
     table, parts, lost = min(tried, key=lambda found: len(found[2]))
     known = list(dict.fromkeys(table.name for table in choice))
     whose = f"the family {known[0]}" if len(known) == 1 else f"one of the families {', '.join(known)}"
@@ -252,7 +257,20 @@ def _place(adapter: Adapter, side: str, choice: Sequence[Family]) -> tuple[Famil
 
 def _acts(parts: Sequence[_Part]) -> list[tuple[object, ...]]:
     """What a table does with an adapter."""
-    return [(row.flax, row.torch, row.interleaved, row.width, part.leaf) for part in parts for row in part.place.rows]
+    return [
+        (row.flax, row.torch, row.interleaved, row.width, row.bias_apart, part.leaf)
+        for part in parts
+        for row in part.place.rows
+    ]
+
+
+def _apart(parts: Sequence[_Part]) -> list[str]:
+    if not (keys := [part.key for part in parts if part.place.row.bias_apart]):
+        return []
+    return [
+        f"expected layers whose outputs have their bias in both frameworks, found {', '.join(keys)}: "
+        "the Flax model adds their biases after the rotation, which no adapter in PyTorch does"
+    ]
 
 
 def _numbered(path: str, layer: int | None) -> str:
@@ -381,7 +399,8 @@ def _paths(keys: Iterable[_Key], find: Callable[[str], Place | None], table: Fam
     keys = list(keys)
     modules = sorted((path for path, name in keys if not name), key=natural)
     heads = [path for path in modules if (place := find(path)) and place.row.torch == table.head]
-    return _Paths(modules, heads, sorted({path for path, name in keys if name}, key=natural), table.model_type)
+    saved = sorted({path for path, name in keys if name}, key=natural)
+    return _Paths(modules, heads, saved, table.model_type, any(row.torch == "classifier" for row in table.rows))
 
 
 def _fit(config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool) -> RoadConfig:
@@ -403,6 +422,8 @@ def _fit(config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool) -> R
     try:
         same = _selected(config, partners) == partners.modules
     except AdapterError:
+        same = False
+    if plain and partners.classifier and config.target_modules == "all-linear":
         same = False
     if not same or (plain and any(getattr(config, name) is not None for name in _NOT_IN_PEFT)):
         changes = {**dict.fromkeys(_NOT_IN_PEFT), "target_modules": partners.modules}

@@ -65,7 +65,7 @@ class Road:
 
         def declare(next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             module = context.module
-            if module.path:
+            if module.scope is not None and module.path:
                 names[dotted(module.path)] = type(module).__name__
             result = next_fn(*args, **kwargs)
             layout = _layout(context, self.layers, args, kwargs)

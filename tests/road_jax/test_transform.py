@@ -214,6 +214,24 @@ def test_unmerge_undoes_merge(variant, x, loop):
         np.testing.assert_allclose(new, old, atol=1e-5)
 
 
+def test_methods_of_modules_without_a_place_are_left_alone():
+    class Model(nn.Module):
+        def width(self):
+            return 8
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(Model(parent=None).width(), name="dense")(x)
+
+    x = jnp.ones((2, 4))
+    variables = Model().init(jax.random.key(0), x)
+    road = road_jax.transform(Model(), RoadConfig(target_modules=["dense"], group_size=8, init_weights=False))
+    adapter = road.init(jax.random.key(1), variables, x)
+    plain, leaves = Model().apply(variables, x), adapter["dense"]
+    expected = road_core.rotate(plain, leaves["road_theta"], leaves["road_alpha"], variant="road_1", group_size=8)
+    assert_close(road.apply(variables, adapter, x), expected, "float32", moved_from=plain)
+
+
 def test_layers_with_several_output_axes_are_flattened(x):
     class Heads(nn.Module):
         @nn.compact
