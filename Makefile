@@ -33,7 +33,7 @@ test-published: $(PUBLISHED)/installed
 $(FUZZED)/installed: constraints.txt
 	test -x $(FUZZED)/bin/python || $(PYTHON) -m venv $(FUZZED)
 	$(FUZZED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		atheris==3.0.0 numpy rich safetensors
+		atheris==3.0.0 numpy regex rich safetensors
 	touch $@
 
 fuzz: $(FUZZED)/installed
