@@ -7,6 +7,7 @@ from convert._diff import Comparison as Comparison
 from convert._diff import diff as diff
 from convert._inspect import Summary as Summary
 from convert._inspect import inspect as inspect
+from convert._many import convert_all as convert_all
 from convert._merge import merge as merge
 from convert._verify import Verification as Verification
 from convert._verify import verify as verify

@@ -2,9 +2,9 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -15,6 +15,7 @@ from convert import _diff as differences
 from convert._compose import compose
 from convert._convert import to_flax, to_torch
 from convert._inspect import Summary, draw, inspect
+from convert._many import convert_all
 from convert._merge import merge
 from convert._verify import Verification, verify
 from road_core import AdapterError
@@ -27,6 +28,7 @@ _Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 _Family = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
 _Base = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 _Rules = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+_Every = Annotated[bool, tyro.conf.arg(name="all")]
 _Layout = Literal["scanned", "unrolled", "transformers", "easydel", "tunix", "maxtext", "maxtext-unrolled"]
 
 
@@ -62,6 +64,7 @@ def _to_torch(
     rules: _Rules = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    every: _Every = False,
 ) -> None:
     """Writes a Flax adapter in the format that PEFT and road_torch load.
 
@@ -73,9 +76,10 @@ def _to_torch(
         rules: a TOML or JSON file with a table of your own.
         overwrite: replace an adapter that is already there.
         dry_run: print the whole mapping and write nothing.
+        every: convert every adapter in the folder, each to a folder of its name in OUT.
     """
-    mapping = to_torch(flax_dir, out, family=family, base=base, rules=rules, overwrite=overwrite, dry_run=dry_run)
-    _done(out, mapping if dry_run else None)
+    options = dict[str, Any](family=family, base=base, rules=rules, overwrite=overwrite, dry_run=dry_run)
+    _convert(to_torch, flax_dir, out, options, every)
 
 
 def _to_flax(
@@ -90,6 +94,7 @@ def _to_flax(
     rules: _Rules = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    every: _Every = False,
 ) -> None:
     """Writes an adapter in PEFT's format as a Flax adapter.
 
@@ -104,19 +109,12 @@ def _to_flax(
         rules: a TOML or JSON file with a table of your own.
         overwrite: replace an adapter that is already there.
         dry_run: print the whole mapping and write nothing.
+        every: convert every adapter in the folder, each to a folder of its name in OUT.
     """
-    mapping = to_flax(
-        peft_dir,
-        out,
-        family=family,
-        layout=layout,
-        layers=layers,
-        base=base,
-        rules=rules,
-        overwrite=overwrite,
-        dry_run=dry_run,
+    options = dict[str, Any](
+        family=family, layout=layout, layers=layers, base=base, rules=rules, overwrite=overwrite, dry_run=dry_run
     )
-    _done(out, mapping if dry_run else None)
+    _convert(to_flax, peft_dir, out, options, every)
 
 
 def _inspect(directory: _Either, /, *, plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None) -> None:
@@ -263,12 +261,24 @@ def _say(console: Console, text: str) -> None:
     )
 
 
-def _done(out: Path, mapping: Sequence[tuple[str, str]] | None = None) -> None:
-    """Says what was written or, given the mapping, what would be."""
-    if mapping is not None:
-        for before, after in mapping:
+def _convert(
+    one: Callable[..., list[tuple[str, str]]], src: Path, out: Path, options: dict[str, Any], every: bool
+) -> None:
+    """Converts one adapter or a folder of them, and says what was written or would be."""
+    if every:
+        names = convert_all(src, out, one, console=Console(stderr=True), **options)
+        done = "can be converted" if options["dry_run"] else f"converted: {out}"
+        _say(_console(), f"{len(names)} adapters {done}")
+    elif options["dry_run"]:
+        for before, after in one(src, out, **options):
             _say(_console(), f"{before} -> {after}")
-        return
+    else:
+        one(src, out, **options)
+        _done(out)
+
+
+def _done(out: Path) -> None:
+    """Says what was written."""
     summary = inspect(out)
     _say(_console(), f"{summary.kind} adapter, {_modules(summary)}: {out}")
 

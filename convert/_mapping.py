@@ -11,7 +11,7 @@ import numpy as np
 from convert._families import FAMILIES, LAYER, LAYOUTS, Family, Leaf, Place, Row, tables, unnumbered
 from convert._regroup import regroup
 from road_core import Adapter, AdapterError, RoadConfig, select_modules
-from road_core._adapter import Array, is_bfloat16
+from road_core._adapter import Array, dtype_name
 
 # Metadata of a converted file: what the other side's file has that this side can't say, so that the way back gives
 # the same bytes. A file has the one of them or neither.
@@ -488,7 +488,7 @@ def _listed(parts: Iterable[_Part]) -> str:
 
 
 def _form(array: Array) -> str:
-    return f"{'bfloat16' if is_bfloat16(array.dtype) else array.dtype.name} {list(array.shape)}"
+    return f"{dtype_name(array.dtype)} {list(array.shape)}"
 
 
 def natural(path: str) -> list[tuple[int, int | str]]:

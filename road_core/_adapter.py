@@ -1,6 +1,7 @@
 """`Adapter`: one trained adapter, as arrays."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 
@@ -20,7 +21,14 @@ bfloat16 = np.dtype([("bfloat16", "<u2")])
 
 def is_bfloat16(dtype: np.dtype) -> bool:
     """True for this module's record and for ``ml_dtypes.bfloat16``, without importing the latter."""
-    return dtype == bfloat16 or dtype.name == "bfloat16"
+    # Most arrays are float32, and a dtype's name takes long to form.
+    return dtype.itemsize == 2 and (dtype == bfloat16 or dtype.name == "bfloat16")
+
+
+@functools.cache
+def dtype_name(dtype: np.dtype) -> str:
+    """Returns ``"float32"`` and the like, ``"bfloat16"`` for both that `is_bfloat16` knows."""
+    return "bfloat16" if is_bfloat16(dtype) else dtype.name
 
 
 def to_float32(array: Array) -> NDArray[np.float32]:
@@ -118,8 +126,7 @@ class Adapter:
         where = "" if self.config.subspace is None else " {} {}".format(*self.config.subspace)
         sha = hashlib.sha256(f"{self.config.variant} {self.config.group_size}{where}".encode())
         for key, array in sorted(self.tensors().items()):
-            dtype = "bfloat16" if is_bfloat16(array.dtype) else array.dtype.name
-            sha.update(f"\n{key} {dtype} {list(array.shape)} ".encode())
+            sha.update(f"\n{key} {dtype_name(array.dtype)} {list(array.shape)} ".encode())
             sha.update(np.ascontiguousarray(array).tobytes())
         return sha.hexdigest()
 

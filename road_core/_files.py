@@ -120,15 +120,19 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, s
         AdapterError: the file is truncated, over-long, inconsistent, or holds a dtype that NumPy can't.
     """
     entries, metadata = read_header(path)
-    tensors: dict[str, Array] = {}
     for name, entry in entries.items():
         if entry.dtype not in _DTYPES:
             raise AdapterError(f"{path}: expected a plain dtype for {name}, found {entry.dtype}")
-        try:
-            data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
-            tensors[name] = data.view(_DTYPES[entry.dtype]).reshape(entry.shape)
-        except (OSError, ValueError) as error:  # cut short meanwhile
-            raise _broken(path, error) from None
+    start = min((entry.start for entry in entries.values()), default=0)
+    tensors: dict[str, Array] = {}
+    try:
+        data = np.fromfile(path, np.uint8, sum(entry.nbytes for entry in entries.values()), offset=start)
+        for name, entry in entries.items():
+            own = data[entry.start - start : entry.start - start + entry.nbytes]
+            tensor = own.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+            tensors[name] = tensor if tensor.flags.aligned else tensor.copy()
+    except (OSError, ValueError) as error:  # cut short meanwhile
+        raise _broken(path, error) from None
     return tensors, metadata
 
 

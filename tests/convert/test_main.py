@@ -44,6 +44,33 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
+def test_a_folder_of_adapters(tmp_path):
+    for i in range(3):
+        flax_adapter(tmp_path / "runs" / f"a{i}", layers=i + 2, group_size=8)
+    (tmp_path / "runs" / "notes.txt").write_text("mine")
+    code, out, err = command("to-torch", "runs", "out", "--all", "--dry-run", cwd=tmp_path)
+    assert (code, out, err) == (0, "3 adapters can be converted\n", "")
+    assert not (tmp_path / "out").exists()
+    code, out, err = command("to-torch", "runs", "out", "--all", cwd=tmp_path)
+    assert (code, out, err) == (0, "3 adapters converted: out\n", "")
+    code, out, err = command("to-flax", "out", "back", "--all", "--family", "llama", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    for i in range(3):
+        assert contents(tmp_path / "back" / f"a{i}") == contents(tmp_path / "runs" / f"a{i}")
+
+    flax_adapter(tmp_path / "runs" / "a1b", name="mystery")
+    code, out, err = command("to-torch", "runs", "out", "--all", cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert "out: expected an empty or new folder" in err
+    code, out, err = command("to-torch", "runs", "more", "--all", cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert "1 of 4 adapters aren't converted, the first for this: runs/a1b: expected modules of" in err
+    assert sorted(path.name for path in (tmp_path / "more").iterdir()) == ["a0", "a1", "a2"]
+    assert contents(tmp_path / "more" / "a2") == contents(tmp_path / "out" / "a2")
+    code, _, err = command("to-torch", "runs/a0", "few", "--all", cwd=tmp_path)
+    assert (code, "runs/a0: expected folders of adapters in it, found none" in err) == (2, True)
+
+
 def test_there_and_back(tmp_path):
     flax_adapter(tmp_path / "flax", variant="road_2", group_size=8)
     code, out, err = command("to-torch", "flax", "torch", cwd=tmp_path)
