@@ -2,7 +2,9 @@
 
 from convert._compose import compose as compose
 from convert._convert import to_flax as to_flax
+from convert._convert import to_flax_all as to_flax_all
 from convert._convert import to_torch as to_torch
+from convert._convert import to_torch_all as to_torch_all
 from convert._diff import Comparison as Comparison
 from convert._diff import diff as diff
 from convert._inspect import Summary as Summary

@@ -2,9 +2,9 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from convert import _diff as differences
 from convert._compose import compose
-from convert._convert import to_flax, to_torch
+from convert._convert import to_flax, to_flax_all, to_torch, to_torch_all
 from convert._inspect import Summary, draw, inspect
 from convert._merge import merge
 from convert._verify import Verification, verify
@@ -53,8 +53,7 @@ def _main() -> None:
 
 
 def _to_torch(
-    flax_dir: _Flax,
-    out: _Out,
+    folders: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FLAX-DIR [FLAX-DIR ...] OUT")],
     /,
     *,
     family: _Family = None,
@@ -66,21 +65,26 @@ def _to_torch(
     """Writes a Flax adapter in the format that PEFT and road_torch load.
 
     Args:
-        flax_dir: folder of the Flax adapter, or of one of road-train's checkpoints.
-        out: new or empty folder.
+        folders: folder of the Flax adapter, or of one of road-train's checkpoints, and after it a new or empty folder;
+            with several adapters, each is written to OUT/NAME.
         family: model family, e.g. llama; by default the first one that knows every module.
         base: folder of the model, for the sizes of its heads; only where they are needed.
         rules: a TOML or JSON file with a table of your own.
         overwrite: replace an adapter that is already there.
         dry_run: print the whole mapping and write nothing.
     """
-    mapping = to_torch(flax_dir, out, family=family, base=base, rules=rules, overwrite=overwrite, dry_run=dry_run)
-    _done(out, mapping if dry_run else None)
+    sources, out = _sources("to-torch", folders)
+    options: dict[str, Any] = {"family": family, "base": base, "rules": rules}
+    options |= {"overwrite": overwrite, "dry_run": dry_run}
+    if len(sources) > 1:
+        _done_all(out, to_torch_all(sources, out, **options), dry_run)
+    else:
+        mapping = to_torch(sources[0], out, **options)
+        _done(out, mapping if dry_run else None)
 
 
 def _to_flax(
-    peft_dir: _Peft,
-    out: _Out,
+    folders: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="PEFT-DIR [PEFT-DIR ...] OUT")],
     /,
     *,
     family: _Family = None,
@@ -94,8 +98,8 @@ def _to_flax(
     """Writes an adapter in PEFT's format as a Flax adapter.
 
     Args:
-        peft_dir: folder of the adapter in PEFT's format.
-        out: new or empty folder.
+        folders: folder of the adapter in PEFT's format, and after it a new or empty folder; with several adapters, each
+            is written to OUT/NAME.
         family: model family, e.g. llama; by default the first one that knows every module.
         layout: layers stacked, a path a layer, or another library's; by default as the adapter once was in Flax, else
             stacked.
@@ -105,18 +109,14 @@ def _to_flax(
         overwrite: replace an adapter that is already there.
         dry_run: print the whole mapping and write nothing.
     """
-    mapping = to_flax(
-        peft_dir,
-        out,
-        family=family,
-        layout=layout,
-        layers=layers,
-        base=base,
-        rules=rules,
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
-    _done(out, mapping if dry_run else None)
+    sources, out = _sources("to-flax", folders)
+    options: dict[str, Any] = {"family": family, "layout": layout, "layers": layers, "base": base, "rules": rules}
+    options |= {"overwrite": overwrite, "dry_run": dry_run}
+    if len(sources) > 1:
+        _done_all(out, to_flax_all(sources, out, **options), dry_run)
+    else:
+        mapping = to_flax(sources[0], out, **options)
+        _done(out, mapping if dry_run else None)
 
 
 def _inspect(directory: _Either, /, *, plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None) -> None:
@@ -221,9 +221,7 @@ def _compose(
         weights: how often each is applied, by default 1; after the folders. -1 undoes an adapter.
         overwrite: replace an adapter that is already there.
     """
-    if len(folders) < 2:
-        raise AdapterError(f"compose: expected adapters and a folder to write, found {len(folders)} folders")
-    *sources, out = folders
+    sources, out = _sources("compose", folders)
     compose(sources, out, weights=weights or None, overwrite=overwrite)
     _done(out)
 
@@ -250,6 +248,13 @@ def _merge(
     _say(_console(), f"merged checkpoint: {out}")
 
 
+def _sources(command: str, folders: Sequence[Path]) -> tuple[list[Path], Path]:
+    """Parts the folders to read from the one to write, which stands last."""
+    if len(folders) < 2:
+        raise AdapterError(f"{command}: expected adapters and a folder to write, found {len(folders)} folders")
+    return list(folders[:-1]), folders[-1]
+
+
 def _console() -> Console:
     """Wide enough for a table where nobody looks at a terminal's width."""
     console = Console(highlight=False)
@@ -271,6 +276,16 @@ def _done(out: Path, mapping: Sequence[tuple[str, str]] | None = None) -> None:
         return
     summary = inspect(out)
     _say(_console(), f"{summary.kind} adapter, {_modules(summary)}: {out}")
+
+
+def _done_all(out: Path, mappings: Mapping[str, Sequence[tuple[str, str]]], dry_run: bool) -> None:
+    """As `_done`, of many adapters."""
+    if dry_run:
+        for name, mapping in mappings.items():
+            for before, after in mapping:
+                _say(_console(), f"{name}: {before} -> {after}")
+        return
+    _say(_console(), f"{len(mappings)} adapters: {out}")
 
 
 def _modules(summary: Summary) -> str:

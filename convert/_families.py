@@ -81,7 +81,8 @@ class Place:
         return self.rows[0]
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared and hashed by identity, which is quick.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """A model family's table in one style of Flax models.
 

@@ -1,6 +1,7 @@
 """Adapter -> Adapter through a table: every key once, all failures together, nothing dropped."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from convert._families import FAMILIES, LAYER, LAYOUTS, Family, Leaf, Place, Row, tables, unnumbered
 from convert._regroup import regroup
 from road_core import Adapter, AdapterError, RoadConfig, select_modules
-from road_core._adapter import Array, is_bfloat16
+from road_core._adapter import Array, dtype_name
 
 # Metadata of a converted file: what the other side's file has that this side can't say, so that the way back gives
 # the same bytes. A file has the one of them or neither.
@@ -27,6 +28,9 @@ Trace = list[tuple[str, str]]
 
 # (module path, name of a tensor that is saved whole); θ and α together have no name.
 _Key = tuple[str, str]
+
+# A key's path and name, as `_Key`, and where it stands in the table.
+_Spot = tuple[str, str, Place, Leaf | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,37 +239,50 @@ def _place(adapter: Adapter, side: str, choice: Sequence[Family]) -> tuple[Famil
     Raises:
         AdapterError: several tables of one style know every key and would do other things with them.
     """
+    table, spots, problems = _search(tuple(adapter.modules), tuple(adapter.modules_to_save), side, tuple(choice))
+    parts = [
+        _Part(*spot, (adapter.modules_to_save[f"{spot[0]}.{spot[1]}"],) if spot[1] else adapter.modules[spot[0]])
+        for spot in spots
+    ]
+    return table, parts, list(problems)
+
+
+# Of many adapters of one model, only the first is looked up. Nobody changes what is returned.
+@functools.lru_cache(maxsize=16)
+def _search(
+    modules: tuple[str, ...], saved: tuple[str, ...], side: str, choice: tuple[Family, ...]
+) -> tuple[Family, list[_Spot], list[str]]:
     if len({table.name for table in choice}) > 1:
-        choice = [table for table in choice if not table.asked]
-    tried = [(table, *_parts(adapter, table, side)) for table in choice]
+        choice = tuple(table for table in choice if not table.asked)
+    tried = [(table, *_spots(modules, saved, table, side)) for table in choice]
     fitting = [found for found in tried if not found[2]]
     if fitting:
         first = fitting[0]
         same = [
-            table for table, parts, _ in fitting if table.style == first[0].style and _acts(parts) == _acts(first[1])
+            table for table, spots, _ in fitting if table.style == first[0].style and _acts(spots) == _acts(first[1])
         ]
         others = [table for table, _, _ in fitting if table.style == first[0].style and table not in same]
         if others:
             names = ", ".join(dict.fromkeys(table.name for table in [*same, *others]))
             raise AdapterError(f"family: expected one of {names} to be named, for all of them know these modules")
         return first[0], first[1], _apart(first[1])
-    table, parts, lost = min(tried, key=lambda found: len(found[2]))
+    table, spots, lost = min(tried, key=lambda found: len(found[2]))
     known = list(dict.fromkeys(table.name for table in choice))
     whose = f"the family {known[0]}" if len(known) == 1 else f"one of the families {', '.join(known)}"
-    return table, parts, [f"expected modules of {whose}, found without a partner: {', '.join(lost)}"]
+    return table, spots, [f"expected modules of {whose}, found without a partner: {', '.join(lost)}"]
 
 
-def _acts(parts: Sequence[_Part]) -> list[tuple[object, ...]]:
+def _acts(spots: Sequence[_Spot]) -> list[tuple[object, ...]]:
     """What a table does with an adapter."""
     return [
-        (row.flax, row.torch, row.interleaved, row.width, row.bias_apart, part.leaf)
-        for part in parts
-        for row in part.place.rows
+        (row.flax, row.torch, row.interleaved, row.width, row.bias_apart, leaf)
+        for _, _, place, leaf in spots
+        for row in place.rows
     ]
 
 
-def _apart(parts: Sequence[_Part]) -> list[str]:
-    if not (keys := [part.key for part in parts if part.place.row.bias_apart]):
+def _apart(spots: Sequence[_Spot]) -> list[str]:
+    if not (keys := [f"{path}.{name}" if name else path for path, name, place, _ in spots if place.row.bias_apart]):
         return []
     return [
         f"expected layers whose outputs have their bias in both frameworks, found {', '.join(keys)}: "
@@ -296,24 +313,25 @@ def _note(trace: Trace | None, key: str, layer: int | None, partners: Sequence[s
         trace.append((key if layer is None else f"{key}[{layer}]", " + ".join(partners)))
 
 
-def _parts(adapter: Adapter, table: Family, side: str) -> tuple[list[_Part], list[str]]:
+def _spots(modules: Sequence[str], saved: Sequence[str], table: Family, side: str) -> tuple[list[_Spot], list[str]]:
     find = table.find_flax if side == "flax" else table.find_torch
-    parts, lost = [], []
-    for path, arrays in adapter.modules.items():
+    spots: list[_Spot] = []
+    lost = []
+    for path in modules:
         place = find(path)
         if place is None or not place.row.linear:
             lost.append(path)
         else:
-            parts.append(_Part(path, "", place, None, arrays))
-    for key, array in adapter.modules_to_save.items():
+            spots.append((path, "", place, None))
+    for key in saved:
         path, _, name = key.rpartition(".")
         place = find(path)
         leaf = next((leaf for leaf in place.row.leaves if getattr(leaf, side) == name), None) if place else None
         if place is None or leaf is None:
             lost.append(key)
         else:
-            parts.append(_Part(path, name, place, leaf, (array,)))
-    return parts, sorted(lost, key=natural)
+            spots.append((path, name, place, leaf))
+    return spots, sorted(lost, key=natural)
 
 
 def _wrong_axes(parts: Iterable[_Part]) -> list[str]:
@@ -488,7 +506,7 @@ def _listed(parts: Iterable[_Part]) -> str:
 
 
 def _form(array: Array) -> str:
-    return f"{'bfloat16' if is_bfloat16(array.dtype) else array.dtype.name} {list(array.shape)}"
+    return f"{dtype_name(array.dtype)} {list(array.shape)}"
 
 
 def natural(path: str) -> list[tuple[int, int | str]]:

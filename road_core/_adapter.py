@@ -1,6 +1,7 @@
 """`Adapter`: one trained adapter, as arrays."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 
@@ -20,7 +21,13 @@ bfloat16 = np.dtype([("bfloat16", "<u2")])
 
 def is_bfloat16(dtype: np.dtype) -> bool:
     """True for this module's record and for ``ml_dtypes.bfloat16``, without importing the latter."""
-    return dtype == bfloat16 or dtype.name == "bfloat16"
+    return dtype_name(dtype) == "bfloat16"
+
+
+@functools.lru_cache
+def dtype_name(dtype: np.dtype) -> str:
+    """Returns ``"bfloat16"`` for both of its forms, else NumPy's name, which takes NumPy longer than a look-up."""
+    return "bfloat16" if dtype == bfloat16 else dtype.name
 
 
 def to_float32(array: Array) -> NDArray[np.float32]:
@@ -118,8 +125,7 @@ class Adapter:
         where = "" if self.config.subspace is None else " {} {}".format(*self.config.subspace)
         sha = hashlib.sha256(f"{self.config.variant} {self.config.group_size}{where}".encode())
         for key, array in sorted(self.tensors().items()):
-            dtype = "bfloat16" if is_bfloat16(array.dtype) else array.dtype.name
-            sha.update(f"\n{key} {dtype} {list(array.shape)} ".encode())
+            sha.update(f"\n{key} {dtype_name(array.dtype)} {list(array.shape)} ".encode())
             sha.update(np.ascontiguousarray(array).tobytes())
         return sha.hexdigest()
 

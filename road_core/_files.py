@@ -121,14 +121,18 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, s
     """
     entries, metadata = read_header(path)
     tensors: dict[str, Array] = {}
-    for name, entry in entries.items():
-        if entry.dtype not in _DTYPES:
-            raise AdapterError(f"{path}: expected a plain dtype for {name}, found {entry.dtype}")
-        try:
-            data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
-            tensors[name] = data.view(_DTYPES[entry.dtype]).reshape(entry.shape)
-        except (OSError, ValueError) as error:  # cut short meanwhile
-            raise _broken(path, error) from None
+    if wrong := next((name for name, entry in entries.items() if entry.dtype not in _DTYPES), None):
+        raise AdapterError(f"{path}: expected a plain dtype for {wrong}, found {entries[wrong].dtype}")
+    try:
+        with open(path, "rb") as file:
+            for name, entry in entries.items():
+                file.seek(entry.start)
+                data = np.empty(entry.nbytes, np.uint8)
+                if file.readinto(data.data) < entry.nbytes:
+                    raise ValueError(f"{name!r:.80} is cut short")
+                tensors[name] = data.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+    except (OSError, ValueError) as error:  # changed meanwhile
+        raise _broken(path, error) from None
     return tensors, metadata
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from _compare import named_values
 
-from road_core import Adapter, RoadConfig, write_flax, write_peft
+import convert
+from road_core import Adapter, AdapterError, RoadConfig, write_flax, write_peft
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +77,42 @@ def test_the_whole_mapping_and_nothing_written(tmp_path):
     assert not (tmp_path / "new").exists()
     code, _, err = command("to-flax", "torch", "new", *rules, "--family", "llama", cwd=tmp_path)
     assert (code, err) == (2, "error: family: expected none beside rules of your own, found 'llama'\n")
+
+
+def test_many_in_one_call_are_as_each_alone_and_a_bad_one_is_named(tmp_path):
+    names = ["a", "b", "c"]
+    for i, name in enumerate(names):
+        flax_adapter(tmp_path / "flax" / name, layers=i + 2)
+    sources = [f"flax/{name}" for name in names]
+    code, out, err = command("to-torch", *sources, "torch", cwd=tmp_path)
+    assert (code, out, err) == (0, "3 adapters: torch\n", "")
+    for name in names:
+        convert.to_torch(tmp_path / "flax" / name, tmp_path / "alone" / name)
+        assert contents(tmp_path / "torch" / name) == contents(tmp_path / "alone" / name)
+    found = convert.to_flax_all([tmp_path / "torch" / name for name in names], tmp_path / "plan", dry_run=True)
+    assert [len(mapping) for mapping in found.values()] == [2, 3, 4]
+    assert not (tmp_path / "plan").exists()
+
+    (tmp_path / "torch" / "b" / "adapter_model.safetensors").write_bytes(b"no adapter")
+    code, out, err = command("to-flax", *(f"torch/{name}/" for name in names), "back", cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: back: expected 3 adapters that can be converted, found 1 that can't: b (torch/b/")
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["a", "c"]
+    for name in ("a", "c"):
+        assert contents(tmp_path / "back" / name) == contents(tmp_path / "flax" / name)
+
+
+def test_many_of_one_name_are_refused_before_anything_is_written(tmp_path):
+    for folder in ("x/a", "y/a", "y/b"):
+        flax_adapter(tmp_path / folder)
+    sources = [tmp_path / "y/b", tmp_path / "x/a", f"{tmp_path}/y/a/"]
+    with pytest.raises(AdapterError, match=r"a name of its own for each adapter, found \S+/x/a, \S+/y/a/$"):
+        convert.to_torch_all(sources, tmp_path / "out")
+    with pytest.raises(AdapterError, match="expected adapters to convert, found none"):
+        convert.to_torch_all([], tmp_path / "out")
+    with pytest.raises(AdapterError, match=r"^family: expected one of llama, mistral"):
+        convert.to_torch_all(sources[:2], tmp_path / "out", family="gpt9")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
 
 
 def test_inspect(tmp_path):
