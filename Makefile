@@ -41,6 +41,7 @@ bench: $(VENV)/installed
 	$(RUN) -m benchmarks.jax_cost
 	$(RUN) -m benchmarks.mixed_batch
 	$(RUN) -m benchmarks.adapters
+	$(RUN) -m benchmarks.conversion
 
 clean:
 	rm -rf $(VENV) $(PUBLISHED) runs
