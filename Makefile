@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 PUBLISHED := .venv-published
+FUZZED := .venv-fuzz
+FUZZ ?= 3600
 
-.PHONY: demo test test-published lint format bench clean
+.PHONY: demo test test-published fuzz lint format bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -27,6 +29,18 @@ $(PUBLISHED)/installed: tests_published/requirements.txt
 test-published: $(PUBLISHED)/installed
 	$(PUBLISHED)/bin/python -m pytest tests_published
 
+# Every reader on spoilt files, for so many seconds: make fuzz FUZZ=60. What it has learnt is kept in runs/fuzz.
+$(FUZZED)/installed: constraints.txt
+	test -x $(FUZZED)/bin/python || $(PYTHON) -m venv $(FUZZED)
+	$(FUZZED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		atheris==3.0.0 numpy regex rich safetensors
+	touch $@
+
+fuzz: $(FUZZED)/installed
+	mkdir -p runs/fuzz/corpus
+	PYTHONPATH=. $(FUZZED)/bin/python tests/fuzz/readers.py runs/fuzz/corpus \
+		-max_total_time=$(FUZZ) -artifact_prefix=runs/fuzz/
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
@@ -44,4 +58,4 @@ bench: $(VENV)/installed
 	$(RUN) -m benchmarks.conversion
 
 clean:
-	rm -rf $(VENV) $(PUBLISHED) runs
+	rm -rf $(VENV) $(PUBLISHED) $(FUZZED) runs

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,8 +13,9 @@ from rich.table import Table
 
 from convert import _diff as differences
 from convert._compose import compose
-from convert._convert import to_flax, to_flax_all, to_torch, to_torch_all
+from convert._convert import to_flax, to_torch
 from convert._inspect import Summary, draw, inspect
+from convert._many import convert_all
 from convert._merge import merge
 from convert._verify import Verification, verify
 from road_core import AdapterError
@@ -27,6 +28,7 @@ _Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 _Family = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
 _Base = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 _Rules = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+_Every = Annotated[bool, tyro.conf.arg(name="all")]
 _Layout = Literal["scanned", "unrolled", "transformers", "easydel", "tunix", "maxtext", "maxtext-unrolled"]
 
 
@@ -53,7 +55,8 @@ def _main() -> None:
 
 
 def _to_torch(
-    folders: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FLAX-DIR [FLAX-DIR ...] OUT")],
+    flax_dir: _Flax,
+    out: _Out,
     /,
     *,
     family: _Family = None,
@@ -61,30 +64,27 @@ def _to_torch(
     rules: _Rules = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    every: _Every = False,
 ) -> None:
     """Writes a Flax adapter in the format that PEFT and road_torch load.
 
     Args:
-        folders: folder of the Flax adapter, or of one of road-train's checkpoints, and after it a new or empty folder;
-            with several adapters, each is written to OUT/NAME.
+        flax_dir: folder of the Flax adapter, or of one of road-train's checkpoints.
+        out: new or empty folder.
         family: model family, e.g. llama; by default the first one that knows every module.
         base: folder of the model, for the sizes of its heads; only where they are needed.
         rules: a TOML or JSON file with a table of your own.
         overwrite: replace an adapter that is already there.
         dry_run: print the whole mapping and write nothing.
+        every: convert every adapter in the folder, each to a folder of its name in OUT.
     """
-    sources, out = _sources("to-torch", folders)
-    options: dict[str, Any] = {"family": family, "base": base, "rules": rules}
-    options |= {"overwrite": overwrite, "dry_run": dry_run}
-    if len(sources) > 1:
-        _done_all(out, to_torch_all(sources, out, **options), dry_run)
-    else:
-        mapping = to_torch(sources[0], out, **options)
-        _done(out, mapping if dry_run else None)
+    options = dict[str, Any](family=family, base=base, rules=rules, overwrite=overwrite, dry_run=dry_run)
+    _convert(to_torch, flax_dir, out, options, every)
 
 
 def _to_flax(
-    folders: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="PEFT-DIR [PEFT-DIR ...] OUT")],
+    peft_dir: _Peft,
+    out: _Out,
     /,
     *,
     family: _Family = None,
@@ -94,12 +94,13 @@ def _to_flax(
     rules: _Rules = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    every: _Every = False,
 ) -> None:
     """Writes an adapter in PEFT's format as a Flax adapter.
 
     Args:
-        folders: folder of the adapter in PEFT's format, and after it a new or empty folder; with several adapters, each
-            is written to OUT/NAME.
+        peft_dir: folder of the adapter in PEFT's format.
+        out: new or empty folder.
         family: model family, e.g. llama; by default the first one that knows every module.
         layout: layers stacked, a path a layer, or another library's; by default as the adapter once was in Flax, else
             stacked.
@@ -108,15 +109,12 @@ def _to_flax(
         rules: a TOML or JSON file with a table of your own.
         overwrite: replace an adapter that is already there.
         dry_run: print the whole mapping and write nothing.
+        every: convert every adapter in the folder, each to a folder of its name in OUT.
     """
-    sources, out = _sources("to-flax", folders)
-    options: dict[str, Any] = {"family": family, "layout": layout, "layers": layers, "base": base, "rules": rules}
-    options |= {"overwrite": overwrite, "dry_run": dry_run}
-    if len(sources) > 1:
-        _done_all(out, to_flax_all(sources, out, **options), dry_run)
-    else:
-        mapping = to_flax(sources[0], out, **options)
-        _done(out, mapping if dry_run else None)
+    options = dict[str, Any](
+        family=family, layout=layout, layers=layers, base=base, rules=rules, overwrite=overwrite, dry_run=dry_run
+    )
+    _convert(to_flax, peft_dir, out, options, every)
 
 
 def _inspect(directory: _Either, /, *, plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None) -> None:
@@ -221,7 +219,9 @@ def _compose(
         weights: how often each is applied, by default 1; after the folders. -1 undoes an adapter.
         overwrite: replace an adapter that is already there.
     """
-    sources, out = _sources("compose", folders)
+    if len(folders) < 2:
+        raise AdapterError(f"compose: expected adapters and a folder to write, found {len(folders)} folders")
+    *sources, out = folders
     compose(sources, out, weights=weights or None, overwrite=overwrite)
     _done(out)
 
@@ -248,13 +248,6 @@ def _merge(
     _say(_console(), f"merged checkpoint: {out}")
 
 
-def _sources(command: str, folders: Sequence[Path]) -> tuple[list[Path], Path]:
-    """Parts the folders to read from the one to write, which stands last."""
-    if len(folders) < 2:
-        raise AdapterError(f"{command}: expected adapters and a folder to write, found {len(folders)} folders")
-    return list(folders[:-1]), folders[-1]
-
-
 def _console() -> Console:
     """Wide enough for a table where nobody looks at a terminal's width."""
     console = Console(highlight=False)
@@ -268,24 +261,26 @@ def _say(console: Console, text: str) -> None:
     )
 
 
-def _done(out: Path, mapping: Sequence[tuple[str, str]] | None = None) -> None:
-    """Says what was written or, given the mapping, what would be."""
-    if mapping is not None:
-        for before, after in mapping:
+def _convert(
+    one: Callable[..., list[tuple[str, str]]], src: Path, out: Path, options: dict[str, Any], every: bool
+) -> None:
+    """Converts one adapter or a folder of them, and says what was written or would be."""
+    if every:
+        names = convert_all(src, out, one, console=Console(stderr=True), **options)
+        done = "can be converted" if options["dry_run"] else f"converted: {out}"
+        _say(_console(), f"{len(names)} adapters {done}")
+    elif options["dry_run"]:
+        for before, after in one(src, out, **options):
             _say(_console(), f"{before} -> {after}")
-        return
+    else:
+        one(src, out, **options)
+        _done(out)
+
+
+def _done(out: Path) -> None:
+    """Says what was written."""
     summary = inspect(out)
     _say(_console(), f"{summary.kind} adapter, {_modules(summary)}: {out}")
-
-
-def _done_all(out: Path, mappings: Mapping[str, Sequence[tuple[str, str]]], dry_run: bool) -> None:
-    """As `_done`, of many adapters."""
-    if dry_run:
-        for name, mapping in mappings.items():
-            for before, after in mapping:
-                _say(_console(), f"{name}: {before} -> {after}")
-        return
-    _say(_console(), f"{len(mappings)} adapters: {out}")
 
 
 def _modules(summary: Summary) -> str:

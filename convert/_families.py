@@ -81,8 +81,7 @@ class Place:
         return self.rows[0]
 
 
-# Compared and hashed by identity, which is quick.
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A model family's table in one style of Flax models.
 
@@ -140,11 +139,19 @@ def unnumbered(path: str) -> str:
 
 
 def _find(index: dict[str, tuple[Row, ...]], path: str) -> Place | None:
-    number = _NUMBER.search(path)
-    form = f"{path[: number.start()]}{LAYER}{path[number.end() :]}" if number else path
+    form, layer = _form(path)
     rows = index.get(form)
-    # A path that spells the placeholder out is nobody's.
-    return None if rows is None or LAYER in path else Place(rows, int(number[0]) if number else None)
+    return None if rows is None else Place(rows, layer)
+
+
+# Many adapters of one model have the same paths, and every table looks for them.
+@functools.lru_cache(maxsize=1 << 14)
+def _form(path: str) -> tuple[str, int | None]:
+    """Returns a path with a placeholder for the layer's number, and the number."""
+    number = _NUMBER.search(path)
+    if LAYER in path:  # spelled out it is nobody's
+        return "", None
+    return (f"{path[: number.start()]}{LAYER}{path[number.end() :]}", int(number[0])) if number else (path, None)
 
 
 def _index(family: str, entries: list[tuple[str, Row]]) -> dict[str, tuple[Row, ...]]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,10 +128,7 @@ def map_to_torch(
             _note(trace, part.key, None, [p if layer is None else _numbered(p, layer) for p in paths])
 
     config = dataclasses.replace(adapter.config, group_size=group_size)
-    own, partners = (
-        _paths(tuple((p.path, p.name) for p in parts), "flax", table),
-        _paths(tuple(entries), "torch", table),
-    )
+    own, partners = _paths(((p.path, p.name) for p in parts), table.find_flax, table), _torch_paths(entries, table)
     if once := _restore(origin, config, own, partners, plain=False):
         if FLAX_ORIGIN in origin:
             metadata[FLAX_ORIGIN] = str(origin[FLAX_ORIGIN])
@@ -227,10 +224,7 @@ def map_to_flax(
         _note(trace, part.key, None, [(unnumbered(p) if stacking else _numbered(p, layer)) + end for p in paths])
 
     config = dataclasses.replace(adapter.config, group_size=group_size)
-    own, partners = (
-        _paths(tuple((p.path, p.name) for p in parts), "torch", table),
-        _paths(tuple(entries), "flax", table),
-    )
+    own, partners = _torch_paths(((p.path, p.name) for p in parts), table), _paths(entries, table.find_flax, table)
     if before := _restore(origin, config, own, partners, plain=True) if once in (None, chosen) else None:
         return _build(before, entries, metadata)
     fitted = _fit(config, own, partners, plain=False)
@@ -415,9 +409,12 @@ def _gaps(present: Iterable[int], depth: int) -> list[str]:
     return gaps
 
 
-@functools.lru_cache(maxsize=16)  # as `_search`
-def _paths(keys: tuple[_Key, ...], side: str, table: Family) -> _Paths:
-    find = table.find_flax if side == "flax" else table.find_torch
+def _torch_paths(keys: Iterable[_Key], table: Family) -> _Paths:
+    return _paths(keys, table.find_torch, table)
+
+
+def _paths(keys: Iterable[_Key], find: Callable[[str], Place | None], table: Family) -> _Paths:
+    keys = list(keys)
     modules = sorted((path for path, name in keys if not name), key=natural)
     heads = [path for path in modules if (place := find(path)) and place.row.torch == table.head]
     saved = sorted({path for path, name in keys if name}, key=natural)

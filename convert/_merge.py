@@ -157,7 +157,7 @@ def merge(
     """
     folder, target = Path(checkpoint), Path(out)
     check_free(target)
-    config = read_json(inside(folder, _CONFIG))
+    config = _config(folder)
     if config.get("quantization_config"):
         raise AdapterError(
             f"{folder}: expected weights that aren't quantised, found a quantization_config in config.json; "
@@ -179,6 +179,16 @@ def merge(
         status = (folder / name).stat()
         job.update(f"\n{folder.resolve() / name} {status.st_size} {status.st_mtime_ns}".encode())
     _write(target, tensors, metadata, files, job.hexdigest(), console)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_json(inside(folder, _CONFIG))
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise AdapterError(f"{folder / _CONFIG}: architectures: expected a list of names, found {architectures!r:.60}")
+    if not isinstance(model_type := config.get("model_type"), str | None):
+        raise AdapterError(f"{folder / _CONFIG}: model_type: expected a name, found {model_type!r:.60}")
+    return config
 
 
 def _shards(folder: Path) -> tuple[dict[str, dict[str, Entry]], dict[str, Any] | None]:
@@ -228,7 +238,7 @@ def _plan(
     head = f"{_HEAD}.weight"
     embeddings = [name for name in entries if name.endswith(_EMBEDDINGS)]
     embedding = embeddings[0] if len(embeddings) == 1 else None
-    kind = str((config.get("architectures") or [""])[0])
+    kind = (config.get("architectures") or [""])[0]
     if embedding in changed and kind.endswith(_OTHER_HEADS):
         raise AdapterError(f"expected layers with a weight of their own, found {embedding}, which a head may share")
     if head in changed or (embedding in changed and kind.endswith(_LM_HEADS)):

@@ -21,13 +21,14 @@ bfloat16 = np.dtype([("bfloat16", "<u2")])
 
 def is_bfloat16(dtype: np.dtype) -> bool:
     """True for this module's record and for ``ml_dtypes.bfloat16``, without importing the latter."""
-    return dtype_name(dtype) == "bfloat16"
+    # Most arrays are float32, and a dtype's name takes long to form.
+    return dtype.itemsize == 2 and (dtype == bfloat16 or dtype.name == "bfloat16")
 
 
-@functools.lru_cache
+@functools.cache
 def dtype_name(dtype: np.dtype) -> str:
-    """Returns ``"bfloat16"`` for both of its forms, else NumPy's name, which takes NumPy longer than a look-up."""
-    return "bfloat16" if dtype == bfloat16 else dtype.name
+    """Returns ``"float32"`` and the like, ``"bfloat16"`` for both that `is_bfloat16` knows."""
+    return "bfloat16" if is_bfloat16(dtype) else dtype.name
 
 
 def to_float32(array: Array) -> NDArray[np.float32]:

@@ -120,18 +120,18 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, s
         AdapterError: the file is truncated, over-long, inconsistent, or holds a dtype that NumPy can't.
     """
     entries, metadata = read_header(path)
+    for name, entry in entries.items():
+        if entry.dtype not in _DTYPES:
+            raise AdapterError(f"{path}: expected a plain dtype for {name}, found {entry.dtype}")
+    start = min((entry.start for entry in entries.values()), default=0)
     tensors: dict[str, Array] = {}
-    if wrong := next((name for name, entry in entries.items() if entry.dtype not in _DTYPES), None):
-        raise AdapterError(f"{path}: expected a plain dtype for {wrong}, found {entries[wrong].dtype}")
     try:
-        with open(path, "rb") as file:
-            for name, entry in entries.items():
-                file.seek(entry.start)
-                data = np.empty(entry.nbytes, np.uint8)
-                if file.readinto(data.data) < entry.nbytes:
-                    raise ValueError(f"{name!r:.80} is cut short")
-                tensors[name] = data.view(_DTYPES[entry.dtype]).reshape(entry.shape)
-    except (OSError, ValueError) as error:  # changed meanwhile
+        data = np.fromfile(path, np.uint8, sum(entry.nbytes for entry in entries.values()), offset=start)
+        for name, entry in entries.items():
+            own = data[entry.start - start : entry.start - start + entry.nbytes]
+            tensor = own.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+            tensors[name] = tensor if tensor.flags.aligned else tensor.copy()
+    except (OSError, ValueError) as error:  # cut short meanwhile
         raise _broken(path, error) from None
     return tensors, metadata
 

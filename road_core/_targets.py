@@ -1,13 +1,17 @@
 """Which modules a config selects: PEFT's rules, over the names of any module tree."""
 
 import difflib
-import re
 from collections.abc import Collection, Sequence
+
+import regex
 
 from road_core._config import RoadConfig
 from road_core._errors import AdapterError
 
 ALL_LINEAR = "all-linear"
+
+# Seconds for one pattern on one name.
+PATIENCE = 2.0
 
 _ATTENTION = ["q_proj", "v_proj"]
 
@@ -135,14 +139,25 @@ def _in_layers(config: RoadConfig, name: str) -> bool:
     # The first numbered segment is the layer; later ones are experts and the like.
     searches = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns if p] if patterns else [r".*?\.[^.]*\.(\d+)\."]
     for search in searches:
-        if found := re.match(search, name):
+        if found := _match(search, name):
+            if found.re.groups != 1:
+                raise AdapterError(f"RoadConfig.layers_pattern: expected a pattern without groups, found {patterns!r}")
             index = int(found[1])
             return index == wanted if isinstance(wanted, int) else index in wanted
     return False
 
 
 def _fullmatch(pattern: str, name: str) -> bool:
+    return _match(pattern, name, whole=True) is not None
+
+
+def _match(pattern: str, name: str, *, whole: bool = False) -> regex.Match[str] | None:
+    # A config may come from anyone, and some patterns take longer than anybody can wait.
     try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise AdapterError(f"RoadConfig: expected a regular expression, found {pattern!r} ({error})") from None
+        return (regex.fullmatch if whole else regex.match)(pattern, name, timeout=PATIENCE)
+    except (regex.error, RecursionError) as error:
+        raise AdapterError(f"RoadConfig: expected a regular expression, found {pattern!r:.80} ({error})") from None
+    except TimeoutError:
+        raise AdapterError(
+            f"RoadConfig: expected a regular expression that is tried in {PATIENCE:g} s, found {pattern!r:.80}"
+        ) from None

@@ -39,10 +39,12 @@ def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True) -> floa
             if _bnb.is_quantized(base):
                 return _merge_quantized(layer, passes, names, check)
         weight = base.weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.device.type == "meta":
+        # torchao's weights say that they are floating-point, and hold something else.
+        held = weight.detach() if isinstance(weight, Tensor) else weight
+        if type(held) is not Tensor or not held.is_floating_point() or held.device.type == "meta":
             raise AdapterError(
-                f"{path}: expected a floating-point weight to merge into, "
-                f"found {type(base).__name__} with {getattr(weight, 'dtype', type(weight).__name__)}"
+                f"{path}: expected a plain floating-point weight to merge into, found {type(base).__name__} with "
+                f"{type(held).__name__} of {getattr(held, 'dtype', None)} on {getattr(held, 'device', None)}"
             )
         rows = weight.T if is_conv1d(base) else weight
         merged = _rotate_rows(rows, passes)

@@ -148,7 +148,7 @@ def test_nothing_is_written_over_or_half(tmp_path):
     listing = sorted(os.listdir(tmp_path))
     with pytest.raises(AdapterError, match=r"theirs: expected a file road_config\.json, found none"):
         convert.to_torch(tmp_path / "theirs", tmp_path / "new")
-    with pytest.raises(AdapterError, match=r"^family: expected one of llama, .*, found 'gpt9'"):
+    with pytest.raises(AdapterError, match=r"theirs: family: expected one of llama, .*, found 'gpt9'"):
         convert.to_flax(tmp_path / "theirs", tmp_path / "new", family="gpt9")
     path = tmp_path / "flax" / "road_adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-5])

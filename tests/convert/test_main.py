@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from _compare import named_values
 
-import convert
-from road_core import Adapter, AdapterError, RoadConfig, write_flax, write_peft
+from road_core import Adapter, RoadConfig, write_flax, write_peft
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +44,33 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
+def test_a_folder_of_adapters(tmp_path):
+    for i in range(3):
+        flax_adapter(tmp_path / "runs" / f"a{i}", layers=i + 2, group_size=8)
+    (tmp_path / "runs" / "notes.txt").write_text("mine")
+    code, out, err = command("to-torch", "runs", "out", "--all", "--dry-run", cwd=tmp_path)
+    assert (code, out, err) == (0, "3 adapters can be converted\n", "")
+    assert not (tmp_path / "out").exists()
+    code, out, err = command("to-torch", "runs", "out", "--all", cwd=tmp_path)
+    assert (code, out, err) == (0, "3 adapters converted: out\n", "")
+    code, out, err = command("to-flax", "out", "back", "--all", "--family", "llama", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    for i in range(3):
+        assert contents(tmp_path / "back" / f"a{i}") == contents(tmp_path / "runs" / f"a{i}")
+
+    flax_adapter(tmp_path / "runs" / "a1b", name="mystery")
+    code, out, err = command("to-torch", "runs", "out", "--all", cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert "out: expected an empty or new folder" in err
+    code, out, err = command("to-torch", "runs", "more", "--all", cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert "1 of 4 adapters aren't converted, the first for this: runs/a1b: expected modules of" in err
+    assert sorted(path.name for path in (tmp_path / "more").iterdir()) == ["a0", "a1", "a2"]
+    assert contents(tmp_path / "more" / "a2") == contents(tmp_path / "out" / "a2")
+    code, _, err = command("to-torch", "runs/a0", "few", "--all", cwd=tmp_path)
+    assert (code, "runs/a0: expected folders of adapters in it, found none" in err) == (2, True)
+
+
 def test_there_and_back(tmp_path):
     flax_adapter(tmp_path / "flax", variant="road_2", group_size=8)
     code, out, err = command("to-torch", "flax", "torch", cwd=tmp_path)
@@ -77,42 +103,6 @@ def test_the_whole_mapping_and_nothing_written(tmp_path):
     assert not (tmp_path / "new").exists()
     code, _, err = command("to-flax", "torch", "new", *rules, "--family", "llama", cwd=tmp_path)
     assert (code, err) == (2, "error: family: expected none beside rules of your own, found 'llama'\n")
-
-
-def test_many_in_one_call_are_as_each_alone_and_a_bad_one_is_named(tmp_path):
-    names = ["a", "b", "c"]
-    for i, name in enumerate(names):
-        flax_adapter(tmp_path / "flax" / name, layers=i + 2)
-    sources = [f"flax/{name}" for name in names]
-    code, out, err = command("to-torch", *sources, "torch", cwd=tmp_path)
-    assert (code, out, err) == (0, "3 adapters: torch\n", "")
-    for name in names:
-        convert.to_torch(tmp_path / "flax" / name, tmp_path / "alone" / name)
-        assert contents(tmp_path / "torch" / name) == contents(tmp_path / "alone" / name)
-    found = convert.to_flax_all([tmp_path / "torch" / name for name in names], tmp_path / "plan", dry_run=True)
-    assert [len(mapping) for mapping in found.values()] == [2, 3, 4]
-    assert not (tmp_path / "plan").exists()
-
-    (tmp_path / "torch" / "b" / "adapter_model.safetensors").write_bytes(b"no adapter")
-    code, out, err = command("to-flax", *(f"torch/{name}/" for name in names), "back", cwd=tmp_path)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: back: expected 3 adapters that can be converted, found 1 that can't: b (torch/b/")
-    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["a", "c"]
-    for name in ("a", "c"):
-        assert contents(tmp_path / "back" / name) == contents(tmp_path / "flax" / name)
-
-
-def test_many_of_one_name_are_refused_before_anything_is_written(tmp_path):
-    for folder in ("x/a", "y/a", "y/b"):
-        flax_adapter(tmp_path / folder)
-    sources = [tmp_path / "y/b", tmp_path / "x/a", f"{tmp_path}/y/a/"]
-    with pytest.raises(AdapterError, match=r"a name of its own for each adapter, found \S+/x/a, \S+/y/a/$"):
-        convert.to_torch_all(sources, tmp_path / "out")
-    with pytest.raises(AdapterError, match="expected adapters to convert, found none"):
-        convert.to_torch_all([], tmp_path / "out")
-    with pytest.raises(AdapterError, match=r"^family: expected one of llama, mistral"):
-        convert.to_torch_all(sources[:2], tmp_path / "out", family="gpt9")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
 
 
 def test_inspect(tmp_path):

@@ -265,9 +265,12 @@ def test_a_few_rows_in_memory(tmp_path):
     assert_close(merged[:, :9], road_core.merge(weight[:, :9], *pair, variant="road_1", group_size=rows), "float32")
 
 
-def quantised(folder):
-    path = folder / "base" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"load_in_4bit": True}}))
+def configured(**fields):
+    def change(folder):
+        path = folder / "base" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
 
 
 def other_width(folder):
@@ -291,7 +294,12 @@ def integers(folder):
 
 
 BAD = {
-    "quantised": (quantised, r"base: expected weights that aren't quantised, found a quantization_config"),
+    "quantised": (
+        configured(quantization_config={"load_in_4bit": True}),
+        r"base: expected weights that aren't quantised, found a quantization_config",
+    ),
+    "a number as architecture": (configured(architectures=7), r"architectures: expected a list of names, found 7$"),
+    "a list as model type": (configured(model_type=["llama"]), r"model_type: expected a name, found \['llama'\]$"),
     "width": (other_width, r"found model\.layers\.0\.mlp\.gate_proj\.weight \[256, 128\] for 192 outputs, "),
     "too large": (too_large, r"model\.layers\.\d\..*weight: expected finite values after merging, found \d+ that are"),
     "integers": (integers, r"in floating point, found model\.layers\.0\.self_attn\.q_proj\.weight of I8$"),

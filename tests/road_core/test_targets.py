@@ -8,7 +8,7 @@ from peft import RoadConfig as PeftRoadConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
-from road_core import AdapterError, RoadConfig, select_modules
+from road_core import AdapterError, RoadConfig, _targets, select_modules
 
 TREES = {
     "llama": lambda: transformers.LlamaForCausalLM(
@@ -122,6 +122,8 @@ def test_the_table_of_model_types_is_pefts():
         ({"target_modules": ["q_prj"]}, r"q_prj.*nearest: q_proj"),
         ({"target_modules": r".*attention"}, "nearest"),
         ({"target_modules": "(q"}, "regular expression"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(layers"}, "regular expression"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(l)ayers"}, "without groups"),
         ({}, "model type 'unheard-of'"),
         ({"target_modules": "all-linear", "exclude_modules": r".*"}, "match for 'all-linear'"),
     ],
@@ -130,3 +132,20 @@ def test_no_match_names_the_nearest(fields, message, trees):
     names, linear, heads = names_of(trees["llama"])
     with pytest.raises(AdapterError, match=message):
         select_modules(RoadConfig(**fields), names, linear=linear, output_head=heads, model_type="unheard-of")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "(a|aa)+b"},
+        {"target_modules": ["x"], "exclude_modules": "(a|aa)+b"},
+        {"target_modules": ["x"], "layers_to_transform": 0, "layers_pattern": "(?:a|aa)+b"},
+        {"target_modules": "all-linear", "modules_to_save": ["(a|aa)+b"]},
+    ],
+    ids=lambda fields: [*fields][-1],
+)
+def test_a_pattern_that_never_ends_is_an_error(fields, monkeypatch):
+    monkeypatch.setattr(_targets, "PATIENCE", 0.05)
+    name = "layers." + 90 * "a" + ".x" if "layers_pattern" in fields else 90 * "a" + ".x"
+    with pytest.raises(AdapterError, match=r"expected a regular expression that is tried in 0\.05 s, found '.*aa\)\+b"):
+        select_modules(RoadConfig(**fields), [name], linear=[name])

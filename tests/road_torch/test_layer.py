@@ -7,6 +7,7 @@ import pytest
 import torch
 from _compare import assert_close, named_values
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.pytorch_utils import Conv1D
 
 import road_core
@@ -216,6 +217,20 @@ def test_what_is_hung_on_the_base_counts_in_inference(watch):
     finally:
         if hasattr(handle, "remove"):
             handle.remove()
+
+
+def test_a_weight_that_is_no_plain_tensor_rotates_and_is_not_merged():
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "a")).eval()
+    linear, x = model.base_model.inner["proj"].base_layer, torch.randn(2, IN)
+    expected = model(x)
+    linear.weight = nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data), requires_grad=False)
+    for context in (torch.enable_grad, torch.inference_mode):
+        with context():
+            given = model(x)
+        torch.testing.assert_close(given.a if isinstance(given, TwoTensor) else given, expected)
+    with pytest.raises(AdapterError, match=r"proj: expected a plain .* found Linear with TwoTensor of torch\.float32"):
+        model.merge_adapter()
+    assert isinstance(linear.weight, TwoTensor)
 
 
 @pytest.mark.parametrize("way", ["in place", "replaced", "load_state_dict", "assigned"])

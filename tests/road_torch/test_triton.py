@@ -35,7 +35,7 @@ from road_torch._kernels.triton import rotate_kernel
 from triton.compiler import ASTSource
 
 for dtype in ("fp32", "bf16", "fp16"):
-    for indexed in (False, True):
+    for indexed in (True, False) if dtype == "bf16" else (True,):
         signature = {
             "y": f"*{dtype}", "result": f"*{dtype}", "first": "*fp32", "cross": "*fp32", "index": "*i64",
             "pairs": "i32", "repeats": "i32", "stride": "i32",

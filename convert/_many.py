@@ -1,0 +1,71 @@
+"""A folder of adapters in one call."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from road_core import AdapterError
+from road_core._files import check_free
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def convert_all(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    convert: Callable[..., object],
+    *,
+    overwrite: bool = False,
+    console: "Console | None" = None,
+    **options: Any,
+) -> list[str]:
+    """Converts every adapter in a folder, each into a folder of the same name.
+
+    One that can't be converted keeps none of the others from it: all are tried before the error is raised.
+
+    Args:
+        src: a folder of adapters' folders. Files in it, and what begins with a dot, are left alone.
+        dst: a new or empty folder; with ``overwrite``, one in which adapters may be replaced.
+        convert: `to_torch` or `to_flax`.
+        overwrite: see ``dst``.
+        console: where the progress is shown; without it there is none.
+        options: what else ``convert`` takes, the same for all.
+
+    Returns:
+        The names of the adapters.
+
+    Raises:
+        AdapterError: there is no adapter, ``dst`` already holds something, or some can't be converted: how many, and
+            why the first of them can't. The others are written then.
+
+    Example:
+        >>> import convert
+        >>> names = convert.convert_all("runs", "adapters", convert.to_torch)  # doctest: +SKIP
+    """
+    source, target = Path(src), Path(dst)
+    if not source.is_dir():
+        raise AdapterError(f"{source}: expected a folder of adapters, found none")
+    names = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise AdapterError(f"{source}: expected folders of adapters in it, found none")
+    if not overwrite:
+        check_free(target)
+    failed = []
+    for name in _tracked(names, console):
+        try:
+            convert(source / name, target / name, overwrite=overwrite, **options)
+        except AdapterError as error:
+            failed.append(str(error))
+    if failed:
+        raise AdapterError(f"{len(failed)} of {len(names)} adapters aren't converted, the first for this: {failed[0]}")
+    return names
+
+
+def _tracked(names: list[str], console: "Console | None") -> Any:
+    if console is None:
+        return names
+    from rich.progress import track
+
+    return track(names, "converting", console=console, disable=not console.is_terminal)
