@@ -353,9 +353,11 @@ def at_prompt(
     mask: jax.Array | int | None,
 ) -> Any:
     """Returns a block's result with the hidden states rotated at the chosen tokens; ``mask`` as of `prompt_of`."""
+    if config.spans is not None and mask is None:
+        return result
     h, *rest = result if isinstance(result, tuple) else (result,)
     turned = rotate(h)
-    if config.spans is not None:
+    if config.spans is not None and mask is not None:
         mask = jnp.ones(h.shape[:-1], jnp.int32) if isinstance(mask, int) else mask
         if mask.shape != h.shape[:-1]:
             raise AdapterError(

@@ -266,10 +266,7 @@ class RoadBlock(_Around):
         if prompt is None:
             raise AdapterError(f"{self.name}: expected a call of the model that intervene gave, found one of the block")
         hidden_states(self.name, result)
-        (mask,) = prompt
-        if mask is None and self.config.spans is not None:
-            return result
-        return at_prompt(self.name, result, self._rotate, self.config, mask)
+        return at_prompt(self.name, result, self._rotate, self.config, *prompt)
 
     def _rotate(self, h: jax.Array) -> jax.Array:
         how = self.config
@@ -426,11 +423,9 @@ def set_intervention(model: nnx.Module, intervention: Tree) -> None:
         AdapterError: it isn't one of the model's config and hidden size. Nothing is changed then.
     """
     held = _blocks(model)
-    config = next(iter(held.values())).config
-    theta = next(iter(held.values())).road_theta
-    # Behind the size stand interventions, if the model holds several already.
-    chosen_axes = next(iter(held.values())).chosen.ndim
-    hidden = output_size(config.variant, theta.shape[chosen_axes])
+    block = next(iter(held.values()))
+    config = block.config
+    hidden = output_size(config.variant, block.road_theta.shape[block.chosen.ndim])
     for name, leaves in zip(ROAD_LEAVES, parameters(intervention, config, hidden), strict=True):
         for block in {id(block): block for block in held.values()}.values():
             mine = {i - block.start: leaf for i, leaf in zip(config.layers, leaves, strict=True) if held[i] is block}

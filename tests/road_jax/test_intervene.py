@@ -127,8 +127,8 @@ def test_the_side_of_the_padding_makes_no_difference_nor_do_texts_in_one_row(bas
             assert_close(both[0, at], alone, "float32", moved_from=module.apply(variables, text[None])[0])
 
 
-@pytest.mark.parametrize("positions", ["last", "all"])
-def test_decoding_with_a_cache_is_the_whole_text_at_once(base, positions):
+@pytest.mark.parametrize(("positions", "ids"), [("last", [0, 1]), ("all", None)])
+def test_decoding_with_a_cache_is_the_whole_text_at_once(base, positions, ids):
     """Without a cache, each step again on all tokens, with the prompt marked: new tokens are touched by "all" only."""
     module, variables = models.load(base)
     config = InterventionConfig(layers=(1,), positions=positions, group_size=32)
@@ -136,14 +136,20 @@ def test_decoding_with_a_cache_is_the_whole_text_at_once(base, positions):
     prompts = [[6, 7, 8], [9] * 6]
     tree = with_values(intervened.init(np.array(prompts[:1])))
     with jax.default_matmul_precision("highest"):
-        answers = road_jax.generate(intervened, variables, prompts, adapter=tree, max_new_tokens=6)
-        assert answers != road_jax.generate(module, variables, prompts, max_new_tokens=6)
+        if ids is not None:
+            tree = road_jax.stack_adapters([tree])
+        answers = road_jax.generate(intervened, variables, prompts, adapter=tree, adapter_ids=ids, max_new_tokens=6)
+        plain = road_jax.generate(module, variables, prompts, max_new_tokens=6)
+        assert [a != b for a, b in zip(answers, plain, strict=True)] == [ids is None, True]
         texts = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
         longest = max(map(len, texts))
-        ids = np.array([text + [0] * (longest - len(text)) for text in texts], np.int32)
+        tokens = np.array([text + [0] * (longest - len(text)) for text in texts], np.int32)
         mask = (np.arange(longest)[None] < np.array([[len(text)] for text in texts])).astype(np.int32)
         marked = np.arange(longest)[None] < np.array([[len(prompt)] for prompt in prompts])
-        logits = intervened.apply(variables, tree, ids, attention_mask=mask, prompt_mask=jnp.asarray(marked))
+        rows = None if ids is None else jnp.asarray(ids)
+        logits = intervened.apply(
+            variables, tree, tokens, attention_mask=mask, prompt_mask=jnp.asarray(marked), adapter_ids=rows
+        )
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             ends = logits[row, len(prompt) - 1 : len(texts[row]) - 1]
             assert np.argmax(ends, axis=-1).tolist() == answer
@@ -246,7 +252,8 @@ def test_what_does_not_fit_is_refused(x, base, tmp_path):
         )
     assert not (tmp_path / "it").exists()
     module, variables = models.load(base)
-    with pytest.raises(AdapterError, match=r"expected adapters of road_jax\.transform, found an intervention"):
+    tree = road_jax.intervene(module, CONFIG).init(jnp.ones((1, 2), jnp.int32))
+    with pytest.raises(AdapterError, match=r"expected several \(stack_adapters\) with adapter_ids and one without"):
         road_jax.generate(
             road_jax.intervene(module, CONFIG), variables, [[6, 7]], adapter=tree, adapter_ids=[1], max_new_tokens=1
         )
