@@ -194,7 +194,7 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
 def unwrap(model: nnx.Module) -> Any:
     """Returns the model without the rotation: the layers that `wrap` was given, merged if they are.
 
-    What `intervene` gave becomes the model that it was given.
+    What `intervene` put around blocks goes too.
 
     Modules that were trained whole (``config.modules_to_save``) stay as they were trained.
     """

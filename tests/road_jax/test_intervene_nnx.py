@@ -40,7 +40,7 @@ class Stack(nnx.Module):
             kernels, biases = map(jnp.stack, zip(*linen.weights(), strict=True))
             self.blocks.dense.kernel[...], self.blocks.dense.bias[...] = kernels, biases
 
-    def __call__(self, x, attention_mask=None):
+    def __call__(self, x, attention_mask=None, cache=None):
         if isinstance(self.blocks, nnx.List):
             for block in self.blocks:
                 x = block(x)
@@ -105,6 +105,16 @@ def test_gradients_are_linens_and_reach_road_params_alone(how, x):
     nnx.update(adapted, found)
     for a, b in zip(*map(jax.tree.leaves, (get_intervention(adapted), expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_decoded_is_no_prompt(x):
+    model = Stack("scan")
+    for positions in ("last", "all"):
+        config = InterventionConfig(layers=(1,), positions=positions, group_size=8)
+        adapted = road_jax.nnx.intervene(model, config, x, blocks=Block)
+        set_intervention(adapted, jax.tree.map(lambda leaf: leaf + 0.5, get_intervention(adapted)))
+        moved = np.abs(adapted(x, cache=()) - model(x)).max()
+        assert moved == 0 if positions == "last" else moved > 0.1
 
 
 def test_files_go_to_linen_and_back(x, tmp_path):
