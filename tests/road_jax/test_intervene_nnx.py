@@ -63,7 +63,7 @@ def run(model, x, prompt):
 def test_it_is_the_reference_between_blocks_and_linens_function(how, kind, x):
     config = InterventionConfig(group_size=8, **linen.FIELDS[kind])
     model = Stack(how)
-    structure, plain = nnx.graphdef(model), model(x)
+    structure, plain = nnx.graphdef(model), nnx.jit(type(model).__call__)(model, x)
     adapted = road_jax.nnx.intervene(model, config, x, blocks=Block)
     np.testing.assert_allclose(run(adapted, x, PROMPT), plain, rtol=1e-4, atol=1e-5)
     in_linen = road_jax.intervene(linen.Stack(how), config, blocks=linen.Block)
@@ -73,7 +73,7 @@ def test_it_is_the_reference_between_blocks_and_linens_function(how, kind, x):
     assert_close(actual, linen.by_hand(x, config, tree), "float32", moved_from=plain)
     with jax.default_matmul_precision("highest"):
         np.testing.assert_allclose(
-            actual, in_linen.apply(linen.variables_of(how), tree, x, prompt_mask=PROMPT), rtol=1e-4, atol=1e-5
+            actual, jax.jit(in_linen.apply)(linen.variables_of(how), tree, x, prompt_mask=PROMPT), rtol=1e-4, atol=1e-5
         )
     back = unwrap(adapted)
     assert nnx.graphdef(back) == structure
@@ -96,7 +96,8 @@ def test_gradients_are_linens_and_reach_road_params_alone(how, x):
         return nnx.grad(loss, argnums=nnx.DiffState(0, RoadParam))(model)
 
     with jax.default_matmul_precision("highest"):
-        expected = jax.grad(lambda tree: jnp.sum(jnp.sin(in_linen.apply(variables, tree, x, prompt_mask=PROMPT))))(tree)
+        of_linen = jax.grad(lambda tree: jnp.sum(jnp.sin(in_linen.apply(variables, tree, x, prompt_mask=PROMPT))))
+        expected = jax.jit(of_linen)(tree)
         found = gradient(adapted)
     assert len(jax.tree.leaves(found)) == (4 if how == "loop" else 2)
     # The blocks of the stack that aren't chosen have no gradient at all.
