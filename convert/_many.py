@@ -37,8 +37,8 @@ def convert_all(
         The names of the adapters.
 
     Raises:
-        AdapterError: there is no adapter, ``dst`` already holds something, or some can't be converted: how many, and
-            why the first of them can't. The others are written then.
+        AdapterError: there is no adapter, ``dst`` already holds something, or some can't be converted: how many
+            and which, and why the first of them can't. The others are written then.
 
     Example:
         >>> import convert
@@ -52,14 +52,17 @@ def convert_all(
         raise AdapterError(f"{source}: expected folders of adapters in it, found none")
     if not overwrite:
         check_free(target)
-    failed = []
+    failed: dict[str, AdapterError] = {}
     for name in _tracked(names, console):
         try:
             convert(source / name, target / name, overwrite=overwrite, **options)
         except AdapterError as error:
-            failed.append(str(error))
+            failed[name] = error
     if failed:
-        raise AdapterError(f"{len(failed)} of {len(names)} adapters aren't converted, the first for this: {failed[0]}")
+        raise AdapterError(
+            f"{len(failed)} of {len(names)} adapters aren't converted ({', '.join(failed)}), "
+            f"the first for this: {next(iter(failed.values()))}"
+        )
     return names
 
 

@@ -42,8 +42,7 @@ def generate(
         prompts: token ids, one list a row.
         adapter: for a `Road`, ``{}`` for none; or the intervention for an `Intervened`, whose prompts are all that
             stands before the new tokens.
-        adapter_ids: for an adapter of `road_jax.stack_adapters`: which of them each row gets, counted from 1; 0 for
-            none.
+        adapter_ids: for what `road_jax.stack_adapters` gives: which of them each row gets, counted from 1; 0 for none.
         max_new_tokens: of each answer at most.
         eos_token_id: ends a row; the answer doesn't hold it.
         temperature: 0 for the likeliest token; logits are divided by it otherwise.
@@ -59,8 +58,6 @@ def generate(
     """
     if isinstance(model, Road | Intervened) != (adapter is not None):
         raise AdapterError("generate: expected a Road together with an adapter, or a plain model without one")
-    if isinstance(model, Intervened) and adapter_ids is not None:
-        raise AdapterError("adapter_ids: expected adapters of road_jax.transform, found an intervention")
     module = model.model if isinstance(model, Road | Intervened) else model
     vocabulary = module.config.vocab_size
     _check(prompts, vocabulary, max_new_tokens, temperature, top_k, top_p, rng)
@@ -123,9 +120,7 @@ def _run(
     rows, length = ids.shape
     rng, temperature, top_k, top_p = drawing
     apply: Callable = functools.partial(model.apply, variables)
-    if isinstance(model, Intervened):
-        apply = functools.partial(model.apply, variables, adapter)
-    elif isinstance(model, Road):
+    if isinstance(model, Road | Intervened):
         apply = functools.partial(model.apply, variables, adapter, adapter_ids=adapter_ids)
 
     def choose(logits: jax.Array, step: jax.Array) -> jax.Array:

@@ -19,13 +19,12 @@ from road_core import (
     check_group_size,
     parameter_size,
     read_intervention,
-    subspace_mask,
     write_intervention,
 )
 from road_jax._io import from_tensors
-from road_jax._rotate import blocks, polar, rotate_blocks
+from road_jax._rotate import blocks, polar, rotate_blocks, rotate_rows, within
 from road_jax._transform import Road, trace
-from road_jax._tree import Path, Tree, dotted, flatten, to_dict, unflatten
+from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, to_dict, unflatten
 from road_jax.models._decoder import Block
 
 Blocks = type[nn.Module] | Callable[[nn.Module], bool]
@@ -96,6 +95,7 @@ class Intervened:
         intervention: Tree,
         *args: Any,
         prompt_mask: jax.Array | None = None,
+        adapter_ids: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the model with the chosen blocks' outputs rotated at the chosen tokens: ``h' = R h``.
@@ -105,12 +105,14 @@ class Intervened:
 
         Args:
             variables: the model's variables; kernels may be quantised by `road_jax.quantize`.
-            intervention: as `init` gives it.
+            intervention: as `init` gives it; with ``adapter_ids`` several of them, from `road_jax.stack_adapters`: of
+                this config, but that each may have only some of its layers.
             *args: the model's inputs.
             prompt_mask: int or bool ``[batch, length]``, nonzero at the prompt's tokens, 0 at padding on either side
                 and at answers; see `road_core.position_mask`. If not given it is the model's ``attention_mask``, or
                 all tokens where that isn't given either, or none of them where the model is given a ``cache``: what is
                 decoded is no prompt. ``positions="all"`` doesn't look at it.
+            adapter_ids: int32 ``[batch]``, which intervention each row gets, counted from 1; 0 for none.
             **kwargs: passed to ``model.apply``.
 
         Returns:
@@ -120,32 +122,21 @@ class Intervened:
             AdapterError: the intervention isn't the config's or the model's, the mask has another shape, or a block
                 gives something else than hidden states.
         """
-        given = self._arguments(args, kwargs)
-        spans = self.config.spans
-        if spans is not None and prompt_mask is None:
-            if given.get("cache") is not None:
-                return _plain(self.model).apply(variables, {}, *args, **kwargs)
-            prompt_mask = given.get("attention_mask")
+        mask = prompt_of(self.model, prompt_mask, args, kwargs)
+        if self.config.spans is not None and mask is None:
+            return _plain(self.model).apply(variables, {}, *args, **kwargs)
         places = self._find(args, kwargs)
-        added = self._coefficients(intervention, places)
+        added = self._coefficients(intervention, places, adapter_ids)
         used: set[Path] = set()
 
         def turn(module: nn.Module, result: Any) -> Any:
             if not module.scope.has_variable("params", _LEAVES[0]):
                 return result
             used.add(module.path)
-            h, *rest = result if isinstance(result, tuple) else (result,)
             first, second = (module.scope.get_variable("params", name) for name in _LEAVES)
-            turned = rotate_blocks(h, first, second)
-            if spans is not None:
-                mask = jnp.ones(h.shape[:-1], jnp.int32) if prompt_mask is None else prompt_mask
-                if mask.shape != h.shape[:-1]:
-                    raise AdapterError(
-                        f"{dotted(module.path)}: expected a prompt mask {list(h.shape[:-1])}, as the block's output, "
-                        f"found {list(mask.shape)}"
-                    )
-                turned = jnp.where(_chosen(mask, *spans)[..., None], turned, h)
-            return (turned, *rest) if isinstance(result, tuple) else turned
+            rotate = rotate_blocks if adapter_ids is None else rotate_rows
+            where = dotted(module.path)
+            return at_prompt(where, result, lambda h: rotate(h, first, second), self.config, mask)
 
         params = {**flatten(variables["params"]), **added}
         with nn.intercept_methods(self._on_blocks(turn)):
@@ -155,31 +146,24 @@ class Intervened:
             raise AdapterError(f"intervention: expected every block to be called, found unused {', '.join(unused[:5])}")
         return result
 
-    def _coefficients(self, intervention: Tree, places: list[_Place]) -> dict[Path, jax.Array]:
+    def _coefficients(
+        self, intervention: Tree, places: list[_Place], adapter_ids: jax.Array | None
+    ) -> dict[Path, jax.Array]:
         """Returns what is laid beside the blocks' params; blocks of a stack that aren't chosen get the identity."""
-        config, hidden = self.config, places[0].hidden
-        leaves = flatten(intervention)
-        size = parameter_size(config.variant, hidden)
-        expected: dict[Path, tuple[int, ...]] = {
-            ("layers", str(i), name): (size,) for i in config.layers for name in ("road_theta", "road_alpha")
-        }
-        found = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
-        if found != expected:
-            wrong = sorted(dotted(p) for p in found.keys() | expected.keys() if found.get(p) != expected.get(p))
+        config = self.config
+        theta, alpha = parameters(intervention, config, places[0].hidden)
+        if (adapter_ids is None) != (theta.ndim == 2):
             raise AdapterError(
-                f"intervention: expected road_theta and road_alpha [{size}] of layers.<index> for "
-                f"{list(config.layers)!s:.80}, found a difference in {', '.join(wrong[:5])}"
+                "intervention: expected several (stack_adapters) with adapter_ids and one without, "
+                f"found θ {list(theta.shape[1:])} and {'no' if adapter_ids is None else len(adapter_ids)} adapter_ids"
             )
-        theta, alpha = (
-            jnp.stack([leaves["layers", str(i), name] for i in config.layers]) for name in ("road_theta", "road_alpha")
-        )
-        if config.subspace is not None:
-            mask = subspace_mask(
-                hidden, variant=config.variant, group_size=config.group_size, subspace=config.subspace
-            )[None]
-            theta, alpha = jnp.where(mask, theta, jnp.zeros_like(theta)), jnp.where(mask, alpha, jnp.ones_like(alpha))
-        # Each [layers of the config, groups, 1 or 2, half].
-        tables = blocks(*polar(theta, alpha), variant=config.variant, group_size=config.group_size)
+        if adapter_ids is not None:
+            # [layers, size, interventions] -> [layers, batch, size]
+            theta, alpha = (jnp.moveaxis(jnp.take(leaf, adapter_ids, axis=-1), -1, 1) for leaf in (theta, alpha))
+        how: Any = {"variant": config.variant, "group_size": config.group_size}
+        theta, alpha = within(theta, alpha, **how, subspace=config.subspace)
+        # Each [layers of the config, groups, 1 or 2, half], or [layers, batch, …].
+        tables = blocks(*polar(theta, alpha), **how)
         row = {i: k for k, i in enumerate(config.layers)}
         added: dict[Path, jax.Array] = {}
         for place in places:
@@ -207,13 +191,7 @@ class Intervened:
         probes = {"road_probe_2": 2, "road_probe_3": 3}
 
         def declare(module: nn.Module, result: Any) -> Any:
-            h = result[0] if isinstance(result, tuple) else result
-            if (shape := jnp.shape(h) if hasattr(h, "shape") else None) is None or len(shape) != 3:
-                raise AdapterError(
-                    f"{dotted(module.path)}: expected a block that gives hidden states [batch, length, hidden] first, "
-                    f"found {type(h).__name__ if shape is None else list(shape)}"
-                )
-            hidden[module.path] = h.shape[-1]
+            hidden[module.path] = hidden_states(dotted(module.path), result).shape[-1]
             for name, size in probes.items():
                 module.scope.param(name, lambda _, size=size: jnp.zeros(size, jnp.float32))
             return result
@@ -235,19 +213,8 @@ class Intervened:
             count = pair[0][axes[0]] if axes else 1
             start = places[-1].start + places[-1].layers if places else 0
             places.append(_Place(path, axes[0] if axes else None, start, count, size))
-        if not places:
-            raise AdapterError(
-                f"intervene: expected blocks in {type(self.model).__name__}, found none; say by blocks=… which modules "
-                "they are"
-            )
-        total = places[-1].start + places[-1].layers
-        if self.config.layers[-1] >= total:
-            raise AdapterError(
-                f"InterventionConfig.layers: expected indices from 0 to {total - 1}, found {self.config.layers[-1]}"
-            )
-        if len(sizes := {place.hidden for place in places}) > 1:
-            raise AdapterError(f"intervene: expected blocks of one hidden size, found {sorted(sizes)}")
-        check_group_size(places[0].hidden, self.config.group_size, dotted(places[0].path))
+        total = places[-1].start + places[-1].layers if places else 0
+        check_blocks(self.model, self.config, total, {dotted(place.path): place.hidden for place in places})
         return places
 
     def _on_blocks(self, act: Callable[[nn.Module, Any], Any]) -> Callable:
@@ -272,14 +239,6 @@ class Intervened:
         if isinstance(self.blocks, type):
             return isinstance(module, self.blocks)
         return self.blocks(module)
-
-    def _arguments(self, args: Any, kwargs: Any) -> Mapping[str, Any]:
-        """The model's inputs by name, where its signature tells them."""
-        try:
-            return inspect.signature(type(self.model).__call__).bind_partial(self.model, *args, **kwargs).arguments
-        except TypeError:
-            # Arguments of apply, such as rngs.
-            return kwargs
 
 
 def intervene(model: nn.Module, config: InterventionConfig, *, blocks: Blocks = Block) -> Intervened:
@@ -354,6 +313,102 @@ def load_intervention(directory: str | os.PathLike) -> tuple[Tree, InterventionC
 
 def _plain(model: nn.Module) -> Road:
     return Road(model, RoadConfig())
+
+
+def prompt_of(model: Any, prompt_mask: jax.Array | None, args: Any, kwargs: Any) -> jax.Array | int | None:
+    """Returns the prompt mask of a model's call, 1 where all tokens are the prompt, None where none is."""
+    if prompt_mask is not None:
+        return prompt_mask
+    try:
+        given = inspect.signature(type(model).__call__).bind_partial(model, *args, **kwargs).arguments
+    except TypeError:
+        # Arguments of apply, such as rngs.
+        given = kwargs
+    if given.get("cache") is not None:
+        return None
+    mask = given.get("attention_mask")
+    return 1 if mask is None else mask
+
+
+def hidden_states(where: str, result: Any) -> jax.Array:
+    """Returns what a block gives first.
+
+    Raises:
+        AdapterError: it isn't of three axes.
+    """
+    h = result[0] if isinstance(result, tuple) else result
+    if (shape := jnp.shape(h) if hasattr(h, "shape") else None) is None or len(shape) != 3:
+        raise AdapterError(
+            f"{where}: expected a block that gives hidden states [batch, length, hidden] first, "
+            f"found {type(h).__name__ if shape is None else list(shape)}"
+        )
+    return h
+
+
+def at_prompt(
+    where: str,
+    result: Any,
+    rotate: Callable[[jax.Array], jax.Array],
+    config: InterventionConfig,
+    mask: jax.Array | int | None,
+) -> Any:
+    """Returns a block's result with the hidden states rotated at the chosen tokens; ``mask`` as of `prompt_of`."""
+    if config.spans is not None and mask is None:
+        return result
+    h, *rest = result if isinstance(result, tuple) else (result,)
+    turned = rotate(h)
+    if config.spans is not None and mask is not None:
+        mask = jnp.ones(h.shape[:-1], jnp.int32) if isinstance(mask, int) else mask
+        if mask.shape != h.shape[:-1]:
+            raise AdapterError(
+                f"{where}: expected a prompt mask {list(h.shape[:-1])}, as the block's output, found {list(mask.shape)}"
+            )
+        turned = jnp.where(_chosen(mask, *config.spans)[..., None], turned, h)
+    return (turned, *rest) if isinstance(result, tuple) else turned
+
+
+def check_blocks(model: Any, config: InterventionConfig, total: int, hidden: Mapping[str, int]) -> None:
+    """Refuses a model whose blocks, ``total`` in the places of ``hidden``, the config doesn't fit.
+
+    Raises:
+        AdapterError: there are none, one of the config's lacks, or their hidden sizes differ or don't divide.
+    """
+    if not hidden:
+        raise AdapterError(
+            f"intervene: expected blocks in {type(model).__name__}, found none; say by blocks=… which modules they are"
+        )
+    if config.layers[-1] >= total:
+        raise AdapterError(
+            f"InterventionConfig.layers: expected indices from 0 to {total - 1}, found {config.layers[-1]}"
+        )
+    if len(sizes := set(hidden.values())) > 1:
+        raise AdapterError(f"intervene: expected blocks of one hidden size, found {sorted(sizes)}")
+    where, size = next(iter(hidden.items()))
+    check_group_size(size, config.group_size, where)
+
+
+def parameters(intervention: Tree, config: InterventionConfig, hidden: int) -> tuple[jax.Array, jax.Array]:
+    """Returns θ and α, each ``[layers, size]``, or ``[layers, size, interventions]`` of `road_jax.stack_adapters`.
+
+    Raises:
+        AdapterError: the intervention isn't one of the config's for this hidden size.
+    """
+    leaves = flatten(intervention)
+    size = parameter_size(config.variant, hidden)
+    rows = {jnp.shape(leaf)[1:] for leaf in leaves.values()}
+    shape = (size, *rows.pop()) if len(rows) == 1 else (size,)
+    expected: dict[Path, tuple[int, ...]] = {
+        ("layers", str(i), name): shape for i in config.layers for name in ROAD_LEAVES
+    }
+    found = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+    if found != expected or len(shape) > 2:
+        wrong = sorted(dotted(p) for p in found.keys() | expected.keys() if found.get(p) != (size,))
+        raise AdapterError(
+            f"intervention: expected road_theta and road_alpha [{size}] of layers.<index> for "
+            f"{list(config.layers)!s:.80}, found a difference in {', '.join(wrong[:5])}"
+        )
+    theta, alpha = (jnp.stack([leaves["layers", str(i), name] for i in config.layers]) for name in ROAD_LEAVES)
+    return theta, alpha
 
 
 def _chosen(prompt_mask: jax.Array, first: int, last: int) -> jax.Array:

@@ -6,6 +6,7 @@ it wrote is taken as it stands. NF4: Dettmers et al., "QLoRA" (arXiv 2305.14314)
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from road_core import AdapterError
 from road_jax._tree import dotted, flatten, unflatten
@@ -38,9 +40,11 @@ class QuantizedKernel:
     """A Dense kernel ``[in, out]`` in 4 or 8 bits; stands in ``params`` where the kernel stood.
 
     Attributes:
-        codes: ``nf4``: uint8 ``[*stack, out · in / 2]``, two codes a byte, the first one high; ``int8``: int8
+        codes: ``nf4``: uint8 ``[*stack, out, in / 2]``, two codes a byte, the first one high; ``int8``: int8
             ``[*stack, out, in]``.
-        scales: float32. ``nf4``: absmax ``[*stack, out · in / 64]``; ``int8``: absmax of each row ``[*stack, out]``.
+        scales: absmax in float32. ``nf4``: of each block, ``[*stack, out, in / 64]``; ``int8``: of each row,
+            ``[*stack, out, 1]``. Where 64 doesn't divide ``in``, blocks run on from row to row, and codes and scales
+            of nf4 have one row of ``out · in`` instead.
         kind: ``"nf4"`` or ``"int8"``.
         shape: ``(in, out)``, without stack axes.
         dtype: what the kernel was, and is computed with.
@@ -85,7 +89,7 @@ def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[st
         >>> import jax, jax.numpy as jnp, road_jax
         >>> variables = {"params": {"proj": {"kernel": jnp.ones((64, 128), jnp.bfloat16)}}}
         >>> road_jax.quantize(variables, "nf4")["params"]["proj"]["kernel"].codes.shape
-        (4096,)
+        (128, 32)
     """
     if kind not in ("nf4", "int8"):
         raise AdapterError(f"quantize: expected nf4 or int8, found {kind!r}")
@@ -123,7 +127,7 @@ def dense(module: nn.Dense, kernel: QuantizedKernel, bias: jax.Array | None, x: 
         AdapterError: the kernel is another layer's.
     """
     path = dotted(module.path)
-    if kernel.codes.ndim != (1 if kernel.kind == "nf4" else 2) or kernel.shape != (x.shape[-1], module.features):
+    if kernel.codes.ndim != 2 or kernel.shape != (x.shape[-1], module.features):
         raise AdapterError(
             f"{path}: expected a quantised kernel [{x.shape[-1]}, {module.features}], found {list(kernel.shape)} "
             f"with codes {list(kernel.codes.shape)}"
@@ -131,6 +135,29 @@ def dense(module: nn.Dense, kernel: QuantizedKernel, bias: jax.Array | None, x: 
     dtype = module.dtype or jnp.promote_types(x.dtype, kernel.dtype)
     y = matmul(x.astype(dtype), kernel)
     return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def quantized_shardings(path: str, kernel: QuantizedKernel, where: NamedSharding) -> QuantizedKernel:
+    """Returns where codes and scales stand, for a kernel ``[*stack, in, out]`` that is to stand at ``where``.
+
+    Scales lie with their codes; where a cut through the inputs would leave no whole blocks, each share has a row's all.
+    Shapes are enough.
+
+    Raises:
+        AdapterError: the codes can't be divided so.
+    """
+    spec: list[Any] = [*where.spec, *[None] * (len(kernel.codes.shape) - len(where.spec))]
+    *stack, inputs, outputs = spec
+    shares = _shares(where.mesh, outputs), _shares(where.mesh, inputs)
+    sizes = kernel.codes.shape[-2:]
+    if sizes[0] % shares[0] or sizes[1] % shares[1]:
+        raise AdapterError(
+            f"{path}: expected {kernel.kind} codes that a mesh of {shares[0]} x {shares[1]} shares divides, "
+            f"found {sizes[0]} x {sizes[1]}"
+        )
+    blocks = None if kernel.scales.shape[-1] % shares[1] else inputs
+    specs = PartitionSpec(*stack, outputs, inputs), PartitionSpec(*stack, outputs, blocks)
+    return jax.tree.unflatten(jax.tree.structure(kernel), [NamedSharding(where.mesh, each) for each in specs])
 
 
 @jax.custom_vjp
@@ -158,14 +185,19 @@ matmul.defvjp(_forward, _backward)
 
 def _weight(kernel: QuantizedKernel) -> jax.Array:
     """Returns ``[*stack, out, in]`` in the kernel's dtype; the product with the scale is in float32."""
-    inputs, out = kernel.shape
-    stack = kernel.scales.shape[:-1]
     if kernel.kind == "int8":
-        weight = kernel.codes.astype(jnp.float32) * (kernel.scales * np.float32(1 / 127))[..., None]
+        weight = kernel.codes.astype(jnp.float32) * (kernel.scales * np.float32(1 / 127))
         return weight.astype(kernel.dtype)
-    pairs = jnp.stack([kernel.codes >> 4, kernel.codes & 15], axis=-1)
-    blocks = jnp.asarray(NF4)[pairs.reshape(*stack, -1, BLOCK)]
-    return (blocks * kernel.scales[..., None]).astype(kernel.dtype).reshape(*stack, out, inputs)
+    *stack, rows, row = kernel.codes.shape
+    values = jnp.asarray(NF4)[jnp.stack([kernel.codes >> 4, kernel.codes & 15], axis=-1)].reshape(*stack, rows, 2 * row)
+    # Nothing but neighbours in a row is reshaped, so that what lies in shards is computed in shards.
+    scales = jnp.repeat(kernel.scales, BLOCK, axis=-1)
+    return (values * scales).astype(kernel.dtype).reshape(*stack, *reversed(kernel.shape))
+
+
+def _shares(mesh: Any, entry: Any) -> int:
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _quantized(path: str, kernel: np.ndarray, kind: str) -> QuantizedKernel:
@@ -180,12 +212,12 @@ def _quantized(path: str, kernel: np.ndarray, kind: str) -> QuantizedKernel:
         # A row of zeros has codes of zero, whatever its scale.
         scale = (np.float32(1) / np.where(absmax == 0, np.float32(1), absmax)) * np.float32(127)
         codes = np.round(weight * scale[..., None]).astype(np.int8)
-        return from_codes(codes, absmax, kind=kind, shape=(inputs, out), dtype=kernel.dtype)
+        return from_codes(codes, absmax[..., None], kind=kind, shape=(inputs, out), dtype=kernel.dtype)
     if inputs % BLOCK:
         raise AdapterError(f"{path}: expected inputs that blocks of {BLOCK} divide, found {inputs}")
-    blocks = weight.astype(np.float32).reshape(*kernel.shape[:-2], -1, BLOCK)
+    blocks = weight.astype(np.float32).reshape(*weight.shape[:-1], -1, BLOCK)
     absmax = np.abs(blocks).max(axis=-1)
     scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[..., None]
-    codes = np.searchsorted((NF4[1:] + NF4[:-1]) / 2, scaled).astype(np.uint8).reshape(*kernel.shape[:-2], -1)
+    codes = np.searchsorted((NF4[1:] + NF4[:-1]) / 2, scaled).astype(np.uint8).reshape(weight.shape)
     packed = (codes[..., ::2] << 4) | codes[..., 1::2]
     return from_codes(packed, absmax, kind=kind, shape=(inputs, out), dtype=kernel.dtype)

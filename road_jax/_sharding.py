@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from road_core import AdapterError, RoadConfig, output_size
@@ -31,7 +30,7 @@ def shardings(
         A tree of ``NamedSharding`` laid out like the adapter.
 
     Raises:
-        AdapterError: a module has no kernel among the shardings, a group is cut, or a quantised kernel is in shards.
+        AdapterError: a module has no kernel among the shardings, or a group is cut.
 
     Example:
         >>> import jax, numpy as np, road_jax
@@ -48,7 +47,7 @@ def shardings(
         if path[-1] not in ROAD_LEAVES:
             found[path] = _at(given, path)
             continue
-        kernel = _one(_at(given, (*path[:-1], "kernel")), dotted(path[:-1]))
+        kernel = _plain(_at(given, (*path[:-1], "kernel")), len(leaf.shape))
         found[path] = _along_outputs(kernel, len(leaf.shape))
         if config is not None and not allow_cut:
             _check_whole(dotted(path[:-1]), kernel.mesh, found[path].spec, leaf.shape[-1], config)
@@ -61,14 +60,14 @@ def _at(given: dict[Path, Any], path: Path) -> NamedSharding:
     return given[path]
 
 
-def _one(kernel: Any, path: str) -> NamedSharding:
-    """A kernel's sharding; of a quantised one, which is blocks of codes and not rows of outputs, that of all of it."""
+def _plain(kernel: Any, axes: int) -> NamedSharding:
+    """A kernel's sharding; of a quantised one, whose codes stand as ``[*stack, out, in]``, as if it were plain."""
     if not isinstance(kernel, QuantizedKernel):
         return kernel
-    parts = jax.tree.leaves(kernel)
-    if any(entry is not None for part in parts for entry in part.spec):
-        raise AdapterError(f"{path}: expected a quantised kernel that every device has whole, found it in shards")
-    return NamedSharding(parts[0].mesh, PartitionSpec())
+    codes: Any = kernel.codes
+    spec: list[Any] = [*codes.spec, *[None] * (axes + 1 - len(codes.spec))]
+    *stack, outputs, inputs = spec
+    return NamedSharding(codes.mesh, PartitionSpec(*stack, inputs, outputs))
 
 
 def _along_outputs(kernel: NamedSharding, axes: int) -> NamedSharding:

@@ -235,7 +235,7 @@ def _read_quantized(
     for name in sources:
         if kind == "int8":
             codes.append(tensors[name])
-            scales.append(tensors[f"{name.removesuffix('weight')}SCB"].reshape(-1))
+            scales.append(tensors[f"{name.removesuffix('weight')}SCB"].reshape(-1, 1))
             continue
         state = _state(tensors, name)
         dtype = state["dtype"] if own_dtype else leaf.dtype
@@ -245,8 +245,9 @@ def _read_quantized(
             table, outer = tensors[f"{name}.nested_quant_map"], tensors[f"{name}.nested_absmax"]
             outer = np.repeat(outer, state["nested_blocksize"])[: len(absmax)]
             absmax = table[absmax] * outer + np.float32(state["nested_offset"])
-        codes.append(tensors[name].reshape(-1).view(np.uint8))
-        scales.append(absmax)
+        rows = 1 if leaf.shape[-2] % BLOCK else leaf.shape[-1]
+        codes.append(tensors[name].reshape(rows, -1).view(np.uint8))
+        scales.append(absmax.reshape(rows, -1))
     shape = (leaf.shape[-2], leaf.shape[-1])
     if stacked:
         return from_codes(np.stack(codes), np.stack(scales), kind=kind, shape=shape, dtype=dtype)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from road_core import AdapterError
-from road_jax._quantize import QuantizedKernel
+from road_jax._quantize import QuantizedKernel, quantized_shardings
 from road_jax._tree import Tree, dotted, flatten, unflatten
 from road_jax.models._config import DecoderConfig
 
@@ -84,22 +84,19 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) 
             that an adapter that lies along a kernel's outputs (`road_jax.shardings`) follows the tensor axis alone.
 
     Returns:
-        A tree of ``NamedSharding``; norms, and whatever no rule names, are replicated.
+        A tree of ``NamedSharding``; norms, and whatever no rule names, are replicated. Codes and scales of a quantised
+        kernel lie as the kernel would.
 
     Raises:
-        AdapterError: a quantised base is to be cut.
+        AdapterError: the axes don't divide a quantised kernel's codes.
     """
     found = {}
     for path, leaf in flatten(variables["params"]).items():
-        if isinstance(leaf, QuantizedKernel):
-            if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
-                raise AdapterError(
-                    f"mesh: expected data alone for a quantised base, found {dotted(path)} in {leaf.kind}"
-                )
-            found[path] = jax.tree.map(lambda _: NamedSharding(mesh, P()), leaf)
-            continue
         spec = _RULES.get(path[-2], {}).get(path[-1], P()) if len(path) > 1 else P()
         kept = [axis if stored or axis != "fsdp" else None for axis in spec]
+        quantized = isinstance(leaf, QuantizedKernel)
+        axes = len((leaf.codes if quantized else leaf).shape)
         # A stack's axis stands first and is never cut.
-        found[path] = NamedSharding(mesh, P(*[None] * (len(leaf.shape) - len(kept)), *kept) if any(kept) else P())
+        where = NamedSharding(mesh, P(*[None] * (axes - len(kept)), *kept) if any(kept) else P())
+        found[path] = quantized_shardings(dotted(path), leaf, where) if quantized else where
     return {"params": unflatten(found)}

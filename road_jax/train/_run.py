@@ -407,10 +407,6 @@ def _check(options: TrainOptions) -> Mesh:
     mesh = models.make_mesh(None if options.mesh is None else _sizes(options.mesh))
     if options.parallel == "pmap" and mesh.shape["data"] != mesh.size:
         raise AdapterError(f"parallel: expected jit for a mesh of {options.mesh}, found pmap")
-    if options.quantize != "none" and mesh.shape["data"] != mesh.size:
-        raise AdapterError(
-            f"mesh: expected data alone for a quantised base, found {options.mesh} and {options.quantize}"
-        )
     _step.check_rows(options.batch_size, mesh, options.accumulate)
     config_of_run(dataclasses.asdict(options))
     if not options.resume:

@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure functions, compiled for one device or many."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ def make_program(
     shares where the mesh has fsdp and tensor axes, and θ and α along the outputs that they rotate.
 
     Raises:
-        AdapterError: a quantised base is to be cut, or a layer's shards would cut a group of outputs.
+        AdapterError: shares don't divide a quantised kernel's codes, or a layer's shards would cut a group of outputs.
     """
     if parallel == "pmap":
         return _pmap_program(road, tx, accumulate)
@@ -158,6 +159,28 @@ def _update(tx: optax.GradientTransformation, state: State, loss: jax.Array, gra
     return State(adapter, opt_state), Metrics(loss, optax.tree.norm(gradients))
 
 
+def train_step(
+    road: Road,
+    tx: optax.GradientTransformation,
+    state: State,
+    variables: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    where: Tree,
+    accumulate: int = 1,
+) -> tuple[State, Metrics]:
+    """Returns the state after one step on a batch that this program has whole, and what it measured.
+
+    ``where`` are the shardings of the adapter.
+    """
+    count = jnp.maximum(jnp.sum(batch["weights"]), 1)
+    loss, gradients = jax.tree.map(
+        lambda v: v / count, _summed_gradients(road, state.adapter, variables, batch, accumulate)
+    )
+    # Left to XLA, some would lie in shares over fsdp, and what they update would be gathered: θ and both moments.
+    return _update(tx, state, loss, jax.lax.with_sharding_constraint(gradients, where))
+
+
 def _share(array: np.ndarray) -> np.ndarray:
     """This process's rows of a batch that all of them have made alike."""
     rows = len(array) // jax.process_count()
@@ -184,14 +207,10 @@ def _jit_program(
     )
     state_where = State(adapter_where, opt_where)
 
-    def train(state: State, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[State, Metrics]:
-        count = jnp.maximum(jnp.sum(batch["weights"]), 1)
-        total = _summed_gradients(road, state.adapter, variables, batch, accumulate)
-        return _update(tx, state, *jax.tree.map(lambda v: v / count, total))
-
     def evaluate(adapter: Tree, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return summed_loss(road, adapter, variables, batch)
 
+    train = functools.partial(train_step, road, tx, where=adapter_where, accumulate=accumulate)
     train_jit = jax.jit(train, donate_argnums=0, out_shardings=(state_where, everywhere))
     evaluate_jit = jax.jit(evaluate, out_shardings=everywhere)
     replicate = jax.jit(lambda state: state, out_shardings=everywhere)

@@ -58,13 +58,14 @@ def test_a_folder_of_adapters(tmp_path):
     for i in range(3):
         assert contents(tmp_path / "back" / f"a{i}") == contents(tmp_path / "runs" / f"a{i}")
 
-    flax_adapter(tmp_path / "runs" / "a1b", name="mystery")
+    for name in ("a1b", "b"):
+        flax_adapter(tmp_path / "runs" / name, name="mystery")
     code, out, err = command("to-torch", "runs", "out", "--all", cwd=tmp_path)
     assert (code, out) == (2, "")
     assert "out: expected an empty or new folder" in err
     code, out, err = command("to-torch", "runs", "more", "--all", cwd=tmp_path)
     assert (code, out) == (2, "")
-    assert "1 of 4 adapters aren't converted, the first for this: runs/a1b: expected modules of" in err
+    assert "2 of 5 adapters aren't converted (a1b, b), the first for this: runs/a1b: expected modules of" in err
     assert sorted(path.name for path in (tmp_path / "more").iterdir()) == ["a0", "a1", "a2"]
     assert contents(tmp_path / "more" / "a2") == contents(tmp_path / "out" / "a2")
     code, _, err = command("to-torch", "runs/a0", "few", "--all", cwd=tmp_path)

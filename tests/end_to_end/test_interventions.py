@@ -70,10 +70,11 @@ def test_flax_and_pytorch_agree(base, tmp_path):
 def test_the_pages_code_runs(base, tmp_path, monkeypatch):
     page = Path(__file__).parents[2].joinpath("docs", "interventions.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 4
     monkeypatch.chdir(tmp_path)
     tmp_path.joinpath("checkpoint").symlink_to(base)
     names: dict = {}
     for block in code:
         exec(compile(block, "docs/interventions.md", "exec"), names)
     assert names["tokens"].shape == (2, 7)
+    np.testing.assert_allclose(names["y"][1], names["model"](names["x"])[1], rtol=1e-6)

@@ -5,94 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from _blocks import FIELDS, LAYERS, PROMPT, WIDTH, Block, Stack, by_hand, variables_of, with_values
 from _compare import assert_close, named_values
 from _models import small_checkpoint
 from flax import linen as nn
 
 import road_jax
-from road_core import AdapterError, intervene, position_mask, read_intervention
+from road_core import AdapterError, intervene, read_intervention
 from road_jax import InterventionConfig, models
-
-LAYERS, WIDTH = 4, 32
-# Padding on the left, on the right, and an answer behind the prompt.
-PROMPT = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]], np.int32)
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, _=None):
-        return x + jnp.tanh(nn.Dense(WIDTH, name="dense")(x)), None
-
-
-class Stack(nn.Module):
-    """The same blocks in a loop or under scan, also with remat; params on either axis."""
-
-    how: str
-
-    @nn.compact
-    def __call__(self, x):
-        body = nn.remat(Block) if "remat" in self.how else Block
-        if "loop" in self.how:
-            for i in range(LAYERS):
-                x, _ = body(name=f"blocks_{i}")(x)
-            return x
-        axis = 1 if "axis1" in self.how else 0
-        scan = nn.scan(body, variable_axes={"params": axis}, split_rngs={"params": True}, length=LAYERS)
-        return scan(name="blocks")(x, None)[0]
-
-
-def weights():
-    return [
-        (named_values(f"kernel {i}", WIDTH, WIDTH, std=0.2), named_values(f"bias {i}", WIDTH)) for i in range(LAYERS)
-    ]
-
-
-def variables_of(how):
-    trees = [{"dense": {"kernel": kernel, "bias": bias}} for kernel, bias in weights()]
-    if "loop" in how:
-        return {"params": jax.tree.map(jnp.asarray, {f"blocks_{i}": tree for i, tree in enumerate(trees)})}
-    axis = 1 if "axis1" in how else 0
-    return {"params": {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)}}
-
-
-def with_values(tree):
-    def fill(path, leaf):
-        name = jax.tree_util.keystr(path)
-        return jnp.asarray(named_values(name, *leaf.shape, mean=float("alpha" in name), std=0.4))
-
-    return jax.tree_util.tree_map_with_path(fill, tree)
-
-
-def by_hand(x, config, tree):
-    """The stack in NumPy float64, with the reference between its blocks."""
-    x = np.asarray(x, np.float64)
-    mask = position_mask(PROMPT, config.positions)
-    for i, (kernel, bias) in enumerate(weights()):
-        x = x + np.tanh(x @ kernel.astype(np.float64) + bias)
-        if i in config.layers:
-            leaves = tree["layers"][str(i)]
-            x = intervene(
-                x,
-                leaves["road_theta"],
-                leaves["road_alpha"],
-                mask,
-                variant=config.variant,
-                group_size=config.group_size,
-                subspace=config.subspace,
-            )
-    return x
 
 
 @pytest.fixture(scope="module")
 def x():
     return jnp.asarray(named_values("x", *PROMPT.shape, WIDTH))
-
-
-FIELDS = {
-    "last": {"layers": (1, 3), "positions": "last"},
-    "all": {"layers": (2,), "positions": "all", "variant": "road_2", "subspace": (0.25, 0.75)},
-    "ends": {"layers": (0, 1, 2, 3), "positions": "first:2+last:3", "variant": "road_4", "subspace": (0, 0.5)},
-}
 
 
 @pytest.mark.parametrize(
@@ -202,8 +127,8 @@ def test_the_side_of_the_padding_makes_no_difference_nor_do_texts_in_one_row(bas
             assert_close(both[0, at], alone, "float32", moved_from=module.apply(variables, text[None])[0])
 
 
-@pytest.mark.parametrize("positions", ["last", "all"])
-def test_decoding_with_a_cache_is_the_whole_text_at_once(base, positions):
+@pytest.mark.parametrize(("positions", "ids"), [("last", [0, 1]), ("all", None)])
+def test_decoding_with_a_cache_is_the_whole_text_at_once(base, positions, ids):
     """Without a cache, each step again on all tokens, with the prompt marked: new tokens are touched by "all" only."""
     module, variables = models.load(base)
     config = InterventionConfig(layers=(1,), positions=positions, group_size=32)
@@ -211,14 +136,20 @@ def test_decoding_with_a_cache_is_the_whole_text_at_once(base, positions):
     prompts = [[6, 7, 8], [9] * 6]
     tree = with_values(intervened.init(np.array(prompts[:1])))
     with jax.default_matmul_precision("highest"):
-        answers = road_jax.generate(intervened, variables, prompts, adapter=tree, max_new_tokens=6)
-        assert answers != road_jax.generate(module, variables, prompts, max_new_tokens=6)
+        if ids is not None:
+            tree = road_jax.stack_adapters([tree])
+        answers = road_jax.generate(intervened, variables, prompts, adapter=tree, adapter_ids=ids, max_new_tokens=6)
+        plain = road_jax.generate(module, variables, prompts, max_new_tokens=6)
+        assert [a != b for a, b in zip(answers, plain, strict=True)] == [ids is None, True]
         texts = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
         longest = max(map(len, texts))
-        ids = np.array([text + [0] * (longest - len(text)) for text in texts], np.int32)
+        tokens = np.array([text + [0] * (longest - len(text)) for text in texts], np.int32)
         mask = (np.arange(longest)[None] < np.array([[len(text)] for text in texts])).astype(np.int32)
         marked = np.arange(longest)[None] < np.array([[len(prompt)] for prompt in prompts])
-        logits = intervened.apply(variables, tree, ids, attention_mask=mask, prompt_mask=jnp.asarray(marked))
+        rows = None if ids is None else jnp.asarray(ids)
+        logits = intervened.apply(
+            variables, tree, tokens, attention_mask=mask, prompt_mask=jnp.asarray(marked), adapter_ids=rows
+        )
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             ends = logits[row, len(prompt) - 1 : len(texts[row]) - 1]
             assert np.argmax(ends, axis=-1).tolist() == answer
@@ -321,7 +252,8 @@ def test_what_does_not_fit_is_refused(x, base, tmp_path):
         )
     assert not (tmp_path / "it").exists()
     module, variables = models.load(base)
-    with pytest.raises(AdapterError, match=r"expected adapters of road_jax\.transform, found an intervention"):
+    tree = road_jax.intervene(module, CONFIG).init(jnp.ones((1, 2), jnp.int32))
+    with pytest.raises(AdapterError, match=r"expected several \(stack_adapters\) with adapter_ids and one without"):
         road_jax.generate(
             road_jax.intervene(module, CONFIG), variables, [[6, 7]], adapter=tree, adapter_ids=[1], max_new_tokens=1
         )

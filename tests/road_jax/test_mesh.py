@@ -1,14 +1,19 @@
 """A decoder on meshes of data, fsdp and tensor axes: the same training, in shares."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _compare import assert_close
+from _compare import assert_close, named_values
+from _hlo import collectives
 from _models import small_checkpoint
-from jax.sharding import Mesh
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import road_jax
 from road_core import AdapterError, RoadConfig
@@ -36,10 +41,18 @@ def batch(seed):
     return _data.Batch(ids, segments, at, rng.integers(6, 160, (8, 5)).astype(np.int32), np.ones((8, 5), np.float32))
 
 
-def make(checkpoint, sizes, *, scan=True, accumulate=1, group_size=8):
+def in_codes(variables):
+    """Attention in int8 and the MLP in nf4, of which a mesh cuts some blocks."""
+    variables = road_jax.quantize(variables, "nf4", exclude=("q_proj", "k_proj", "v_proj", "o_proj"))
+    return road_jax.quantize(variables, "int8")
+
+
+def make(checkpoint, sizes, *, scan=True, accumulate=1, group_size=8, quantized=False):
     count = int(np.prod([sizes.get(name, 1) for name in _mesh.AXES]))
     mesh = Mesh(np.asarray(jax.devices()[:count]).reshape([sizes.get(name, 1) for name in _mesh.AXES]), _mesh.AXES)
     module, variables = models.load(checkpoint, dtype=jnp.float32, scan=scan, remat="none")
+    if quantized:
+        variables = in_codes(variables)
     road = road_jax.transform(module, RoadConfig(target_modules="all-linear", group_size=group_size))
     adapter = road.init(jax.random.key(0), variables, np.ones((1, 8), np.int32))
     # From θ = 0 the first step would be the same however the adapter lay.
@@ -70,10 +83,9 @@ def expected(checkpoints):
         ({"data": 8}, {}),
         ({"fsdp": 8}, {}),
         ({"data": 4, "tensor": 2}, {"accumulate": 2}),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
         ({"fsdp": 4, "tensor": 2}, {"scan": False}),
     ],
-    ids=["data", "fsdp", "tensor, in parts", "all three", "unrolled"],
+    ids=["data", "fsdp", "tensor, in parts", "unrolled"],
 )
 def test_a_mesh_trains_as_one_device(sizes, options, checkpoints, expected):
     losses, adapter = run(checkpoints / "tied", sizes, **options)
@@ -84,11 +96,93 @@ def test_a_mesh_trains_as_one_device(sizes, options, checkpoints, expected):
             assert_close(found, wanted, "float16")  # Adam divides by the root of small gradients
 
 
+def test_a_quantised_base_trains_in_shares_as_on_one_device(checkpoints, expected):
+    whole, adapter = run(checkpoints / "tied", {"data": 1}, quantized=True)
+    losses, shared = run(checkpoints / "tied", {"data": 2, "fsdp": 2, "tensor": 2}, quantized=True)
+    np.testing.assert_allclose(losses, whole, rtol=1e-5)
+    assert abs(losses[0] - expected[0][0]) > 1e-4 * losses[0]
+    for found, wanted in zip(jax.tree.leaves(shared), jax.tree.leaves(adapter), strict=True):
+        assert_close(found, wanted, "float16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "codes", "scales"),
+    [
+        ("nf4", {"fsdp": 2, "tensor": 4}, (48, 32), (48, 1)),
+        ("nf4", {"fsdp": 4, "tensor": 2}, (96, 16), (96, 2)),  # half a block: each share has all scales of its rows
+        ("int8", {"fsdp": 4, "tensor": 2}, (96, 32), (96, 1)),
+    ],
+)
+def test_codes_and_scales_are_kept_and_dequantised_in_shares(kind, sizes, codes, scales):
+    mesh = models.make_mesh(sizes)
+    kernel = jnp.asarray(named_values("kernel", 2, 128, 192))
+    variables = road_jax.quantize({"params": {"q_proj": {"kernel": kernel}}}, kind)
+    found = models.shardings(variables, mesh)
+    placed = jax.device_put(variables, found)["params"]["q_proj"]["kernel"]
+    assert placed.codes.addressable_shards[0].data.shape == (2, *codes)
+    assert placed.scales.addressable_shards[0].data.shape == (2, *scales)
+    kept = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+    dequantize = jax.jit(lambda kernel: kernel.dequantize(), out_shardings=kept)
+    np.testing.assert_array_equal(dequantize(placed), variables["params"]["q_proj"]["kernel"].dequantize())
+    assert not collectives(dequantize, placed)
+    adapter = {"q_proj": {"road_theta": np.zeros((2, 96)), "road_alpha": np.ones((2, 96))}}
+    assert road_jax.shardings(adapter, found)["q_proj"]["road_theta"].spec == P(None, "tensor")
+
+
 @pytest.mark.no_leaks
 def test_a_step_leaks_no_tracer(checkpoints):
     program, variables, state, _ = make(checkpoints / "tied", {"data": 4, "tensor": 2})
     _, metrics = program.train(state, variables, batch(0))
     assert np.isfinite(metrics.loss)
+
+
+class Shifts:
+    """The floor that RoAd is held against: a number added to each pair of outputs, and nothing else to train."""
+
+    config = None
+
+    def __init__(self, module):
+        self.module = module
+
+    def apply(self, variables, shifts, *args, **kwargs):
+        def shift(next_fn, args, kwargs, context):
+            scope = context.module.scope
+            y = next_fn(*args, **kwargs)
+            if context.method_name == "__call__" and scope.has_variable("params", "road_theta"):
+                y += jnp.repeat(scope.get_variable("params", "road_theta"), 2)
+            return y
+
+        params = flatten_dict(variables["params"]) | flatten_dict(shifts)
+        with nn.intercept_methods(shift):
+            return self.module.apply({"params": unflatten_dict(params)}, *args, **kwargs)
+
+
+def step_collectives(road, adapter, variables, mesh):
+    """Of a whole compiled training step, by kind."""
+    tx, _ = _step.optimizer(1e-2, 4, warmup=0.0, weight_decay=0.0)
+    state = _step.State(adapter, tx.init(adapter))
+    program = _step.make_program(road, tx, variables, state, parallel="jit", accumulate=1, mesh=mesh)
+    placed = program.place_state(state), program.place(variables)
+    rows = jax.device_put(_step._arrays(batch(0)), NamedSharding(mesh, P(("data", "fsdp"))))
+    where = jax.tree.map(lambda leaf: leaf.sharding, placed[0])
+    train = functools.partial(_step.train_step, road, tx, where=where.adapter)
+    return collectives(jax.jit(train, out_shardings=(where, None)), *placed, rows)
+
+
+def test_a_step_adds_to_the_floors_collectives_its_gradients_alone(checkpoints):
+    mesh = models.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    module, variables = models.load(checkpoints / "tied", dtype=jnp.float32, remat="none")
+    road = road_jax.transform(module, RoadConfig(target_modules="all-linear", group_size=8))
+    adapter = jax.device_get(road.init(jax.random.key(0), variables, np.ones((1, 8), np.int32)))
+    shifts = {path: leaf for path, leaf in flatten_dict(adapter).items() if path[-1] == "road_theta"}
+    floor = step_collectives(Shifts(module), unflatten_dict(shifts), variables, mesh)
+    found = step_collectives(road, adapter, variables, mesh)
+    # A layer has one gradient on the floor and two here, each with a sum over the rows (XLA may join them). Two layers
+    # have outputs that fsdp stores in shares: theirs are summed in shares and gathered.
+    assert set(found) == set(floor) == {"all-reduce", "all-gather", "collective-permute"}
+    assert found["all-reduce"] <= floor["all-reduce"] + len(shifts)
+    assert found["all-gather"] <= floor["all-gather"] + 2
+    assert found["collective-permute"] == floor["collective-permute"]
 
 
 def held(tree, device):
@@ -160,7 +254,6 @@ def test_a_run_on_a_mesh_with_a_head_trained_whole(options, checkpoints):
         ),
         ({"group_size": 64}, "gate_proj: expected 2 shards of whole groups of 64 outputs, found 192 outputs"),
         ({"parallel": "pmap"}, "parallel: expected jit for a mesh of data=2,fsdp=2,tensor=2, found pmap"),
-        ({"quantize": "nf4"}, "mesh: expected data alone for a quantised base, found data=2,fsdp=2,tensor=2 and nf4"),
         ({"batch_size": 6}, r"batch_size: expected a multiple of the 4 shares \(data times fsdp\), .* found 6"),
     ],
 )
@@ -170,8 +263,8 @@ def test_a_mesh_that_does_not_fit_is_refused_at_the_start(changes, said, options
     assert not options.out.exists()
 
 
-def test_a_quantised_checkpoint_is_not_cut(checkpoints):
-    _, variables = models.load(checkpoints / "tied", dtype=jnp.float32)
-    mesh = models.make_mesh({"tensor": 2, "data": 4})
-    with pytest.raises(AdapterError, match=r"mesh: expected data alone for a quantised base, found model\.layers\."):
-        models.shardings(road_jax.quantize(variables, "int8"), mesh)
+def test_codes_that_do_not_divide_are_refused():
+    kernel = road_jax.quantize({"params": {"q_proj": {"kernel": jnp.ones((64, 100))}}}, "nf4")
+    said = r"q_proj\.kernel: expected nf4 codes that a mesh of 8 x 1 shares divides, found 100 x 32"
+    with pytest.raises(AdapterError, match=said):
+        models.shardings(kernel, models.make_mesh({"tensor": 8}))

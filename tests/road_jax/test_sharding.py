@@ -1,21 +1,17 @@
 """Shardings of adapters on eight pretend devices, and the collectives of the compiled programs."""
 
-import re
-from collections import Counter
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from _compare import assert_close, named_values
+from _hlo import collectives
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import road_jax
 from road_core import AdapterError, RoadConfig
-
-COLLECTIVES = re.compile(r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
 class Block(nn.Module):
@@ -54,11 +50,6 @@ def case(request, mesh):
 
     where = jax.tree_util.tree_map_with_path(place, variables)
     return model, variables, where, x
-
-
-def collectives(program, *arguments):
-    text = program.lower(*arguments).compile().as_text()
-    return Counter(COLLECTIVES.findall(text))
 
 
 def adapted(model, variables, x, **fields):
@@ -156,14 +147,3 @@ def test_a_module_without_a_sharding_is_named(mesh):
     adapter = {"proj": {"road_theta": np.zeros(64), "road_alpha": np.ones(64)}}
     with pytest.raises(AdapterError, match=r"proj\.kernel: expected a sharding for it"):
         road_jax.shardings(adapter, {"params": {"other": {"kernel": NamedSharding(mesh, P())}}})
-
-
-def test_a_quantised_kernel_is_whole_or_refused(mesh):
-    kernel = road_jax.quantize({"params": {"proj": {"kernel": jnp.ones((64, 128))}}}, "nf4")
-    adapter = {"proj": {"road_theta": np.zeros(64), "road_alpha": np.ones(64)}}
-    whole = jax.tree.map(lambda _: NamedSharding(mesh, P()), kernel)
-    found = road_jax.shardings(adapter, whole, config=RoadConfig())
-    assert found["proj"]["road_theta"] == NamedSharding(mesh, P())
-    cut = jax.tree.map(lambda _: NamedSharding(mesh, P("model")), kernel)
-    with pytest.raises(AdapterError, match=r"proj: expected a quantised kernel that every device has whole"):
-        road_jax.shardings(adapter, cut)
