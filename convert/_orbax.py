@@ -1,6 +1,7 @@
 """Reading the adapter of one of ``road-train``'s checkpoints. Only this input needs orbax, which imports JAX."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,9 @@ from road_core import Adapter, AdapterError, bfloat16
 from road_core._adapter import Array, is_bfloat16
 from road_core._config import config_of_run
 from road_core._files import inside, read_json
+
+# So many bytes of arrays are read from any checkpoint, and above them so many for each byte of its files.
+_FREE, _EXPANSION = 1 << 30, 1000
 
 
 def find_step(directory: str | os.PathLike) -> Path | None:
@@ -43,9 +47,17 @@ def read_checkpoint(step: Path) -> Adapter:
         raise AdapterError(f"{step}: expected orbax-checkpoint to be installed, found no {error.name}") from None
     # It warns that a checkpoint is read without a template; there is none here.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    state = step / "state"
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(step / "state")["adapter"]
+            # What a file says of its arrays' sizes is believed when it is read, and too much ends the process.
+            stored = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
+            claimed = sum(map(_nbytes, _values(checkpointer.metadata(state).item_metadata.tree)))
+            if claimed > max(_FREE, _EXPANSION * stored):
+                raise ValueError(f"{claimed:.3g} bytes of arrays in {stored} bytes of files")
+            tree = checkpointer.restore(state)["adapter"]
+        if not isinstance(tree, Mapping):
+            raise ValueError(f"{type(tree).__name__} as the adapter")
     except Exception as error:  # orbax lets errors of several libraries through
         reason = " ".join(str(error).split())[:200]
         raise AdapterError(f"{step}: expected a checkpoint of road-train, found {reason}") from None
@@ -66,6 +78,22 @@ def read_checkpoint(step: Path) -> Adapter:
 def _is_step(folder: Path) -> bool:
     # A checkpoint that isn't whole yet has a longer name.
     return folder.name.isascii() and folder.name.isdigit() and (folder / "state" / "_METADATA").is_file()
+
+
+def _values(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, Mapping | list | tuple):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _values(value)
+    else:
+        yield tree
+
+
+def _nbytes(array: Any) -> int:
+    """What an array that orbax describes, or a chunk of it, takes at least in memory."""
+    if getattr(array, "shape", None) is None:
+        return 0
+    chunk = getattr(array.storage, "chunk_shape", None) or ()
+    return np.dtype(array.dtype).itemsize * max(math.prod(array.shape), math.prod(chunk))
 
 
 def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Array]]:

@@ -1,6 +1,10 @@
 """Which modules a config selects: PEFT's rules, over the names of any module tree."""
 
 import difflib
+import functools
+import math
+import re
+import time
 from collections.abc import Collection, Sequence
 
 import regex
@@ -10,8 +14,14 @@ from road_core._errors import AdapterError
 
 ALL_LINEAR = "all-linear"
 
-# Seconds for one pattern on one name.
-PATIENCE = 2.0
+# Seconds for all patterns of a config on all names, and what a pattern's length and counts may give when multiplied:
+# `regex` writes counted parts out. A pattern of all modules' names is far shorter.
+PATIENCE = 10.0
+_LONGEST = 1 << 20
+
+_COUNT = re.compile(r"\{(\d*),?(\d*)\}")
+# What `regex` reads and `re`, by which PEFT goes, takes for plain characters: fuzzy matches, POSIX classes.
+_FOREIGN = re.compile(r"\{(?!\d*,?\d*\})|\[:\^?\w+:\]")
 
 _ATTENTION = ["q_proj", "v_proj"]
 
@@ -83,8 +93,10 @@ def select_modules(
         The selected paths, in the order of ``names``.
 
     Raises:
-        AdapterError: nothing matches, or the table has no row for ``model_type``.
+        AdapterError: nothing matches, the table has no row for ``model_type``, or a pattern isn't one, is too large or
+            takes too long.
     """
+    match = _Matcher()
     targets = config.target_modules
     if targets is None:
         if model_type not in MODEL_TARGETS:
@@ -97,15 +109,17 @@ def select_modules(
         head = set(output_head)
         targets = [name for name in names if name in linear and name not in head]
         chosen = set(targets)
-        selected = [n for n in names if n in chosen and not _excluded(config, n) and _in_layers(config, n)]
+        selected = [
+            n for n in names if n in chosen and not _excluded(config, n, match) and _in_layers(config, n, match)
+        ]
         return selected or _nothing(config, names)
     selected = [
         name
         for name in names
-        if _matches(targets, name)
-        and not _excluded(config, name)
+        if _matches("target_modules", targets, name, match)
+        and not _excluded(config, name, match)
         # PEFT asks for layer indices only where the targets are a list.
-        and (isinstance(targets, str) or _in_layers(config, name))
+        and (isinstance(targets, str) or _in_layers(config, name, match))
     ]
     return selected or _nothing(config, names)
 
@@ -113,25 +127,70 @@ def select_modules(
 def _nothing(config: RoadConfig, names: Sequence[str]) -> list[str]:
     wanted = config.target_modules if isinstance(config.target_modules, list) else [str(config.target_modules)]
     ends = sorted({name.rsplit(".", 1)[-1] for name in names if name})
-    near = [end for want in wanted for end in difflib.get_close_matches(want.rsplit(".", 1)[-1], ends, n=3, cutoff=0.4)]
+    # Few and short ones: comparing takes long.
+    tried = [want.rsplit(".", 1)[-1] for want in wanted[:20] if len(want) < 200]
+    near = [end for want in tried for end in difflib.get_close_matches(want, ends[:500], n=3, cutoff=0.4)]
     found = ", ".join(dict.fromkeys(near)) or ", ".join(ends[:12]) or "no modules at all"
-    raise AdapterError(f"RoadConfig.target_modules: expected a match for {config.target_modules!r}, nearest: {found}")
+    raise AdapterError(
+        f"RoadConfig.target_modules: expected a match for {config.target_modules!r:.200}, nearest: {found}"
+    )
 
 
-def _matches(patterns: str | list[str], name: str) -> bool:
+class _Matcher:
+    """Tries a config's patterns. It may come from anyone: each has a limited size, and all together a limited time."""
+
+    def __init__(self) -> None:
+        self._left = PATIENCE
+
+    def __call__(self, field: str, pattern: str, name: str, *, whole: bool = True) -> regex.Match[str] | None:
+        compiled = _compiled(field, pattern)
+        start = time.thread_time()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            return (compiled.fullmatch if whole else compiled.match)(name, timeout=self._left)
+        except TimeoutError:
+            raise AdapterError(
+                f"RoadConfig.{field}: expected a regular expression that is tried in {PATIENCE:g} s, "
+                f"found {pattern!r:.80}"
+            ) from None
+        finally:
+            self._left -= time.thread_time() - start
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(field: str, pattern: str) -> regex.Pattern[str]:
+    counts = [max(int(f"0{n[-18:]}") for n in count) for count in _COUNT.findall(pattern[: _LONGEST + 1])]
+    if (size := len(pattern) * math.prod(max(1, count) for count in counts)) > _LONGEST:
+        raise AdapterError(
+            f"RoadConfig.{field}: expected a regular expression of {_LONGEST:,} characters at most, its counts written "
+            f"out, found {size:.3g} in {pattern!r:.80}"
+        )
+    try:
+        if foreign := _FOREIGN.search(pattern):
+            raise ValueError(f"{foreign[0]!r} is no count or class")
+        re.compile(pattern)
+        return regex.compile(pattern, cache_pattern=False)
+    except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+        raise AdapterError(
+            f"RoadConfig.{field}: expected a regular expression, found {pattern!r:.80} ({error})"
+        ) from None
+
+
+def _matches(field: str, patterns: str | list[str], name: str, match: _Matcher) -> bool:
     if isinstance(patterns, str):
-        return _fullmatch(patterns, name)
+        return match(field, patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def _excluded(config: RoadConfig, name: str) -> bool:
-    if config.exclude_modules and _matches(config.exclude_modules, name):
+def _excluded(config: RoadConfig, name: str, match: _Matcher) -> bool:
+    if config.exclude_modules and _matches("exclude_modules", config.exclude_modules, name, match):
         return True
     # A module that is saved whole must not be rotated as well.
-    return any(_fullmatch(rf"(.*\.)?{module}(\..*)?", name) for module in config.modules_to_save or ())
+    return any(match("modules_to_save", rf"(.*\.)?{module}(\..*)?", name) for module in config.modules_to_save or ())
 
 
-def _in_layers(config: RoadConfig, name: str) -> bool:
+def _in_layers(config: RoadConfig, name: str, match: _Matcher) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return True
@@ -139,25 +198,10 @@ def _in_layers(config: RoadConfig, name: str) -> bool:
     # The first numbered segment is the layer; later ones are experts and the like.
     searches = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns if p] if patterns else [r".*?\.[^.]*\.(\d+)\."]
     for search in searches:
-        if found := _match(search, name):
+        if found := match("layers_pattern", search, name, whole=False):
             if found.re.groups != 1:
                 raise AdapterError(f"RoadConfig.layers_pattern: expected a pattern without groups, found {patterns!r}")
-            index = int(found[1])
+            # Python refuses to read a number of thousands of digits.
+            index = int(found[1]) if len(found[1]) < 19 else -1
             return index == wanted if isinstance(wanted, int) else index in wanted
     return False
-
-
-def _fullmatch(pattern: str, name: str) -> bool:
-    return _match(pattern, name, whole=True) is not None
-
-
-def _match(pattern: str, name: str, *, whole: bool = False) -> regex.Match[str] | None:
-    # A config may come from anyone, and some patterns take longer than anybody can wait.
-    try:
-        return (regex.fullmatch if whole else regex.match)(pattern, name, timeout=PATIENCE)
-    except (regex.error, RecursionError) as error:
-        raise AdapterError(f"RoadConfig: expected a regular expression, found {pattern!r:.80} ({error})") from None
-    except TimeoutError:
-        raise AdapterError(
-            f"RoadConfig: expected a regular expression that is tried in {PATIENCE:g} s, found {pattern!r:.80}"
-        ) from None

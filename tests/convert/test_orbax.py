@@ -6,7 +6,9 @@ import shutil
 
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from _compare import named_values
 
 import convert
@@ -73,3 +75,31 @@ def test_a_checkpoint_is_converted_as_the_adapter_it_holds(tmp_path):
         convert.to_torch(tmp_path / "run", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     gc.collect()
+
+
+def write_step(run, tree):
+    """A checkpoint of what may not be a training's state; returns where its arrays lie."""
+    state = run / "checkpoints" / "3" / "state"
+    state.parent.mkdir(parents=True)
+    (run / "options.json").write_text(json.dumps({"variant": "road_1", "group_size": 8, "target_modules": ["q_proj"]}))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(state, tree)
+    return state
+
+
+# What is believed here ends the process, out of Python's reach.
+@pytest.mark.parametrize("field", ["shape", "chunks"])
+def test_an_array_larger_than_its_files_can_hold(field, tmp_path):
+    state = write_step(tmp_path, {"adapter": adapter(0)})
+    files = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{state}/"}).result()
+    key = next(key for key in files.list().result() if key.endswith(b"road_theta/.zarray"))
+    files[key] = json.dumps({**json.loads(bytes(files[key])), field: [2**33, 2]}).encode()
+    with pytest.raises(AdapterError, match=r"3: expected a checkpoint of road-train, found 3\.44e\+10 bytes of arrays"):
+        convert.to_torch(tmp_path, tmp_path / "new")
+
+
+@pytest.mark.parametrize("tree", [{"adapter": jnp.ones(8)}, {"adapter": [jnp.ones(8)]}, {"other": jnp.ones(8)}])
+def test_a_checkpoint_without_an_adapter(tree, tmp_path):
+    write_step(tmp_path, tree)
+    with pytest.raises(AdapterError, match=r"3: expected a checkpoint of road-train, found .*adapter"):
+        convert.to_torch(tmp_path, tmp_path / "new")

@@ -1,5 +1,8 @@
 """Which modules are chosen: PEFT's own choice, on real module trees, is the expectation."""
 
+import re
+import tracemalloc
+
 import pytest
 import torch
 import transformers
@@ -147,5 +150,52 @@ def test_no_match_names_the_nearest(fields, message, trees):
 def test_a_pattern_that_never_ends_is_an_error(fields, monkeypatch):
     monkeypatch.setattr(_targets, "PATIENCE", 0.05)
     name = "layers." + 90 * "a" + ".x" if "layers_pattern" in fields else 90 * "a" + ".x"
-    with pytest.raises(AdapterError, match=r"expected a regular expression that is tried in 0\.05 s, found '.*aa\)\+b"):
+    expected = rf"RoadConfig\.{[*fields][-1]}: expected a regular expression that is tried in 0\.05 s, found '.*aa\)\+b"
+    with pytest.raises(AdapterError, match=expected):
         select_modules(RoadConfig(**fields), [name], linear=[name])
+
+
+def test_patterns_have_a_limited_time_together(monkeypatch):
+    monkeypatch.setattr(_targets, "PATIENCE", 0.1)
+    names = [f"{i}." + 16 * "a" + "c.x" for i in range(2000)]  # each takes about a millisecond
+    with pytest.raises(AdapterError, match=r"target_modules: .* is tried in 0\.1 s, found '\\\\d\+"):
+        select_modules(RoadConfig(target_modules=r"\d+\.(a|aa)+b|.*x"), names, linear=names)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(?:.{60000}){60000}", r"of 1,048,576 characters at most, its counts written out, found 6\.84e\+10 in '\(\?:"),
+        ("(?:" * 30 + "a" + "){1,50}" * 30, "counts written out"),
+        ("a{" + "9" * 5000 + "}", "counts written out"),
+        ("a" * (1 << 22), "counts written out"),
+        ("(" * 5000 + "a" + ")" * 5000, "maximum recursion depth"),
+        # What `regex` knows and `re` doesn't would be another choice than PEFT's, and may know no end.
+        (r"(?:(?R)|.)*", "unknown extension"),
+        (r".*\pL_proj", r"bad escape \\p"),
+        (r".*(?:q_prooj){e<=1}", r"'{' is no count or class"),
+        (r".*[[:alpha:]]_proj", r"'\[:alpha:\]' is no count or class"),
+    ],
+    ids=range(9),
+)
+def test_a_pattern_that_is_too_large_or_not_res(pattern, message):
+    tracemalloc.start()
+    with pytest.raises(
+        AdapterError, match=rf"^RoadConfig\.target_modules: expected a regular expression.*{message}"
+    ) as e:
+        select_modules(RoadConfig(target_modules=pattern), ["model.q_proj"], linear=["model.q_proj"])
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+    assert len(str(e.value)) < 400
+
+
+def test_a_number_of_thousands_of_digits_is_no_layer():
+    names = ["model.layers." + 5000 * "9" + ".q_proj", "model.layers.0.q_proj"]
+    config = RoadConfig(target_modules=["q_proj"], layers_to_transform=0)
+    assert select_modules(config, names, linear=names) == names[1:]
+
+
+def test_a_pattern_that_names_every_module_of_a_large_model():
+    names = [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(16) for j in range(16)]
+    config = RoadConfig(target_modules="|".join(map(re.escape, names)))
+    assert select_modules(config, names, linear=names) == names
