@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,25 @@ from convert._inspect import read_adapter
 from convert._mapping import map_to_torch, natural
 from road_core import Adapter, AdapterError, coefficients, to_float32
 from road_core._adapter import Array, from_float32
+from road_core._bitsandbytes import FLOATS, Quantized, fold
 from road_core._errors import listed
-from road_core._files import Entry, check_free, dump_json, inside, read_header, read_json, write_file
+from road_core._files import (
+    DTYPES,
+    INDEX,
+    Entry,
+    check_free,
+    dump_json,
+    inside,
+    read_header,
+    read_json,
+    read_shards,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_CONFIG = "config.json"
 _JOURNAL = "merge.json"
 
 # What a checkpoint's folder holds besides weights and code.
@@ -73,12 +85,11 @@ class _Rotation:
         lower = index % config.group_size < half
         return cls(first, np.where(lower, -second, second), np.where(lower, index + half, index - half))
 
-    def rows(self, weight: Array, start: int, stop: int) -> NDArray[Any]:
-        """Returns rows of the rotated weight in float32, or in float64 if that is what the weight is in."""
-        wide = _wide(weight.dtype)
+    def rows(self, weight: Array | Quantized, wide: np.dtype, start: int, stop: int) -> NDArray[Any]:
+        """Returns rows of the rotated weight in the wide dtype."""
         first, cross = self.first.astype(wide), self.cross.astype(wide)
         if self.axis == 0:
-            column = (-1,) + (1,) * (weight.ndim - 1)
+            column = (-1,) + (1,) * (len(weight.shape) - 1)
             first, cross = first[start:stop].reshape(column), cross[start:stop].reshape(column)
             own, partner = weight[start:stop], weight[self.partner[start:stop]]
         else:
@@ -93,26 +104,28 @@ class _Tensor:
     """A tensor of the merged checkpoint: the base's, and what becomes of it."""
 
     name: str
-    base: Entry
+    base: Entry | Quantized
     edit: _Rotation | Array | None = None
 
     def blocks(self) -> Iterator[bytes | memoryview]:
         """Yields the merged bytes, a few at a time."""
-        if self.edit is None:
+        if self.edit is None and isinstance(self.base, Entry):
             with self.base.path.open("rb") as file:
                 file.seek(self.base.start)
                 for done in range(0, self.base.nbytes, _BLOCK):
                     yield file.read(min(_BLOCK, self.base.nbytes - done))
             return
-        weight = np.atleast_1d(self.base.map())
+        weight = np.atleast_1d(self.base.map()) if isinstance(self.base, Entry) else self.base
+        dtype, length = DTYPES[self.base.dtype], weight.shape[0]
         step = max(1, _BLOCK // max(1, 4 * math.prod(weight.shape[1:])))
-        for start in range(0, len(weight), step):
-            stop = min(start + step, len(weight))
+        for start in range(0, length, step):
+            stop = min(start + step, length)
             if isinstance(self.edit, _Rotation):
-                wide = self.edit.rows(weight, start, stop)
+                wide = self.edit.rows(weight, _wide(dtype), start, stop)
             else:
-                wide = _widen(np.atleast_1d(self.edit)[start:stop], _wide(weight.dtype))
-            narrow = from_float32(wide, weight.dtype)
+                source = weight if self.edit is None else np.atleast_1d(self.edit)
+                wide = _widen(source[start:stop], _wide(dtype))
+            narrow = from_float32(wide, dtype)
             finite = np.isfinite(_widen(narrow, wide.dtype))
             if not finite.all():
                 raise AdapterError(
@@ -132,6 +145,9 @@ def merge(
 ) -> None:
     """Writes a Hugging Face checkpoint with an adapter merged into it, in closed form.
 
+    A checkpoint that bitsandbytes quantised is written dequantised, without its ``quantization_config``: 4 bits in the
+    dtype that they were made from, int8 in that of ``config.json``.
+
     Rows ``i`` and ``i + g/2`` of a weight are mixed as the outputs would be, in float32, and rounded once to the dtype
     that they were stored in; a bias likewise, and a layer without one stays without. Modules that were saved whole
     replace the checkpoint's. Shards keep their names; config and tokenizer files are copied. A head that shares the
@@ -148,8 +164,8 @@ def merge(
         console: where the progress is shown; without it there is none.
 
     Raises:
-        AdapterError: the checkpoint is quantised or broken, a module has no weight in it or one of another shape, a
-            result isn't finite, or ``out`` already holds something.
+        AdapterError: the checkpoint is broken or quantised otherwise, a module has no weight in it or one of another
+            shape, a result isn't finite, or ``out`` already holds something.
 
     Example:
         >>> import convert
@@ -158,12 +174,12 @@ def merge(
     folder, target = Path(checkpoint), Path(out)
     check_free(target)
     config = _config(folder)
-    if config.get("quantization_config"):
+    if not _is_plain(config.pop("quantization_config", None)):
         raise AdapterError(
-            f"{folder}: expected weights that aren't quantised, found a quantization_config in config.json; "
-            "merge into the checkpoint that it was made from"
+            f"{folder}: expected weights that bitsandbytes quantised or nobody did, found another quantization_config "
+            "in config.json; merge into the checkpoint that it was made from"
         )
-    shards, index = _shards(folder)
+    shards, index = read_shards(folder)
     record = _read(adapter, config, family).cleared()
     try:
         tensors, config = _plan(shards, record, config)
@@ -171,10 +187,10 @@ def merge(
         raise AdapterError(f"{folder}: {error}") from None
     files = {_CONFIG: dump_json(config), **_others(folder)}
     if index is not None:
-        files[_INDEX] = dump_json(_new_index(index, tensors))
+        files[INDEX] = dump_json(_new_index(index, tensors))
     metadata = {name: read_header(folder / name)[1] for name in shards}
     # Whatever decides the result: another base or adapter must not go on from these shards.
-    job = hashlib.sha256(record.digest().encode())
+    job = hashlib.sha256(record.digest().encode() + files[_CONFIG])
     for name in sorted(shards):
         status = (folder / name).stat()
         job.update(f"\n{folder.resolve() / name} {status.st_size} {status.st_mtime_ns}".encode())
@@ -191,20 +207,13 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _shards(folder: Path) -> tuple[dict[str, dict[str, Entry]], dict[str, Any] | None]:
-    """Returns ``{file: {tensor: where}}`` and the index, if there is one."""
-    if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
-        index = read_json(inside(folder, _INDEX))
-        places = index.get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise AdapterError(f"{folder / _INDEX}: expected a weight_map from tensors to files, found none")
-        if wrong := sorted({name for name in places.values() if Path(name).name != name}):
-            raise AdapterError(f"{folder / _INDEX}: expected names of files in the folder, found {wrong[0]!r}")
-        shards = {name: read_header(inside(folder, name))[0] for name in sorted(set(places.values()))}
-        if lost := sorted(key for key, name in places.items() if key not in shards[name]):
-            raise AdapterError(f"{folder / _INDEX}: expected tensors where the index says, found no {listed(lost)}")
-        return shards, index
-    return {_SINGLE: read_header(inside(folder, _SINGLE))[0]}, None
+def _is_plain(quantization: object) -> bool:
+    """True where weights are in floating point, or in bitsandbytes' 4 or 8 bits."""
+    if not isinstance(quantization, dict):
+        return not quantization
+    # Its first configs didn't name the method.
+    flags = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    return quantization.get("quant_method", "bitsandbytes" if flags else None) == "bitsandbytes"
 
 
 def _read(directory: str | os.PathLike, config: Mapping[str, Any], family: str | None) -> Adapter:
@@ -226,7 +235,9 @@ def _plan(
     shards: Mapping[str, Mapping[str, Entry]], adapter: Adapter, config: dict[str, Any]
 ) -> tuple[dict[str, list[_Tensor]], dict[str, Any]]:
     """Returns the merged checkpoint's tensors by file, and its config."""
-    entries = {name: entry for shard in shards.values() for name, entry in shard.items()}
+    # LLM.int8 quantises from float16.
+    dtype = FLOATS.get(str(config.get("dtype") or config.get("torch_dtype")), "F16")
+    entries = fold({name: entry for shard in shards.values() for name, entry in shard.items()}, dtype)
     home = {name: file for file, shard in shards.items() for name in shard}
     names = [f"{path}.weight" for path in adapter.modules] + list(adapter.modules_to_save)
     rename = _renaming(names, entries, config.get("model_type"))
@@ -250,6 +261,13 @@ def _plan(
 
     edits: dict[str, _Rotation | Array] = {}
     problems = [f"no {name}" for name in sorted(changed - entries.keys(), key=natural)]
+    # bitsandbytes keeps those as [out, in], and the dequantised model would want them turned back.
+    conv1d = tuple(f".{name}.weight" for name in _CONV1D.get(str(config.get("model_type")), ()))
+    problems += [
+        f"{name}, a Conv1D in {entry.kind}"
+        for name, entry in entries.items()
+        if isinstance(entry, Quantized) and name.endswith(conv1d)
+    ]
     for path in adapter.modules:
         rotation = _Rotation.of(adapter, path)
         for leaf in ("weight", "bias"):
@@ -283,7 +301,7 @@ def _along(rotation: _Rotation, path: str, config: Mapping[str, Any]) -> _Rotati
     return dataclasses.replace(rotation, axis=1) if path.rpartition(".")[2] in conv1d else rotation
 
 
-def _renaming(names: Iterable[str], entries: Mapping[str, Entry], model_type: object) -> Callable[[str], str]:
+def _renaming(names: Iterable[str], entries: Collection[str], model_type: object) -> Callable[[str], str]:
     """Returns how the adapter's names become the checkpoint's.
 
     A checkpoint of the bare model lacks the first name of the paths (``transformer.``, ``bert.``) that a model with a

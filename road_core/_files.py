@@ -15,9 +15,9 @@ import numpy as np
 import safetensors
 
 from road_core._adapter import Array, bfloat16, is_bfloat16
-from road_core._errors import AdapterError
+from road_core._errors import AdapterError, listed
 
-_DTYPES: dict[str, np.dtype] = {
+DTYPES: dict[str, np.dtype] = {
     "BF16": bfloat16,
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -32,6 +32,8 @@ _DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # No config or index comes near this.
 _LARGEST_JSON = 1 << 27
@@ -121,7 +123,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, s
     """
     entries, metadata = read_header(path)
     for name, entry in entries.items():
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise AdapterError(f"{path}: expected a plain dtype for {name}, found {entry.dtype}")
     start = min((entry.start for entry in entries.values()), default=0)
     tensors: dict[str, Array] = {}
@@ -129,7 +131,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, s
         data = np.fromfile(path, np.uint8, sum(entry.nbytes for entry in entries.values()), offset=start)
         for name, entry in entries.items():
             own = data[entry.start - start : entry.start - start + entry.nbytes]
-            tensor = own.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+            tensor = own.view(DTYPES[entry.dtype]).reshape(entry.shape)
             tensors[name] = tensor if tensor.flags.aligned else tensor.copy()
     except (OSError, ValueError) as error:  # cut short meanwhile
         raise _broken(path, error) from None
@@ -149,7 +151,7 @@ class Entry:
     def map(self) -> Array:
         """Maps the tensor into memory, read-only; a dtype that NumPy hasn't is refused before, by its name."""
         data = np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,)) if self.nbytes else np.empty(0, np.uint8)
-        return data.view(_DTYPES[self.dtype]).reshape(self.shape)
+        return data.view(DTYPES[self.dtype]).reshape(self.shape)
 
 
 def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -179,6 +181,30 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, st
     return dict(sorted(entries.items(), key=lambda item: item[1].start)), metadata
 
 
+def read_shards(directory: str | os.PathLike) -> tuple[dict[str, dict[str, Entry]], dict[str, Any] | None]:
+    """Reads the headers of a checkpoint's ``model.safetensors``, or of the shards that its index names.
+
+    Returns:
+        ``{file: {tensor: where}}``, and the index if there is one.
+
+    Raises:
+        AdapterError: a file is missing or broken, or the index doesn't fit the shards.
+    """
+    folder = Path(directory)
+    if not (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+        return {SINGLE: read_header(inside(folder, SINGLE))[0]}, None
+    index = read_json(inside(folder, INDEX))
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise AdapterError(f"{folder / INDEX}: expected a weight_map from tensors to files, found none")
+    if wrong := sorted({name for name in places.values() if Path(name).name != name}):
+        raise AdapterError(f"{folder / INDEX}: expected names of files in the folder, found {wrong[0]!r}")
+    shards = {name: read_header(inside(folder, name))[0] for name in sorted(set(places.values()))}
+    if lost := sorted(key for key, name in places.items() if key not in shards[name]):
+        raise AdapterError(f"{folder / INDEX}: expected tensors where the index says, found no {listed(lost)}")
+    return shards, index
+
+
 def _length(entry: Mapping[str, Any]) -> int:
     start, end = entry["data_offsets"]
     return end - start
@@ -201,7 +227,7 @@ def dump_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> b
     Raises:
         AdapterError: a dtype that safetensors doesn't have.
     """
-    names = {dtype: name for name, dtype in _DTYPES.items()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     little = {
         name: np.ascontiguousarray(array, array.dtype.newbyteorder("<") if array.dtype.kind in "fiu" else None)
         for name, array in tensors.items()

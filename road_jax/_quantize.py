@@ -17,21 +17,13 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from road_core import AdapterError
+from road_core._bitsandbytes import NF4
 from road_jax._tree import dotted, flatten, unflatten
 
 Kind = Literal["nf4", "int8"]
 
 # One absmax for so many neighbours in a row of the weight.
 BLOCK = 64
-
-NF4 = np.array(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ],
-    np.float32,
-)
 
 
 @jax.tree_util.register_dataclass

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import safetensors.numpy
 import safetensors.torch
@@ -244,12 +245,19 @@ def test_an_interrupted_merge_goes_on(tmp_path, monkeypatch):
     assert not any(contents(tmp_path / "merged")[name] == whole[name] for name in written[1:3])
 
 
-def test_a_few_rows_in_memory(tmp_path):
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_few_rows_in_memory(bits, tmp_path):
     rows, columns = 4096, 2048
     weight = named_values("w", rows, columns)
     (tmp_path / "base").mkdir()
-    tensors = {f"model.layers.{i}.mlp.up_proj.weight": weight for i in range(2)}
-    safetensors.numpy.save_file(tensors, tmp_path / "base" / "model.safetensors")
+    parts = {"": torch.from_numpy(weight)}
+    if bits == 4:
+        # With rows that don't end where blocks do.
+        codes, state = bnb.functional.quantize_4bit(parts[""], blocksize=4096, compress_statistics=True)
+        weight = bnb.functional.dequantize_4bit(codes, state).numpy()
+        parts = {"": codes, **{f".{side}": tensor for side, tensor in state.as_dict(packed=True).items()}}
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight{side}": parts[side].clone() for i in range(2) for side in parts}
+    safetensors.torch.save_file(tensors, tmp_path / "base" / "model.safetensors")
     (tmp_path / "base" / "config.json").write_text("{}")
     pair = (named_values("theta", rows // 2), named_values("alpha", rows // 2, mean=1.0))
     config = RoadConfig(target_modules=["up_proj"], group_size=rows)
@@ -271,6 +279,74 @@ def configured(**fields):
         path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
     return change
+
+
+QUANTISED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4, double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4, double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_storage": "bfloat16",
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_checkpoint_of_bitsandbytes_is_dequantised(kind, tmp_path):
+    base, saved, plain = (tmp_path / name for name in ("base", "saved", "plain"))
+    small_checkpoint(base, dtype=torch.bfloat16)
+    options = transformers.BitsAndBytesConfig(**QUANTISED[kind])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    load(base, quantization_config=options, dtype=torch.bfloat16).save_pretrained(saved, max_shard_size="100KB")
+    theirs = load(saved, dtype=torch.bfloat16)
+    expected = {}
+    for name, module in theirs.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            values = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            assert values.dtype == torch.bfloat16
+            expected[f"{name}.weight"] = values
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            expected[f"{name}.weight"] = bnb.functional.int8_vectorwise_dequant(module.weight.CB, module.weight.SCB)
+    assert len(expected) == 3 * 7
+    # Merging into plain float32 is tested above; transformers rounds int8 to the model's dtype.
+    dequantised = theirs.dequantize().state_dict()
+    model = load(base, dtype=torch.float32)
+    model.load_state_dict({**dequantised, **expected})
+    model.save_pretrained(plain)
+
+    peft_adapter(tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    convert.merge(plain, tmp_path / "adapter", tmp_path / "wanted")
+    convert.merge(saved, tmp_path / "adapter", tmp_path / "merged")
+    wanted, merged = (load(tmp_path / name, dtype="auto") for name in ("wanted", "merged"))
+    assert not hasattr(merged.config, "quantization_config")
+    found = merged.state_dict()
+    assert found.keys() == dequantised.keys()
+    for name, tensor in wanted.state_dict().items():
+        assert found[name].dtype == torch.bfloat16
+        assert torch.equal(found[name], tensor.bfloat16()), name
+        assert torch.equal(found[name], dequantised[name]) != ("q_proj" in name or "down_proj" in name), name
+
+
+def broken_codes(change):
+    def break_it(folder):
+        path = folder / "base" / "model.safetensors"
+        tensors, name = safetensors.torch.load_file(path), "model.layers.1.mlp.down_proj.weight"
+        packed, state = bnb.functional.quantize_4bit(tensors[name], quant_type="nf4", compress_statistics=True)
+        tensors.update({f"{name}.{side}": tensor for side, tensor in state.as_dict(packed=True).items()})
+        tensors[name] = packed
+        change(tensors, name)
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+    return break_it
+
+
+def restate(tensors, name, **fields):
+    key = f"{name}.quant_state.bitsandbytes__nf4"
+    text = json.dumps({**json.loads(bytes(tensors[key].tolist())), **fields}).encode()
+    tensors[key] = torch.tensor(list(text), dtype=torch.uint8)
 
 
 def other_width(folder):
@@ -295,9 +371,19 @@ def integers(folder):
 
 BAD = {
     "quantised": (
-        configured(quantization_config={"load_in_4bit": True}),
-        r"base: expected weights that aren't quantised, found a quantization_config",
+        configured(quantization_config={"quant_method": "gptq"}),
+        r"base: expected weights that bitsandbytes quantised or nobody did, found another",
     ),
+    "a lost side": (
+        broken_codes(lambda t, n: t.pop(f"{n}.nested_absmax")),
+        r"base: model\.layers\.1\.mlp\.down_proj\.weight: expected bitsandbytes' nf4 parts, .*nested_absmax",
+    ),
+    "a short side": (
+        broken_codes(lambda t, n: t.update({f"{n}.absmax": t[f"{n}.absmax"][1:]})),
+        r"nf4 parts, found broken ones \(U8 \[383\] for 384 of U8\)",
+    ),
+    "another shape": (broken_codes(lambda t, n: restate(t, n, shape=[2, 192])), r"24576 codes for shape \[2, 192\]"),
+    "blocks of none": (broken_codes(lambda t, n: restate(t, n, blocksize=0)), r"found broken ones \(a size of 0\)"),
     "a number as architecture": (configured(architectures=7), r"architectures: expected a list of names, found 7$"),
     "a list as model type": (configured(model_type=["llama"]), r"model_type: expected a name, found \['llama'\]$"),
     "width": (other_width, r"found model\.layers\.0\.mlp\.gate_proj\.weight \[256, 128\] for 192 outputs, "),

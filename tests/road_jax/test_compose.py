@@ -265,6 +265,38 @@ def test_an_adapter_is_trained_behind_a_frozen_one(variant, net):
         assert np.abs(leaf).max() > 1e-5
 
 
+@pytest.mark.parametrize(("first", "second"), [("road_1", "road_2"), ("road_4", "road_1")])
+def test_halves_trained_at_once_get_the_gradients_of_each_alone(first, second, net):
+    model, variables = net
+    halves = [config(first, subspace=(0, 0.5)), config(second, subspace=(0.5, 1))]
+    both, ids = config(max(first, second)), np.asarray([1, 2, 2, 1], np.int32)
+
+    def rows_loss(y):
+        return jnp.sum(jnp.sin(y))
+
+    @jax.jit
+    @jax.grad
+    def at_once(adapters):
+        pairs = zip(adapters, halves, strict=True)
+        several = [road_jax.compose([a], [c], variant=both.variant)[0] for a, c in pairs]
+        road = road_jax.transform(model, both)
+        return rows_loss(road.apply(variables, road_jax.stack_adapters(several), X, adapter_ids=ids))
+
+    a, b = values("a", first), values("b", second)
+    found = at_once([a, b])
+    for i, (adapter, half) in enumerate(zip([a, b], halves, strict=True)):
+        road, rows = road_jax.transform(model, half), X[ids == i + 1]
+        alone = jax.jit(jax.grad(lambda v, road=road, rows=rows: rows_loss(road.apply(variables, v, rows))))(adapter)
+        jax.tree.map(lambda one, other: assert_close(one, other, "float32"), found[i], alone)
+        mask = subspace_mask(OUT, variant=half.variant, group_size=8, subspace=half.subspace)
+        for leaf in jax.tree.leaves(found[i]):
+            np.testing.assert_array_equal(leaf[..., ~mask], 0)
+            assert np.abs(leaf[..., mask]).max() > 0.1
+    # Not by a bit does one half's gradient tell what the other half is.
+    same(found[0], at_once([a, values("c", second)])[0])
+    same(found[1], at_once([values("c", first), b])[1])
+
+
 def test_compositions_mix_in_a_batch(net):
     model, variables = net
     a, b, c = values("a"), values("b"), values("c", "road_2")

@@ -280,7 +280,7 @@ def test_a_broken_index_is_refused(tmp_path):
     with pytest.raises(AdapterError, match=f"expected tensors where the index says, found no {name}"):
         models.load(tmp_path)
     path.write_text(json.dumps({"weight_map": {name: "../elsewhere.safetensors"}}))
-    with pytest.raises(AdapterError, match="expected the name of a file within the folder"):
+    with pytest.raises(AdapterError, match=r"expected names of files in the folder, found '\.\./elsewhere"):
         models.load(tmp_path)
     path.write_text("{}")
     with pytest.raises(AdapterError, match="expected a weight_map"):

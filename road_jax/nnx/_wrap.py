@@ -1,4 +1,4 @@
-"""RoAd on Flax NNX models: `wrap` puts the rotation on their linear layers, `intervene` on their blocks."""
+"""`wrap`: the rotation on the linear layers of an NNX model."""
 
 import contextvars
 import math
@@ -12,25 +12,20 @@ from flax import nnx
 
 from road_core import (
     AdapterError,
-    InterventionConfig,
     RoadConfig,
     check_group_size,
-    output_size,
     parameter_size,
     select_modules,
     subspace_blocks,
 )
 from road_jax import _merge
-from road_jax._intervene import at_prompt, check_blocks, hidden_states, parameters, prompt_of
 from road_jax._layout import Layout, Layouts, along, einsum_layout, trailing
 from road_jax._rotate import blocks, check_layer, polar, rotate_blocks, rotate_rows, within
-from road_jax._transform import OUTPUT_HEADS, trace
+from road_jax._transform import OUTPUT_HEADS
 from road_jax._tree import ROAD_LEAVES, Tree, dotted, flatten, unflatten
 
 # Which adapter each row of the call under way gets; see `apply`.
 _ADAPTER_IDS: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("adapter_ids", default=None)
-# What the call under way of an `Intervened` model has as its prompt, as `prompt_of` tells it, in a tuple.
-_PROMPT: contextvars.ContextVar[tuple[Any] | None] = contextvars.ContextVar("prompt", default=None)
 
 
 class RoadParam(nnx.Variable):
@@ -46,7 +41,7 @@ class SavedParam(RoadParam):
     """A param of ``config.modules_to_save``, trained whole beside θ and α."""
 
 
-class _Around(nnx.Module):
+class Around(nnx.Module):
     """Stands in the place of a module, whose attributes it has too: a model may ask its layer for in_features."""
 
     base: nnx.Module
@@ -57,7 +52,7 @@ class _Around(nnx.Module):
         return getattr(self.base, name)
 
 
-class RoadLayer(_Around):
+class RoadLayer(Around):
     """A linear layer whose output is rotated; made by `wrap`.
 
     Attributes:
@@ -97,10 +92,10 @@ class RoadLayer(_Around):
         return y if self.merged else along(y, self.layout.result, self._rotate)
 
     def _rotate(self, y: jax.Array) -> jax.Array:
-        return _rotate(y, self.road_theta[...], self.road_alpha[...], self.variant, self.group_size, self.subspace)
+        return rotate(y, self.road_theta[...], self.road_alpha[...], self.variant, self.group_size, self.subspace)
 
 
-def _rotate(
+def rotate(
     y: jax.Array,
     theta: jax.Array,
     alpha: jax.Array,
@@ -157,7 +152,7 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
         >>> nnx.state(adapted, road_jax.nnx.RoadParam)["layers"][0]["road_theta"].shape
         (32,)
     """
-    modules = dict(_modules(model))
+    modules = dict(modules_of(model))
     known = {name: layout for name, node in modules.items() if (layout := _layout(node, layers or {})) is not None}
     linear = list(known)
     chosen = select_modules(
@@ -201,7 +196,7 @@ def unwrap(model: nnx.Module) -> Any:
 
     def strip(_: tuple, node: Any) -> Any:
         _replace_params(node, lambda v: nnx.Param(v[...]) if isinstance(v, SavedParam) else v)
-        return node.base if isinstance(node, _Around) else node
+        return node.base if isinstance(node, Around) else node
 
     return nnx.recursive_map(strip, model)
 
@@ -230,225 +225,6 @@ def apply(model: nnx.Module, *args: Any, adapter_ids: jax.Array | None = None, *
         return model(*args, **kwargs)
     finally:
         _ADAPTER_IDS.reset(token)
-
-
-class RoadBlock(_Around):
-    """A block, or a stack of blocks, whose hidden states are rotated; made by `intervene`.
-
-    Attributes:
-        base: the block, which keeps its own Variables.
-        road_theta: float32 ``[parameter_size]``, or ``[blocks, parameter_size]`` for a stack.
-        road_alpha: of the same shape.
-        chosen: bool ``[]`` or ``[blocks]``: which of a stack are rotated and trained.
-        config: where `intervene` acts, and how.
-        start: index of the first of its blocks.
-        name: the block's path in the model.
-    """
-
-    def __init__(
-        self, base: nnx.Module, hidden: int, stack: int | None, *, config: InterventionConfig, start: int, name: str
-    ) -> None:
-        lead = () if stack is None else (stack,)
-        shape = (*lead, parameter_size(config.variant, hidden))
-        self.base = base
-        self.road_theta = RoadParam(jnp.zeros(shape, jnp.float32))
-        self.road_alpha = RoadParam(jnp.ones(shape, jnp.float32))
-        indices = start + jnp.arange(stack or 1).reshape(lead)
-        self.chosen = nnx.Variable(jnp.isin(indices, jnp.array(config.layers)))
-        self.config = config
-        self.start = start
-        self.name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the block and rotates its hidden states at the chosen tokens; the dtype stays."""
-        result = self.base(*args, **kwargs)
-        prompt = _PROMPT.get()
-        if prompt is None:
-            raise AdapterError(f"{self.name}: expected a call of the model that intervene gave, found one of the block")
-        hidden_states(self.name, result)
-        return at_prompt(self.name, result, self._rotate, self.config, *prompt)
-
-    def _rotate(self, h: jax.Array) -> jax.Array:
-        how = self.config
-        theta = jnp.where(self.chosen[...], self.road_theta[...], 0)
-        alpha = jnp.where(self.chosen[...], self.road_alpha[...], 1)
-        return _rotate(h, theta, alpha, how.variant, how.group_size, how.subspace)
-
-
-class Intervened(_Around):
-    """A model whose blocks' hidden states are rotated; made by `intervene`.
-
-    Attributes:
-        base: the model, its chosen blocks in `RoadBlock`.
-        config: which blocks, at which tokens, and how.
-    """
-
-    def __init__(self, base: nnx.Module, config: InterventionConfig) -> None:
-        self.base = base
-        self.config = config
-
-    def __call__(self, *args: Any, prompt_mask: jax.Array | None = None, **kwargs: Any) -> Any:
-        """Calls the model; ``prompt_mask`` is that of ``apply`` of `road_jax.intervene`."""
-        token = _PROMPT.set((prompt_of(self.base, prompt_mask, args, kwargs),))
-        try:
-            return self.base(*args, **kwargs)
-        finally:
-            _PROMPT.reset(token)
-
-
-class _Probe(_Around):
-    """Tells what a block gives while the model is traced."""
-
-    def __init__(self, base: nnx.Module, seen: Callable[[nnx.Module, Any], None]) -> None:
-        self.base = base
-        self.seen = seen
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.base(*args, **kwargs)
-        self.seen(self.base, result)
-        return result
-
-
-def intervene(
-    model: nnx.Module,
-    config: InterventionConfig,
-    *args: Any,
-    blocks: type[nnx.Module] | Callable[[nnx.Module], bool],
-    **kwargs: Any,
-) -> Intervened:
-    """Returns a model whose blocks' outputs are rotated at chosen tokens; the given one stays as it is.
-
-    The counterpart of `road_jax.intervene`: θ and α are `RoadParam`, and the two models share the base's Variables.
-    Blocks may stand one by one or in stacks of ``nnx.vmap`` that ``nnx.scan`` runs (stack axes first, θ and α scanned
-    with the kernels); for those of a stack that aren't chosen the gradient is exactly 0. `unwrap` gives the model back,
-    `apply` runs several interventions in one batch. Paper: section 4.3.
-
-    Args:
-        model: any NNX module.
-        config: which blocks, counted in the order in which they run, at which tokens, and how.
-        *args: sample inputs of the model, which is only traced with them; shapes and dtypes are all that counts.
-        blocks: the class of the blocks, or a function that tells of a module whether it is one. A block gives hidden
-            states ``[batch, length, hidden]``, alone or first in a tuple.
-        **kwargs: more sample inputs.
-
-    Raises:
-        AdapterError: the model has no such blocks, or the group size doesn't divide their outputs.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> import road_jax
-        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.Linear(64, 64, rngs=nnx.Rngs(1)))
-        >>> config = road_jax.InterventionConfig(layers=[1], positions="last")
-        >>> x = jnp.ones((2, 5, 64))
-        >>> adapted = road_jax.nnx.intervene(model, config, x, blocks=nnx.Linear)
-        >>> adapted(x, prompt_mask=jnp.ones((2, 5), jnp.int32)).shape
-        (2, 5, 64)
-        >>> road_jax.nnx.get_intervention(adapted)["layers"]["1"]["road_theta"].shape
-        (32,)
-    """
-    is_block = (lambda node: isinstance(node, blocks)) if isinstance(blocks, type) else blocks
-    found = {name: node for name, node in _modules(model) if is_block(node)}
-    # By whichever of its names a block is met, it is one block.
-    first = {id(node): name for name, node in reversed(found.items())}
-    names = {name: first[id(node)] for name, node in found.items()}
-    seen: dict[str, tuple[int, int | None]] = {}
-
-    def probe(path: tuple, node: Any) -> Any:
-        if (name := names.get(".".join(map(str, path)))) is None:
-            return node
-        whole = _shapes(node)
-
-        def look(base: nnx.Module, result: Any) -> None:
-            seen[name] = hidden_states(name, result).shape[-1], _stack_size(name, whole, _shapes(base))
-
-        return _Probe(node, look)
-
-    graph, state = nnx.split(nnx.recursive_map(probe, model))
-    trace(lambda _, args, kwargs: nnx.merge(graph, args[0])(*args[1:], **kwargs), None, (state, *args), kwargs)
-    starts, total = {}, 0
-    for name, (_, stack) in seen.items():
-        starts[name] = total
-        total += stack or 1
-    check_blocks(model, config, total, {name: hidden for name, (hidden, _) in seen.items()})
-
-    def adapt(path: tuple, node: Any) -> Any:
-        name = names.get(".".join(map(str, path)))
-        if name not in seen:
-            return node
-        hidden, stack = seen[name]
-        end = starts[name] + (stack or 1)
-        if not any(starts[name] <= i < end for i in config.layers):
-            return node
-        return RoadBlock(node, hidden, stack, config=config, start=starts[name], name=name)
-
-    return Intervened(nnx.recursive_map(adapt, model), config)
-
-
-def _shapes(node: nnx.Module) -> list[tuple[int, ...]]:
-    return [jnp.shape(leaf) for leaf in jax.tree.leaves(nnx.state(node))]
-
-
-def _stack_size(name: str, whole: list[tuple[int, ...]], inside: list[tuple[int, ...]]) -> int | None:
-    """How many blocks a module holds whose Variables have one shape in the model and another where it is called."""
-    stacked = [(a, b) for a, b in zip(whole, inside, strict=True) if a != b]
-    sizes = {a[0] for a, b in stacked if a[1:] == b}
-    if stacked and (len(sizes) > 1 or any(a[1:] != b for a, b in stacked)):
-        raise AdapterError(f"{name}: expected one stack of blocks at most, its axis first, found {stacked[0]}")
-    return sizes.pop() if sizes else None
-
-
-def get_intervention(model: nnx.Module) -> Tree:
-    """Returns an intervened model's θ and α in the form that `road_jax.save_intervention` and `stack_adapters` take.
-
-    Returns:
-        ``{"layers": {"<index>": {"road_theta": …, "road_alpha": …}}}`` with the config's blocks, as Linen has it.
-    """
-    layers = {}
-    for i, block in _blocks(model).items():
-        at = i - block.start if block.chosen.ndim else ...
-        layers[str(i)] = {name: getattr(block, name)[...][at] for name in ROAD_LEAVES}
-    return {"layers": layers}
-
-
-def set_intervention(model: nnx.Module, intervention: Tree) -> None:
-    """Lays an intervention into an intervened model, in place.
-
-    Args:
-        model: as `intervene` gives it.
-        intervention: as `get_intervention` gives it or `road_jax.load_intervention` read it; or several of them, from
-            `road_jax.stack_adapters`, for `apply`.
-
-    Raises:
-        AdapterError: it isn't one of the model's config and hidden size. Nothing is changed then.
-    """
-    held = _blocks(model)
-    block = next(iter(held.values()))
-    config = block.config
-    hidden = output_size(config.variant, block.road_theta.shape[block.chosen.ndim])
-    for name, leaves in zip(ROAD_LEAVES, parameters(intervention, config, hidden), strict=True):
-        for block in {id(block): block for block in held.values()}.values():
-            mine = {i - block.start: leaf for i, leaf in zip(config.layers, leaves, strict=True) if held[i] is block}
-            if block.chosen.ndim:
-                rest = jnp.full_like(leaves[0], name == "road_alpha")
-                value = jnp.stack([mine.get(at, rest) for at in range(len(block.chosen))])
-            else:
-                value = mine[0]
-            getattr(block, name).set_value(value)
-
-
-def _blocks(model: nnx.Module) -> dict[int, RoadBlock]:
-    """An intervened model's blocks by the config's indices; a stack stands at each of its own."""
-    found = {id(module): module for _, module in _modules(model) if isinstance(module, RoadBlock)}
-    blocks = {
-        i: block
-        for block in found.values()
-        for i in block.config.layers
-        if block.start <= i < block.start + (len(block.chosen) if block.chosen.ndim else 1)
-    }
-    if not blocks:
-        raise AdapterError("model: expected blocks that intervene has adapted, found none")
-    return dict(sorted(blocks.items()))
 
 
 def get_adapter(model: nnx.Module) -> Tree:
@@ -517,7 +293,7 @@ def _merge_in_place(model: nnx.Module, *, invert: bool) -> None:
     if not invert:
         _expect_unmerged(layers)
     users: dict[int, list[str]] = {}
-    for name, module in {id(module): (name, module) for name, module in _modules(model)}.values():
+    for name, module in {id(module): (name, module) for name, module in modules_of(model)}.values():
         for variable in vars(module).values():
             if isinstance(variable, nnx.Variable):
                 users.setdefault(id(variable), []).append(name.removesuffix(".base"))
@@ -571,7 +347,7 @@ def _one_shape(layer: RoadLayer) -> tuple[int, ...]:
 def _layers(model: nnx.Module) -> dict[tuple[str, ...], RoadLayer]:
     """A wrapped model's rotated layers, each by its first name."""
     found: dict[int, tuple[str, RoadLayer]] = {}
-    for name, module in _modules(model):
+    for name, module in modules_of(model):
         if isinstance(module, RoadLayer):
             found.setdefault(id(module), (name, module))
     if not found:
@@ -657,9 +433,9 @@ _FLAX: Layouts = {
 }
 
 
-def _modules(model: nnx.Module, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, nnx.Module]]:
+def modules_of(model: nnx.Module, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, nnx.Module]]:
     """Yields every module below a model by every name it has there."""
     for name, child in nnx.iter_children(model):
         if isinstance(child, nnx.Module) and id(child) not in above:
             yield f"{path}{name}", child
-            yield from _modules(child, f"{path}{name}.", (*above, id(child)))
+            yield from modules_of(child, f"{path}{name}.", (*above, id(child)))
