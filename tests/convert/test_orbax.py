@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
@@ -98,7 +99,10 @@ def test_an_array_larger_than_its_files_can_hold(field, tmp_path):
         convert.to_torch(tmp_path, tmp_path / "new")
 
 
-@pytest.mark.parametrize("tree", [{"adapter": jnp.ones(8)}, {"adapter": [jnp.ones(8)]}, {"other": jnp.ones(8)}])
+@pytest.mark.parametrize(
+    "tree",
+    [{"adapter": np.ones(8, np.float32)}, {"adapter": [np.ones(8, np.float32)]}, {"other": np.ones(8, np.float32)}],
+)
 def test_a_checkpoint_without_an_adapter(tree, tmp_path):
     write_step(tmp_path, tree)
     with pytest.raises(AdapterError, match=r"3: expected a checkpoint of road-train, found .*adapter"):
