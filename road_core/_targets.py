@@ -98,6 +98,7 @@ def select_modules(
     """
     match = _Matcher()
     targets = config.target_modules
+    all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     if targets is None:
         if model_type not in MODEL_TARGETS:
             raise AdapterError(
@@ -105,22 +106,15 @@ def select_modules(
                 f"found neither (model type {model_type!r})"
             )
         targets = MODEL_TARGETS[model_type]
-    elif isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+    if all_linear:
         head = set(output_head)
-        targets = [name for name in names if name in linear and name not in head]
-        chosen = set(targets)
-        selected = [
-            n for n in names if n in chosen and not _excluded(config, n, match) and _in_layers(config, n, match)
-        ]
-        return selected or _nothing(config, names)
-    selected = [
-        name
-        for name in names
-        if _matches("target_modules", targets, name, match)
-        and not _excluded(config, name, match)
-        # PEFT asks for layer indices only where the targets are a list.
-        and (isinstance(targets, str) or _in_layers(config, name, match))
-    ]
+        selected = [name for name in names if name in linear and name not in head]
+    else:
+        selected = _matching("target_modules", targets, names, match)
+    selected = _not_excluded(config, selected, match)
+    # PEFT asks for layer indices only where the targets are a list, and makes one of "all-linear".
+    if all_linear or isinstance(targets, list):
+        selected = _in_layers(config, selected, match)
     return selected or _nothing(config, names)
 
 
@@ -142,13 +136,20 @@ class _Matcher:
     def __init__(self) -> None:
         self._left = PATIENCE
 
-    def __call__(self, field: str, pattern: str, name: str, *, whole: bool = True) -> regex.Match[str] | None:
+    def __call__(
+        self, field: str, pattern: str, names: Sequence[str], *, whole: bool = True
+    ) -> dict[str, regex.Match[str]]:
+        """Returns the names that match, in their order, with their matches."""
         compiled = _compiled(field, pattern)
         start = time.thread_time()
+        found = {}
         try:
-            if self._left <= 0:
-                raise TimeoutError
-            return (compiled.fullmatch if whole else compiled.match)(name, timeout=self._left)
+            for name in names:
+                left = self._left - (time.thread_time() - start)
+                if left <= 0:
+                    raise TimeoutError
+                if match := (compiled.fullmatch if whole else compiled.match)(name, timeout=left):
+                    found[name] = match
         except TimeoutError:
             raise AdapterError(
                 f"RoadConfig.{field}: expected a regular expression that is tried in {PATIENCE:g} s, "
@@ -156,6 +157,7 @@ class _Matcher:
             ) from None
         finally:
             self._left -= time.thread_time() - start
+        return found
 
 
 @functools.lru_cache(maxsize=8)
@@ -177,31 +179,36 @@ def _compiled(field: str, pattern: str) -> regex.Pattern[str]:
         ) from None
 
 
-def _matches(field: str, patterns: str | list[str], name: str, match: _Matcher) -> bool:
+def _matching(field: str, patterns: str | list[str], names: Sequence[str], match: _Matcher) -> list[str]:
     if isinstance(patterns, str):
-        return match(field, patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+        found = match(field, patterns, names)
+        return [name for name in names if name in found]
+    return [name for name in names if any(name == p or name.endswith(f".{p}") for p in patterns)]
 
 
-def _excluded(config: RoadConfig, name: str, match: _Matcher) -> bool:
-    if config.exclude_modules and _matches("exclude_modules", config.exclude_modules, name, match):
-        return True
+def _not_excluded(config: RoadConfig, names: Sequence[str], match: _Matcher) -> list[str]:
+    out = set(_matching("exclude_modules", config.exclude_modules, names, match)) if config.exclude_modules else set()
     # A module that is saved whole must not be rotated as well.
-    return any(match("modules_to_save", rf"(.*\.)?{module}(\..*)?", name) for module in config.modules_to_save or ())
+    for module in config.modules_to_save or ():
+        left = [name for name in names if name not in out]
+        out.update(match("modules_to_save", rf"(.*\.)?{module}(\..*)?", left))
+    return [name for name in names if name not in out]
 
 
-def _in_layers(config: RoadConfig, name: str, match: _Matcher) -> bool:
+def _in_layers(config: RoadConfig, names: Sequence[str], match: _Matcher) -> list[str]:
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
-        return True
+        return list(names)
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     # The first numbered segment is the layer; later ones are experts and the like.
     searches = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns if p] if patterns else [r".*?\.[^.]*\.(\d+)\."]
+    layers: dict[str, int] = {}
     for search in searches:
-        if found := match("layers_pattern", search, name, whole=False):
+        left = [name for name in names if name not in layers]
+        for name, found in match("layers_pattern", search, left, whole=False).items():
             if found.re.groups != 1:
                 raise AdapterError(f"RoadConfig.layers_pattern: expected a pattern without groups, found {patterns!r}")
             # Python refuses to read a number of thousands of digits.
-            index = int(found[1]) if len(found[1]) < 19 else -1
-            return index == wanted if isinstance(wanted, int) else index in wanted
-    return False
+            layers[name] = int(found[1]) if len(found[1]) < 19 else -1
+    indices = [wanted] if isinstance(wanted, int) else wanted
+    return [name for name in names if name in layers and layers[name] in indices]
