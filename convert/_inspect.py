@@ -10,7 +10,7 @@ import numpy as np
 
 from convert._mapping import natural
 from road_core import Adapter, AdapterError, output_size, read_flax, read_peft, to_float32
-from road_core._adapter import is_bfloat16
+from road_core._adapter import dtype_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _module(path: str, adapter: Adapter) -> Module:
     return Module(
         path=path,
         shape=theta.shape,
-        dtype="bfloat16" if is_bfloat16(theta.dtype) else theta.dtype.name,
+        dtype=dtype_name(theta.dtype),
         outputs=output_size(adapter.config.variant, theta.shape[-1]),
         mean_angle=float(angles.mean(dtype=np.float64)),
         max_angle=float(angles.max()),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from road_core import AdapterError
+from road_core._errors import listed
 from road_core._files import check_free
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def convert_all(
             failed[name] = error
     if failed:
         raise AdapterError(
-            f"{len(failed)} of {len(names)} adapters aren't converted ({', '.join(failed)}), "
+            f"{len(failed)} of {len(names)} adapters aren't converted ({listed(list(failed))}), "
             f"the first for this: {next(iter(failed.values()))}"
         )
     return names

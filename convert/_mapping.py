@@ -29,23 +29,26 @@ Trace = list[tuple[str, str]]
 # (module path, name of a tensor that is saved whole); θ and α together have no name.
 _Key = tuple[str, str]
 
-# A key's path and name, as `_Key`, and where it stands in the table.
-_Spot = tuple[str, str, Place, Leaf | None]
-
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """What stands at one place: θ and α, or a tensor that is saved whole."""
+class _Spot:
+    """A key's path and name, as `_Key`, and where it stands in the table."""
 
     path: str
     name: str
     place: Place
     leaf: Leaf | None
-    arrays: tuple[Array, ...]
 
     @property
     def key(self) -> str:
         return f"{self.path}.{self.name}" if self.name else self.path
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part(_Spot):
+    """What stands at one place: θ and α, or a tensor that is saved whole."""
+
+    arrays: tuple[Array, ...]
 
     def turned(self, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         """Returns one layer's arrays with the other side's order of axes."""
@@ -241,7 +244,10 @@ def _place(adapter: Adapter, side: str, choice: Sequence[Family]) -> tuple[Famil
     """
     table, spots, problems = _search(tuple(adapter.modules), tuple(adapter.modules_to_save), side, tuple(choice))
     parts = [
-        _Part(*spot, (adapter.modules_to_save[f"{spot[0]}.{spot[1]}"],) if spot[1] else adapter.modules[spot[0]])
+        _Part(
+            **vars(spot),
+            arrays=(adapter.modules_to_save[spot.key],) if spot.name else adapter.modules[spot.path],
+        )
         for spot in spots
     ]
     return table, parts, list(problems)
@@ -275,14 +281,14 @@ def _search(
 def _acts(spots: Sequence[_Spot]) -> list[tuple[object, ...]]:
     """What a table does with an adapter."""
     return [
-        (row.flax, row.torch, row.interleaved, row.width, row.bias_apart, leaf)
-        for _, _, place, leaf in spots
-        for row in place.rows
+        (row.flax, row.torch, row.interleaved, row.width, row.bias_apart, spot.leaf)
+        for spot in spots
+        for row in spot.place.rows
     ]
 
 
 def _apart(spots: Sequence[_Spot]) -> list[str]:
-    if not (keys := [f"{path}.{name}" if name else path for path, name, place, _ in spots if place.row.bias_apart]):
+    if not (keys := [spot.key for spot in spots if spot.place.row.bias_apart]):
         return []
     return [
         f"expected layers whose outputs have their bias in both frameworks, found {', '.join(keys)}: "
@@ -322,7 +328,7 @@ def _spots(modules: Sequence[str], saved: Sequence[str], table: Family, side: st
         if place is None or not place.row.linear:
             lost.append(path)
         else:
-            spots.append((path, "", place, None))
+            spots.append(_Spot(path, "", place, None))
     for key in saved:
         path, _, name = key.rpartition(".")
         place = find(path)
@@ -330,7 +336,7 @@ def _spots(modules: Sequence[str], saved: Sequence[str], table: Family, side: st
         if place is None or leaf is None:
             lost.append(key)
         else:
-            spots.append((path, name, place, leaf))
+            spots.append(_Spot(path, name, place, leaf))
     return spots, sorted(lost, key=natural)
 
 

@@ -30,7 +30,6 @@ from road_core._files import (
     check_free,
     dump_json,
     inside,
-    read_header,
     read_json,
     read_shards,
     write_file,
@@ -179,7 +178,9 @@ def merge(
             f"{folder}: expected weights that bitsandbytes quantised or nobody did, found another quantization_config "
             "in config.json; merge into the checkpoint that it was made from"
         )
-    shards, index = read_shards(folder)
+    headers, index = read_shards(folder)
+    shards = {name: entries for name, (entries, _) in headers.items()}
+    metadata = {name: metadata for name, (_, metadata) in headers.items()}
     record = _read(adapter, config, family).cleared()
     try:
         tensors, config = _plan(shards, record, config)
@@ -188,7 +189,6 @@ def merge(
     files = {_CONFIG: dump_json(config), **_others(folder)}
     if index is not None:
         files[INDEX] = dump_json(_new_index(index, tensors))
-    metadata = {name: read_header(folder / name)[1] for name in shards}
     # Whatever decides the result: another base or adapter must not go on from these shards.
     job = hashlib.sha256(record.digest().encode() + files[_CONFIG])
     for name in sorted(shards):
@@ -262,11 +262,10 @@ def _plan(
     edits: dict[str, _Rotation | Array] = {}
     problems = [f"no {name}" for name in sorted(changed - entries.keys(), key=natural)]
     # bitsandbytes keeps those as [out, in], and the dequantised model would want them turned back.
-    conv1d = tuple(f".{name}.weight" for name in _CONV1D.get(str(config.get("model_type")), ()))
     problems += [
         f"{name}, a Conv1D in {entry.kind}"
         for name, entry in entries.items()
-        if isinstance(entry, Quantized) and name.endswith(conv1d)
+        if isinstance(entry, Quantized) and _is_conv1d(name.removesuffix(".weight"), config)
     ]
     for path in adapter.modules:
         rotation = _Rotation.of(adapter, path)
@@ -274,7 +273,9 @@ def _plan(
             name = rename(f"{path}.{leaf}")
             if name not in entries:
                 continue
-            turn = _along(rotation, path, config) if leaf == "weight" else rotation
+            turn = rotation
+            if leaf == "weight" and _is_conv1d(path, config):
+                turn = dataclasses.replace(rotation, axis=1)
             edits[name] = turn
             shape, out = list(entries[name].shape), len(rotation.first)
             if len(shape) != (2 if leaf == "weight" else 1) or shape[turn.axis] != out:
@@ -296,9 +297,8 @@ def _plan(
     return tensors, config
 
 
-def _along(rotation: _Rotation, path: str, config: Mapping[str, Any]) -> _Rotation:
-    conv1d = _CONV1D.get(str(config.get("model_type")), ())
-    return dataclasses.replace(rotation, axis=1) if path.rpartition(".")[2] in conv1d else rotation
+def _is_conv1d(path: str, config: Mapping[str, Any]) -> bool:
+    return path.rpartition(".")[2] in _CONV1D.get(str(config.get("model_type")), ())
 
 
 def _renaming(names: Iterable[str], entries: Collection[str], model_type: object) -> Callable[[str], str]:

@@ -52,7 +52,7 @@ def read_checkpoint(step: Path) -> Adapter:
         with ocp.StandardCheckpointer() as checkpointer:
             # What a file says of its arrays' sizes is believed when it is read, and too much ends the process.
             stored = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
-            claimed = sum(map(_nbytes, _values(checkpointer.metadata(state).item_metadata.tree)))
+            claimed = sum(map(_nbytes, ocp.tree.to_flat_dict(checkpointer.metadata(state).item_metadata.tree).values()))
             if claimed > max(_FREE, _EXPANSION * stored):
                 raise ValueError(f"{claimed:.3g} bytes of arrays in {stored} bytes of files")
             tree = checkpointer.restore(state)["adapter"]
@@ -78,14 +78,6 @@ def read_checkpoint(step: Path) -> Adapter:
 def _is_step(folder: Path) -> bool:
     # A checkpoint that isn't whole yet has a longer name.
     return folder.name.isascii() and folder.name.isdigit() and (folder / "state" / "_METADATA").is_file()
-
-
-def _values(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, Mapping | list | tuple):
-        for value in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from _values(value)
-    else:
-        yield tree
 
 
 def _nbytes(array: Any) -> int:

@@ -154,7 +154,11 @@ class Entry:
         return data.view(DTYPES[self.dtype]).reshape(self.shape)
 
 
-def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, str]]:
+# Where each tensor lies, and the file's metadata.
+Header = tuple[dict[str, Entry], dict[str, str]]
+
+
+def read_header(path: str | os.PathLike) -> Header:
     """Reads a safetensors file's header only, in the order of the tensors' bytes.
 
     Returns:
@@ -181,28 +185,28 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Entry], dict[str, st
     return dict(sorted(entries.items(), key=lambda item: item[1].start)), metadata
 
 
-def read_shards(directory: str | os.PathLike) -> tuple[dict[str, dict[str, Entry]], dict[str, Any] | None]:
+def read_shards(directory: str | os.PathLike) -> tuple[dict[str, Header], dict[str, Any] | None]:
     """Reads the headers of a checkpoint's ``model.safetensors``, or of the shards that its index names.
 
     Returns:
-        ``{file: {tensor: where}}``, and the index if there is one.
+        The headers by the files' names, and the index if there is one.
 
     Raises:
         AdapterError: a file is missing or broken, or the index doesn't fit the shards.
     """
     folder = Path(directory)
     if not (folder / INDEX).is_file() or (folder / SINGLE).is_file():
-        return {SINGLE: read_header(inside(folder, SINGLE))[0]}, None
+        return {SINGLE: read_header(inside(folder, SINGLE))}, None
     index = read_json(inside(folder, INDEX))
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise AdapterError(f"{folder / INDEX}: expected a weight_map from tensors to files, found none")
     if wrong := sorted({name for name in places.values() if Path(name).name != name}):
         raise AdapterError(f"{folder / INDEX}: expected names of files in the folder, found {wrong[0]!r}")
-    shards = {name: read_header(inside(folder, name))[0] for name in sorted(set(places.values()))}
-    if lost := sorted(key for key, name in places.items() if key not in shards[name]):
+    headers = {name: read_header(inside(folder, name)) for name in sorted(set(places.values()))}
+    if lost := sorted(key for key, name in places.items() if key not in headers[name][0]):
         raise AdapterError(f"{folder / INDEX}: expected tensors where the index says, found no {listed(lost)}")
-    return shards, index
+    return headers, index
 
 
 def _length(entry: Mapping[str, Any]) -> int:

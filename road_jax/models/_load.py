@@ -56,8 +56,8 @@ def load(
         >>> module, variables = models.load("checkpoints/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
     config = read_config(directory)
-    shards, _ = read_shards(directory)
-    entries = {name: entry for shard in shards.values() for name, entry in shard.items()}
+    headers, _ = read_shards(directory)
+    entries = {name: entry for tensors, _ in headers.values() for name, entry in tensors.items()}
     own = dtype is None
     dtype = jnp.dtype(_dtype(entries, directory) if dtype is None else dtype)
     try:
