@@ -101,13 +101,12 @@ class RoadLayer(nn.Module):
         # Decoding calls this hundreds of times a token: every attribute counts. self.base_layer would go the long way
         # through nn.Module.__getattr__, and the call of an nn.Linear that nobody watches through four functions.
         base: Any = self._modules["base_layer"]
-        if _is_compiling():
-            return self._traced(base(x, *args, **kwargs))
-        with_grad = _is_grad_enabled()
+        compiling, with_grad = _is_compiling(), _is_grad_enabled()
         weights = base._parameters
         if (
-            type(base) is not nn.Linear
+            compiling
             or with_grad
+            or type(base) is not nn.Linear
             or args
             or kwargs
             or len(weights) != 2
@@ -126,6 +125,8 @@ class RoadLayer(nn.Module):
         routing = LOCAL.routing
         if routing is None or routing.shared is not shared:
             routing = shared.plain
+        if compiling:
+            return self._traced(y, routing)
         if with_grad and routing.trainable:
             return self._differentiable(y, routing)
         plan = routing.plans.get(self)
@@ -335,14 +336,9 @@ class RoadLayer(nn.Module):
             y = rotate(y, first[index].view(shape), cross[index].view(shape), size)
         return y
 
-    def _traced(self, y: Tensor) -> Tensor:
+    def _traced(self, y: Tensor, routing: Routing) -> Tensor:
         """What ``torch.compile`` sees: a gather by tensors alone: another choice of adapters is no new graph."""
-        shared, routing = self._shared, LOCAL.routing
-        if shared.off or shared.merged:
-            return y
-        if routing is None or routing.shared is not shared:
-            routing = shared.plain
-        shared.traced = True
+        self._shared.traced = True
         if routing.trainable:
             return self._differentiable(y, routing)
         self._check_order(routing)
