@@ -6,7 +6,6 @@ it wrote is taken as it stands. NF4: Dettmers et al., "QLoRA" (arXiv 2305.14314)
 """
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
 from road_core import AdapterError
 from road_core._bitsandbytes import NF4
@@ -106,9 +104,12 @@ def dequantize(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_codes(
-    codes: np.ndarray, scales: np.ndarray, *, kind: str, shape: tuple[int, int], dtype: Any
+    codes: np.ndarray, scales: np.ndarray, *, kind: str, stack: tuple[int, ...], shape: tuple[int, int], dtype: Any
 ) -> QuantizedKernel:
-    """Wraps host arrays of the layout that `QuantizedKernel` describes."""
+    """Lays host arrays, whose numbers stand in bitsandbytes' order, out as `QuantizedKernel` describes."""
+    inputs, out = shape
+    rows = 1 if kind == "nf4" and inputs % BLOCK else out
+    codes, scales = (array.reshape(*stack, rows, -1) for array in (codes, scales))
     return QuantizedKernel(jnp.asarray(codes), jnp.asarray(scales, jnp.float32), kind, shape, jnp.dtype(dtype).name)
 
 
@@ -127,29 +128,6 @@ def dense(module: nn.Dense, kernel: QuantizedKernel, bias: jax.Array | None, x: 
     dtype = module.dtype or jnp.promote_types(x.dtype, kernel.dtype)
     y = matmul(x.astype(dtype), kernel)
     return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-def quantized_shardings(path: str, kernel: QuantizedKernel, where: NamedSharding) -> QuantizedKernel:
-    """Returns where codes and scales stand, for a kernel ``[*stack, in, out]`` that is to stand at ``where``.
-
-    Scales lie with their codes; where a cut through the inputs would leave no whole blocks, each share has a row's all.
-    Shapes are enough.
-
-    Raises:
-        AdapterError: the codes can't be divided so.
-    """
-    spec: list[Any] = [*where.spec, *[None] * (len(kernel.codes.shape) - len(where.spec))]
-    *stack, inputs, outputs = spec
-    shares = _shares(where.mesh, outputs), _shares(where.mesh, inputs)
-    sizes = kernel.codes.shape[-2:]
-    if sizes[0] % shares[0] or sizes[1] % shares[1]:
-        raise AdapterError(
-            f"{path}: expected {kernel.kind} codes that a mesh of {shares[0]} x {shares[1]} shares divides, "
-            f"found {sizes[0]} x {sizes[1]}"
-        )
-    blocks = None if kernel.scales.shape[-1] % shares[1] else inputs
-    specs = PartitionSpec(*stack, outputs, inputs), PartitionSpec(*stack, outputs, blocks)
-    return jax.tree.unflatten(jax.tree.structure(kernel), [NamedSharding(where.mesh, each) for each in specs])
 
 
 @jax.custom_vjp
@@ -187,13 +165,9 @@ def _weight(kernel: QuantizedKernel) -> jax.Array:
     return (values * scales).astype(kernel.dtype).reshape(*stack, *reversed(kernel.shape))
 
 
-def _shares(mesh: Any, entry: Any) -> int:
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return math.prod(mesh.shape[name] for name in names)
-
-
 def _quantized(path: str, kernel: np.ndarray, kind: str) -> QuantizedKernel:
-    inputs, out = kernel.shape[-2:]
+    *stack, inputs, out = kernel.shape
+    layout: Any = {"kind": kind, "stack": tuple(stack), "shape": (inputs, out), "dtype": kernel.dtype}
     weight = np.ascontiguousarray(np.swapaxes(kernel, -1, -2))
     if not np.isfinite(weight.astype(np.float32)).all():
         raise AdapterError(f"{path}: expected finite values, found some that are NaN or infinite")
@@ -204,12 +178,11 @@ def _quantized(path: str, kernel: np.ndarray, kind: str) -> QuantizedKernel:
         # A row of zeros has codes of zero, whatever its scale.
         scale = (np.float32(1) / np.where(absmax == 0, np.float32(1), absmax)) * np.float32(127)
         codes = np.round(weight * scale[..., None]).astype(np.int8)
-        return from_codes(codes, absmax[..., None], kind=kind, shape=(inputs, out), dtype=kernel.dtype)
+        return from_codes(codes, absmax, **layout)
     if inputs % BLOCK:
         raise AdapterError(f"{path}: expected inputs that blocks of {BLOCK} divide, found {inputs}")
     blocks = weight.astype(np.float32).reshape(*weight.shape[:-1], -1, BLOCK)
     absmax = np.abs(blocks).max(axis=-1)
     scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[..., None]
-    codes = np.searchsorted((NF4[1:] + NF4[:-1]) / 2, scaled).astype(np.uint8).reshape(weight.shape)
-    packed = (codes[..., ::2] << 4) | codes[..., 1::2]
-    return from_codes(packed, absmax, kind=kind, shape=(inputs, out), dtype=kernel.dtype)
+    codes = np.searchsorted((NF4[1:] + NF4[:-1]) / 2, scaled).astype(np.uint8)
+    return from_codes((codes[..., ::2] << 4) | codes[..., 1::2], absmax, **layout)

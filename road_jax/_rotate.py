@@ -146,6 +146,28 @@ def rotate_rows(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
     return _turn(y, first.reshape(shape), second.reshape(shape))
 
 
+def rotate_polar(
+    y: jax.Array,
+    cosines: jax.Array,
+    sines: jax.Array,
+    *,
+    path: str,
+    variant: str,
+    group_size: int,
+    subspace: Subspace,
+    by_row: bool,
+) -> jax.Array:
+    """Rotates a layer's output by α cos θ and α sin θ, each ``[size]``, or ``[batch, size]`` with ``by_row``.
+
+    Raises:
+        AdapterError: as `check_layer`.
+    """
+    check_layer(path, cosines.shape[-1], y.shape[-1], variant=variant, group_size=group_size)
+    sines, cosines = within(sines, cosines, variant=variant, group_size=group_size, subspace=subspace)
+    first, second = blocks(cosines, sines, variant=variant, group_size=group_size)
+    return rotate_rows(y, first, second) if by_row else rotate_blocks(y, first, second)
+
+
 def _turn(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
     """The formula of `rotate_blocks`; coefficients ``[..., groups, 1 or 2, half]`` broadcast against ``y``'s rows."""
     first, second = first.astype(y.dtype), second.astype(y.dtype)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from road_core import AdapterError, RoadConfig, output_size
@@ -54,6 +55,29 @@ def shardings(
     return unflatten(found)
 
 
+def quantized_shardings(path: str, kernel: QuantizedKernel, where: NamedSharding) -> QuantizedKernel:
+    """Returns where codes and scales stand, for a kernel ``[*stack, in, out]`` that is to stand at ``where``.
+
+    Scales lie with their codes; where a cut through the inputs would leave no whole blocks, each share has a row's all.
+    Shapes are enough.
+
+    Raises:
+        AdapterError: the codes can't be divided so.
+    """
+    spec: list[Any] = [*where.spec, *[None] * (len(kernel.codes.shape) - len(where.spec))]
+    *stack, inputs, outputs = spec
+    shares = _shares(where.mesh, outputs), _shares(where.mesh, inputs)
+    sizes = kernel.codes.shape[-2:]
+    if sizes[0] % shares[0] or sizes[1] % shares[1]:
+        raise AdapterError(
+            f"{path}: expected {kernel.kind} codes that a mesh of {shares[0]} x {shares[1]} shares divides, "
+            f"found {sizes[0]} x {sizes[1]}"
+        )
+    blocks = None if kernel.scales.shape[-1] % shares[1] else inputs
+    specs = PartitionSpec(*stack, outputs, inputs), PartitionSpec(*stack, outputs, blocks)
+    return jax.tree.unflatten(jax.tree.structure(kernel), [NamedSharding(where.mesh, each) for each in specs])
+
+
 def _at(given: dict[Path, Any], path: Path) -> NamedSharding:
     if path not in given:
         raise AdapterError(f"{dotted(path)}: expected a sharding for it in variables_shardings['params'], found none")
@@ -84,8 +108,7 @@ def _along_outputs(kernel: NamedSharding, axes: int) -> NamedSharding:
 
 def _check_whole(path: str, mesh: Any, spec: PartitionSpec, size: int, config: RoadConfig) -> None:
     entry = spec[-1] if len(spec) else None
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    shards = math.prod(mesh.shape[name] for name in names)
+    shards = _shares(mesh, entry)
     out = output_size(config.variant, size)
     if out % (shards * config.group_size):
         raise AdapterError(
@@ -93,3 +116,8 @@ def _check_whole(path: str, mesh: Any, spec: PartitionSpec, size: int, config: R
             "cut groups cost two all-gathers, a permutation and all-to-alls a pass (a smaller group_size avoids them, "
             "allow_cut pays for them)"
         )
+
+
+def _shares(mesh: Any, entry: Any) -> int:
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[name] for name in names)

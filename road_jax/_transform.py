@@ -16,7 +16,7 @@ from road_core import AdapterError, RoadConfig, check_group_size, parameter_size
 from road_core._errors import listed
 from road_jax import _merge, _quantize
 from road_jax._layout import Layout, Layouts, along, einsum_layout, trailing
-from road_jax._rotate import blocks, check_layer, polar, rotate_blocks, rotate_rows, within
+from road_jax._rotate import polar, rotate_polar
 from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unflatten
 
 # The usual names of the layer that "all-linear" leaves out: PEFT asks the model for it, a Linen module can't be asked.
@@ -172,23 +172,24 @@ class Road:
             if adapter_ids is not None:
                 # [size, adapters] -> [batch, size]
                 cosines, sines = (jnp.take(table, adapter_ids, axis=-1).T for table in (cosines, sines))
-            variant, group_size = self.config.variant, self.config.group_size
 
             def rotate(flat: jax.Array) -> jax.Array:
                 path = dotted(module.path)
-                check_layer(path, cosines.shape[-1], flat.shape[-1], variant=variant, group_size=group_size)
-                sine, cosine = within(
-                    sines, cosines, variant=variant, group_size=group_size, subspace=self.config.subspace
-                )
-                first, second = blocks(cosine, sine, variant=variant, group_size=group_size)
-                if adapter_ids is None:
-                    return rotate_blocks(flat, first, second)
-                if flat.ndim < 2 or len(flat) != len(adapter_ids):
+                if adapter_ids is not None and (flat.ndim < 2 or len(flat) != len(adapter_ids)):
                     raise AdapterError(
                         f"{path}: expected an output with the {len(adapter_ids)} rows of adapter_ids first, "
                         f"found shape {list(result.shape)}"
                     )
-                return rotate_rows(flat, first, second)
+                return rotate_polar(
+                    flat,
+                    cosines,
+                    sines,
+                    path=path,
+                    variant=self.config.variant,
+                    group_size=self.config.group_size,
+                    subspace=self.config.subspace,
+                    by_row=adapter_ids is not None,
+                )
 
             return along(result, layout.result, rotate)
 

@@ -146,17 +146,15 @@ def _check(
 
 def _read_quantized(tensors: list[Quantized], leaf: Any, *, stacked: bool, own_dtype: bool) -> QuantizedKernel:
     kind = tensors[0].kind
-    rows = 1 if leaf.shape[-2] % BLOCK else leaf.shape[-1]
-    codes, scales = [], []
-    for tensor in tensors:
-        held = np.array(tensor.codes.map())
-        codes.append(held if kind == "int8" else held.reshape(rows, -1).view(np.uint8))
-        scales.append(tensor.scales().reshape(-1, 1) if kind == "int8" else tensor.scales().reshape(rows, -1))
-    dtype = jnp.dtype(_NAMES[tensors[0].dtype]) if own_dtype else leaf.dtype
-    shape = (leaf.shape[-2], leaf.shape[-1])
-    if stacked:
-        return from_codes(np.stack(codes), np.stack(scales), kind=kind, shape=shape, dtype=dtype)
-    return from_codes(codes[0], scales[0], kind=kind, shape=shape, dtype=dtype)
+    stored = np.int8 if kind == "int8" else np.uint8
+    return from_codes(
+        np.stack([tensor.codes.map().reshape(-1).view(stored) for tensor in tensors]),
+        np.stack([tensor.scales() for tensor in tensors]),
+        kind=kind,
+        stack=(len(tensors),) if stacked else (),
+        shape=(leaf.shape[-2], leaf.shape[-1]),
+        dtype=_NAMES[tensors[0].dtype] if own_dtype else leaf.dtype,
+    )
 
 
 def _read(

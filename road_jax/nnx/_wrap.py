@@ -20,7 +20,7 @@ from road_core import (
 )
 from road_jax import _merge
 from road_jax._layout import Layout, Layouts, along, einsum_layout, trailing
-from road_jax._rotate import blocks, check_layer, polar, rotate_blocks, rotate_rows, within
+from road_jax._rotate import polar, rotate_polar
 from road_jax._transform import OUTPUT_HEADS
 from road_jax._tree import ROAD_LEAVES, Tree, dotted, flatten, unflatten
 
@@ -119,11 +119,16 @@ def rotate(
             f"road_theta: expected one axis where the layer is called without adapter_ids, "
             f"found shape {list(theta.shape)}"
         )
-    check_layer("nnx", cosines.shape[-1], y.shape[-1], variant=variant, group_size=group_size)
-    how: Any = {"variant": variant, "group_size": group_size}
-    sines, cosines = within(sines, cosines, **how, subspace=subspace)
-    first, second = blocks(cosines, sines, **how)
-    return rotate_blocks(y, first, second) if ids is None else rotate_rows(y, first, second)
+    return rotate_polar(
+        y,
+        cosines,
+        sines,
+        path="nnx",
+        variant=variant,
+        group_size=group_size,
+        subspace=subspace,
+        by_row=ids is not None,
+    )
 
 
 def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None, layers: Layouts | None = None) -> Any:
