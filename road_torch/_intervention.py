@@ -1,10 +1,9 @@
 """`InterventionModel`: RoAd on what whole decoder blocks give, another intervention for each row of a batch."""
 
-import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +20,13 @@ from road_torch._routing import BASE, LOCK
 class InterventionModel(nn.Module):
     """A decoder whose blocks' outputs are rotated at chosen tokens: interventions that road_jax trained.
 
-    The base is left as it is: hooks stand on its blocks while a call of this model runs, for the thread that makes it,
-    and are gone when it ends, however it ends. So a call of the base itself is the base's. Its weights may be
-    quantised, and it may be a `RoadModel`, whose active adapters then act too. A block's output keeps its dtype;
+    The base is left as it is: its blocks have another ``forward`` while a call of this model runs, for the thread that
+    makes it, and their own when it ends, however it ends. So a call of the base itself is the base's. Its weights may
+    be quantised, and it may be a `RoadModel`, whose active adapters then act too. A block's output keeps its dtype;
     coefficients are formed in float32 and rounded to it once.
+
+    Under ``torch.compile``, of this model or of the base, another choice of interventions runs the same graph; so does
+    one that is loaded later, unless it brings a block or a group size that none had.
 
     Args:
         base: a Hugging Face decoder, or a model that holds one.
@@ -32,7 +34,7 @@ class InterventionModel(nn.Module):
             config says that the model has hidden layers.
 
     Raises:
-        AdapterError: there are no such blocks.
+        AdapterError: there are no such blocks, or the base has interventions already.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,6 +48,8 @@ class InterventionModel(nn.Module):
 
     def __init__(self, base: nn.Module, *, blocks: str | None = None) -> None:
         super().__init__()
+        if isinstance(base, InterventionModel):
+            raise AdapterError("base: expected a decoder, found an InterventionModel, which can load more itself")
         self.base_model = base
         self.blocks = _find_blocks(base) if blocks is None else blocks
         try:
@@ -106,6 +110,8 @@ class InterventionModel(nn.Module):
             raise AdapterError(f"adapter_name: expected a new name, found {adapter_name!r}, which is there already")
         intervention = read_intervention(directory)
         count, hidden = len(self.base_model.get_submodule(self.blocks)), _hidden_size(self.base_model)
+        if hidden is None:
+            hidden = next((each.hidden_size for each in self._interventions.values()), None)
         if intervention.config.layers[-1] >= count:
             raise AdapterError(
                 f"{directory}: expected an intervention on the model's {count} blocks, "
@@ -121,8 +127,8 @@ class InterventionModel(nn.Module):
             self._rows[adapter_name] = next(
                 row for row in range(1, len(self._rows) + 2) if row not in self._rows.values()
             )
-            # Banks are made when a call looks at them.
-            self._banks.clear()
+            for layer, bank in self._banks.items():
+                self._write(bank, layer, adapter_name)
             if len(self._interventions) == 1:
                 self._active = adapter_name
 
@@ -143,11 +149,18 @@ class InterventionModel(nn.Module):
         """
         self._check_known([adapter_name])
         with LOCK:
-            del self._interventions[adapter_name], self._rows[adapter_name]
-            self._banks.clear()
+            row = self._rows.pop(adapter_name)
+            del self._interventions[adapter_name]
+            for bank in self._banks.values():
+                bank.clear(row)
+            if not self._interventions:
+                # The next one's vectors may have another size.
+                self._banks.clear()
             if self._active == adapter_name:
                 self._active = None
 
+    # What each row gets is told to the blocks by tensors; of this function a compiled graph must know nothing.
+    @torch.compiler.disable(recursive=False)
     def forward(
         self,
         *args: Any,
@@ -169,6 +182,17 @@ class InterventionModel(nn.Module):
         Raises:
             AdapterError: an unknown name, another number of names than of rows, or a mask of another shape.
         """
+        with self._open(adapter_names, prompt_mask, args, kwargs):
+            return self.base_model(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _open(
+        self,
+        adapter_names: Sequence[str] | None,
+        prompt_mask: Tensor | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> "_Call":
         if len(args) > 1:
             raise AdapterError(f"forward: expected all inputs but the first by name, found {len(args)} without one")
         if torch.is_grad_enabled() and self.training and checkpoints(self.base_model):
@@ -177,8 +201,9 @@ class InterventionModel(nn.Module):
                 "second time after the call"
             )
         mask = kwargs.get("attention_mask") if prompt_mask is None else prompt_mask
-        with self._hooked(_Call(self, adapter_names, mask, marked=prompt_mask is not None)):
-            return self.base_model(*args, **kwargs)
+        call = _Call(self, adapter_names, mask, marked=prompt_mask is not None)
+        call.begin(args, kwargs)
+        return call
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Calls the base model's ``generate``: what it is given is the prompt.
@@ -202,7 +227,7 @@ class InterventionModel(nn.Module):
             mask = torch.ones(given[0].shape[:2], dtype=torch.long, device=given[0].device)
         if mask is None:
             raise AdapterError("generate: expected input_ids, inputs_embeds or an attention_mask, found none of them")
-        with self._hooked(_Call(self, adapter_names, mask, generates=True)):
+        with _Call(self, adapter_names, mask, generates=True):
             return self.base_model.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -215,35 +240,30 @@ class InterventionModel(nn.Module):
                 raise
             return getattr(self._modules["base_model"], name)
 
-    @contextlib.contextmanager
-    def _hooked(self, call: "_Call") -> Iterator[None]:
-        """While it is open, the blocks' outputs are those of a call."""
-        with contextlib.ExitStack() as stack:
-            if call.used:
-                blocks: Any = self.base_model.get_submodule(self.blocks)
-                trunk = self.base_model.get_submodule(self.blocks.rpartition(".")[0])
-                stack.callback(trunk.register_forward_pre_hook(call.begin, with_kwargs=True).remove)
-                for i in sorted({i for name in call.used for i in self._interventions[name].layers}):
-                    stack.callback(blocks[i].register_forward_hook(functools.partial(call.end, i)).remove)
-            yield
-
     def _bank(self, layer: int, device: torch.device) -> Bank:
         """Returns the coefficients of a block, on its device."""
-        with LOCK, torch.inference_mode(False):
+        with LOCK:
             bank = self._banks.get(layer)
             if bank is None or bank.first.device != device:
-                found = next(iter(self._interventions.values()))
-                bank = self._banks[layer] = Bank(found.hidden_size, device)
-                for name, intervention in self._interventions.items():
-                    bank.reserve(self._rows[name])
-                    if layer in intervention.layers:
-                        theta, alpha = (to_tensor(array).to(device) for array in intervention.layers[layer])
-                        config = intervention.config
-                        form = functools.partial(
-                            default.coefficients, theta, alpha, config.variant, config.group_size, config.subspace
-                        )
-                        bank.update(self._rows[name], [theta, alpha], form)
+                bank = Bank(next(iter(self._interventions.values())).hidden_size, device)
+                for name in self._interventions:
+                    self._write(bank, layer, name)
+                self._banks[layer] = bank
             return bank
+
+    def _write(self, bank: Bank, layer: int, name: str) -> None:
+        """Writes an intervention's coefficients at a block, the identity if it leaves that block alone."""
+        intervention, row = self._interventions[name], self._rows[name]
+        bank.reserve(row)
+        if layer in intervention.layers:
+            with torch.inference_mode(False):
+                theta, alpha = (to_tensor(array).to(bank.first.device) for array in intervention.layers[layer])
+            config = intervention.config
+            form = functools.partial(
+                default.coefficients, theta, alpha, config.variant, config.group_size, config.subspace
+            )
+            bank.update(row, [theta, alpha], form)
+            bank.forget(row)
 
     def _check_known(self, names: Sequence[str]) -> None:
         if unknown := [name for name in dict.fromkeys(names) if name not in self._interventions]:
@@ -299,50 +319,95 @@ class _Call:
             )
         self._prompt: Tensor | None = prompt
         self._marked, self._generates = marked, generates
-        self._thread = threading.get_ident()
-        # Tokens that the cache holds already.
-        self._start = 0
-        self._masks: dict[tuple[int, int, torch.device], Tensor | None] = {}
-        self._tables: dict[tuple[int, int, torch.dtype], list[tuple[Tensor, Tensor, int]]] = {}
+        blocks: Any = model.base_model.get_submodule(model.blocks)
+        self.trunk = model.base_model.get_submodule(model.blocks.rpartition(".")[0])
+        # A compiled graph knows of the blocks and group sizes of all interventions, not of those that these rows get.
+        loaded = list(model._interventions.values()) if self.used or not self._plain else []
+        self._sizes = sorted({intervention.config.group_size for intervention in loaded})
+        self._blocks = {layer: blocks[layer] for layer in sorted({i for each in loaded for i in each.layers})}
+        # What the blocks of the moment look at: touched tokens, bool [rows, length, 1], whether there are any, and for
+        # each group size the banks' row of each row.
+        self._touched, self._idle, self._steps = torch.empty(0), True, list[tuple[int, Tensor]]()
+        self._masks: dict[tuple[int, int, int], tuple[Tensor, bool]] = {}
+        self._tables: dict[tuple[int, int, torch.dtype, torch.device], list[tuple[Tensor, Tensor, int]]] = {}
 
-    def begin(self, trunk: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """A hook before all blocks: notes how many tokens the cache holds."""
-        if threading.get_ident() == self._thread:
-            cache = kwargs.get("past_key_values")
-            self._start = 0 if cache is None else int(cache.get_seq_length())
-            self._masks.clear()
+    @torch.compiler.disable
+    def __enter__(self) -> None:
+        self._before, LOCAL.call = LOCAL.call, self
+        for layer, block in self._blocks.items():
+            _patch(block, functools.partial(_turning, self.trunk, layer))
+        if self._blocks and self._generates:
+            _patch(self.trunk, functools.partial(_counting, self.trunk))
 
-    def end(self, layer: int, block: nn.Module, args: Any, output: Any) -> Any:
-        """A hook behind a block: returns what stands in place of its output."""
-        if threading.get_ident() != self._thread:
-            return None
+    @torch.compiler.disable
+    def __exit__(self, *error: object) -> None:
+        LOCAL.call = self._before
+        for block in self._blocks.values():
+            _restore(block)
+        if self._blocks and self._generates:
+            _restore(self.trunk)
+
+    @torch.compiler.disable
+    def begin(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Looks, before all blocks, at what they will be called with."""
+        if not self._blocks:
+            return
+        given = (*args[:1], kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
+        new = next((value for value in given if isinstance(value, Tensor)), None)
+        if new is None:
+            raise AdapterError("forward: expected input_ids or inputs_embeds, found neither")
+        rows, length = new.shape[:2]
+        if not self._generates and not self._plain and rows != len(self._names):
+            raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(self._names)}")
+        cache = kwargs.get("past_key_values")
+        start = 0 if cache is None else int(cache.get_seq_length())
+        # What is generated makes no prompt longer: behind it all places are alike.
+        key = (rows, length, start if self._prompt is None else min(start, self._prompt.shape[1]))
+        if key not in self._masks:
+            self._masks[key] = self._mask(rows, length, start, new.device)
+        self._touched, self._idle = self._masks[key]
+        if not self._steps or len(self._steps[0][1]) != rows:
+            self._steps = [(size, self._index(self._configs, size, rows, new.device)) for size in self._sizes]
+        for layer in self._blocks:
+            if layer not in self._model._banks:
+                self._model._bank(layer, new.device)
+
+    def end(self, layer: int, output: Any) -> Any:
+        """Returns what stands in place of a block's output."""
+        # Blocks may be those of a call of another model on this base, in another thread.
+        if not torch.compiler.is_compiling() and (self._idle or layer not in self._blocks):
+            return output
         if isinstance(output, Tensor):
             return self._turn(layer, output)
         return (self._turn(layer, output[0]), *output[1:])
 
     def _turn(self, layer: int, h: Tensor) -> Tensor:
         """Rotates hidden states ``[rows, length, hidden]``."""
-        rows, length = h.shape[:2]
-        if not self._generates and not self._plain and rows != len(self._names):
-            raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(self._names)}")
-        key = (rows, length, h.device)
-        if key not in self._masks:
-            self._masks[key] = self._mask(*key)
-        mask = self._masks[key]
-        if mask is None:
-            return h
+        if h.shape[:2] != self._touched.shape[:2]:
+            raise AdapterError(
+                f"{self._model.blocks}.{layer}: expected hidden vectors of {list(self._touched.shape[:2])} tokens, "
+                f"found shape {list(h.shape)}"
+            )
         turned = h
-        for first, cross, group_size in self._coefficients(layer, h):
-            turned = default.rotate(turned, first, cross, group_size)
-        return torch.where(mask, turned, h)
+        if torch.compiler.is_compiling():
+            bank = self._model._banks[layer]
+            first, cross = bank.first.to(h.device), bank.cross.to(h.device)
+            for size, index in self._steps:
+                turned = default.rotate(turned, first, cross, size, index.to(h.device))
+        else:
+            for first, cross, size in self._coefficients(layer, h):
+                turned = default.rotate(turned, first, cross, size)
+        return torch.where(self._touched.to(h.device), turned, h)
 
-    def _mask(self, rows: int, length: int, device: torch.device) -> Tensor | None:
-        """Returns which tokens are touched, bool ``[rows or 1, length or 1, 1]``; None for none of them."""
-        everywhere = self._each(torch.tensor([span is None for span in self._spans], device=device), rows)[:, None]
+    def _mask(self, rows: int, length: int, start: int, device: torch.device) -> tuple[Tensor, bool]:
+        """Returns which tokens are touched, bool ``[rows, length, 1]``, and whether it is sure that none is."""
+        spans = self._spans
+        everywhere = self._repeat(torch.tensor([span is None for span in spans], device=device), rows)[:, None]
+        touched = torch.zeros(rows, length, dtype=torch.bool, device=device)
         if not self._by_prompt:
             # Those of "all" and the base alone.
-            return everywhere[..., None]
-        start, prompt = self._start, self._prompt
+            return (touched | everywhere)[..., None], None not in spans
+        prompt = self._prompt
         if prompt is None:
             prompt = torch.ones(rows, start or length, dtype=torch.bool, device=device)
         elif not self._generates and prompt.shape[1] != start + length:
@@ -352,22 +417,22 @@ class _Call:
             )
         elif start and not self._marked and not self._generates:
             prompt = prompt[:, :start]
-        if start >= prompt.shape[1] and None not in self._spans:
-            return None
-        there = prompt.to(device) != 0
-        before = there.cumsum(1)
-        behind = there.sum(1, keepdim=True) - before
-        there, before, behind = (self._repeat(value, rows) for value in (there, before, behind))
-        first, last = (
-            self._each(torch.tensor([span[i] if span else 0 for span in self._spans], device=device), rows)[:, None]
-            for i in (0, 1)
-        )
-        touched = (there & ((before <= first) | (behind < last)))[:, start : start + length]
-        return (nn.functional.pad(touched, (0, length - touched.shape[1])) | everywhere)[..., None]
+        if start < prompt.shape[1]:
+            there = prompt.to(device) != 0
+            before = there.cumsum(1)
+            behind = there.sum(1, keepdim=True) - before
+            there, before, behind = (self._repeat(value, rows) for value in (there, before, behind))
+            first, last = (
+                self._repeat(torch.tensor([span[i] if span else 0 for span in spans], device=device), rows)[:, None]
+                for i in (0, 1)
+            )
+            chosen = (there & ((before <= first) | (behind < last)))[:, start : start + length]
+            touched[:, : chosen.shape[1]] = chosen
+        return (touched | everywhere)[..., None], start >= prompt.shape[1] and None not in spans
 
     def _coefficients(self, layer: int, h: Tensor) -> list[tuple[Tensor, Tensor, int]]:
         """Returns the rotations of a block, gathered by row: one for each group size among the interventions."""
-        key = (layer, len(h), h.dtype)
+        key = (layer, len(h), h.dtype, h.device)
         if key not in self._tables:
             bank = self._model._bank(layer, h.device)
             if bank.first.shape[1] != h.shape[-1]:
@@ -375,18 +440,18 @@ class _Call:
                     f"{self._model.blocks}.{layer}: expected hidden vectors of size {bank.first.shape[1]}, "
                     f"found {h.shape[-1]}"
                 )
-            sizes = {name: config.group_size for name, config in self._configs.items() if layer in config.layers}
+            here = {name: config for name, config in self._configs.items() if layer in config.layers}
             tables = self._tables[key] = []
-            for size in dict.fromkeys(sizes.values()):
-                rows = [self._model._rows[name] if sizes.get(name) == size else 0 for name in self._names]
-                index = self._each(torch.tensor(rows, device=h.device), len(h))
+            for size in dict.fromkeys(config.group_size for config in here.values()):
+                index = self._index(here, size, len(h), h.device)
                 first, cross = (table[index].to(h.dtype)[:, None] for table in (bank.first, bank.cross))
                 tables.append((first, cross, size))
         return self._tables[key]
 
-    def _each(self, values: Tensor, rows: int) -> Tensor:
-        """Returns the names' values for so many rows; a plain call's one stays one."""
-        return values if self._plain else self._repeat(values, rows)
+    def _index(self, configs: Mapping[str, InterventionConfig], size: int, rows: int, device: torch.device) -> Tensor:
+        """Returns which row of the banks each row of the batch gets, int64 ``[rows]``: 0 if not of this group size."""
+        mine = {name: self._model._rows[name] for name, config in configs.items() if config.group_size == size}
+        return self._repeat(torch.tensor([mine.get(name, 0) for name in self._names], device=device), rows)
 
     def _repeat(self, values: Tensor, rows: int) -> Tensor:
         """Repeats what each row of the batch has for its beams or returned sequences."""
@@ -396,6 +461,63 @@ class _Call:
                 f"adapter_names: expected a multiple of {len(values)} rows, of the names and the mask, found {rows}"
             )
         return values if repeats == 1 else values.repeat_interleave(repeats, 0)
+
+
+class _Local(threading.local):
+    """A compiled graph reads this too, and asks first whether there is a call."""
+
+    call: _Call | None = None
+
+
+LOCAL = _Local()
+
+# How many calls go through a module at the moment, and the ``forward`` that it had as an attribute of its own.
+_PATCHED: dict[nn.Module, tuple[int, Any]] = {}
+
+
+# A `forward` of their own and no hooks: torch.compile takes a graph that it has of the base for one with new hooks.
+def _patch(module: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
+    """Gives a module another ``forward``, until as many calls have ended as began."""
+    with LOCK:
+        calls, own = _PATCHED.get(module, (0, module.__dict__.get("forward")))
+        if not calls:
+            module.__dict__["forward"] = wrap(module.forward)
+        _PATCHED[module] = calls + 1, own
+
+
+def _restore(module: nn.Module) -> None:
+    with LOCK:
+        calls, own = _PATCHED.pop(module)
+        if calls > 1:
+            _PATCHED[module] = calls - 1, own
+        elif own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def _turning(trunk: nn.Module, layer: int, inner: Callable) -> Callable:
+    """A block's ``forward``: what it gives is turned in the thread that called an `InterventionModel`."""
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output, call = inner(*args, **kwargs), LOCAL.call
+        return output if call is None or call.trunk is not trunk else call.end(layer, output)
+
+    return forward
+
+
+def _counting(trunk: nn.Module, inner: Callable) -> Callable:
+    """The ``forward`` of what holds the blocks: each of a generation's steps is looked at first."""
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = LOCAL.call
+        if call is not None and call.trunk is trunk:
+            call.begin(args, kwargs)
+        return inner(*args, **kwargs)
+
+    return forward
 
 
 def _find_blocks(base: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from road_core import (
     write_intervention,
 )
 from road_torch import InterventionModel, RoadModel
+from road_torch._kernels import default
 
 HIDDEN = 128
 CONFIGS = {
@@ -223,18 +225,20 @@ def test_mixed_batches_on_quantised_weights(folders, kind, tmp_path):
 def test_nothing_is_left_on_the_base(base, folders):
     model = with_interventions(base, folders)
 
-    def hooks():
-        return [name for name, module in base.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    def changed():
+        kinds = ("forward", "_forward_hooks", "_forward_pre_hooks")
+        return [name for name, module in base.named_modules() if any(vars(module).get(kind) for kind in kinds)]
 
     batch = padded(TEXTS)
+    second = InterventionModel.from_pretrained(base, folders / "last")
     with torch.no_grad():
-        plain = base(**batch).logits
+        plain, turned = base(**batch).logits, second(**batch).logits
         during, others = [], []
 
         def look(block, args, output):
-            during.append(hooks())
-            # What another thread computes at the same time is the base's.
-            thread = threading.Thread(target=lambda: others.append(_logits(base, batch)))
+            during.append(changed())
+            # What another thread computes at the same time is the base's, or another model's on it.
+            thread = threading.Thread(target=lambda: others.extend([_logits(base, batch), _logits(second, batch)]))
             if len(during) == 1:
                 thread.start()
                 thread.join()
@@ -243,8 +247,9 @@ def test_nothing_is_left_on_the_base(base, folders):
         model(**batch, adapter_names=NAMES)
         handle.remove()
         assert "model.layers.2" in during[0]
-        assert hooks() == []
+        assert changed() == []
         torch.testing.assert_close(others[0], plain, rtol=0, atol=0)
+        torch.testing.assert_close(others[1], turned, rtol=0, atol=0)
 
         def fail(block, args, output):
             raise KeyboardInterrupt
@@ -253,13 +258,75 @@ def test_nothing_is_left_on_the_base(base, folders):
         with pytest.raises(KeyboardInterrupt):
             model(**batch, adapter_names=NAMES)
         handle.remove()
-        assert hooks() == []
+        assert changed() == []
         torch.testing.assert_close(base(**batch).logits, plain, rtol=0, atol=0)
 
 
 def _logits(model, batch):
     with torch.no_grad():
         return model(**batch).logits
+
+
+def counting():
+    """A backend of torch.compile, and the graphs that it was given."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend, graphs
+
+
+CHOICES = [NAMES, NAMES[::-1], ["all", "last", "all", "last"], ["__base__"] * 4]
+
+
+@pytest.mark.parametrize("which", ["model", "base"])
+@torch.no_grad()
+def test_another_choice_is_not_compiled_anew(which, base, folders):
+    torch.compiler.reset()
+    model, batch, (backend, graphs) = with_interventions(base, folders), padded(TEXTS), counting()
+    expected = [_logits_of(model, batch, names) for names in (*CHOICES, None)]
+    if which == "model":
+        compiled = torch.compile(model, backend=backend)
+    else:
+        compiled = model
+        base.compile(backend=backend, fullgraph=True)
+    try:
+        if which == "base":
+            # A graph without interventions doesn't serve with them, nor the other way round.
+            plain = base(**batch).logits
+        for names, logits in zip((*CHOICES, None), expected, strict=True):
+            assert_close(compiled(**batch, adapter_names=names).logits, logits, "float32")
+        if which == "base":
+            np.testing.assert_array_equal(base(**batch).logits, plain)
+        # Names that come and go are no new graph either; the banks grow meanwhile.
+        model.delete_adapter("ends")
+        for name in ("b", "c"):
+            model.load_adapter(folders / "ends", name)
+        found = compiled(**batch, adapter_names=["last", "c", "all", "__base__"]).logits
+        assert_close(found, expected[0], "float32")
+    finally:
+        base._compiled_call_impl = None
+    assert len(graphs) == {"model": 1, "base": 2}[which]
+
+
+def test_compiled_generation(base, folders):
+    torch.compiler.reset()
+    model, batch, (backend, graphs) = with_interventions(base, folders), padded(TEXTS), counting()
+    compiling = transformers.CompileConfig(backend=backend, mode=None)
+    compiling._compile_all_devices = True
+    options = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, "cache_implementation": "static"}
+    counts = []
+    for names in CHOICES:
+        # Graphs of the base and of what it is with interventions take turns.
+        for given, kwargs in ((base, {}), (model, {"adapter_names": names})):
+            tokens = given.generate(**batch, **options, **kwargs, compile_config=compiling)
+            assert torch.equal(tokens, given.generate(**batch, **options, **kwargs, disable_compile=True))
+        counts.append(len(graphs))
+    assert counts[0] > 1
+    # The base's own graphs may be made once more; after that there are none.
+    assert counts[1:] == counts[1:2] * (len(CHOICES) - 1)
 
 
 def test_a_road_model_as_base(folders):
@@ -308,6 +375,11 @@ def test_interventions_come_and_go(base, folders):
     np.testing.assert_array_equal(_logits_of(model, batch, None), _logits(base, batch))
     np.testing.assert_array_equal(_logits_of(model, batch, ["ends", "all"]), before)
     model.load_adapter(folders / "last", "new")
+    with mock.patch.object(default, "coefficients", wraps=default.coefficients) as formed:
+        model.load_adapter(folders / "last", "newer")
+        _logits_of(model, batch, ["newer", "new"])
+    # Its own at two blocks: those of the others stay.
+    assert formed.call_count == 2
     np.testing.assert_array_equal(_logits_of(model, batch, ["ends", "all"]), before)
     assert_close(_logits_of(model, padded(TEXTS[:1]), ["new"])[0], by_hand(base, "last", TEXTS[0]), "float32")
 
@@ -349,6 +421,7 @@ def test_what_does_not_fit_is_refused(base, folders, tmp_path):
     )
     write_intervention(tmp_path / "thin", made("thin", 64, InterventionConfig(layers=(0,), group_size=8)))
     refused("hidden vectors of size 128, found one on 64", lambda: model.load_adapter(tmp_path / "thin", "x"))
+    refused("base: expected a decoder, found an InterventionModel", lambda: InterventionModel(model))
     refused(
         "blocks: expected the path of a ModuleList in the model, found 'model.norm'",
         lambda: InterventionModel(base, blocks="model.norm"),
