@@ -268,7 +268,7 @@ class RoadLayer(nn.Module):
             plan = old
         else:
             plan = self._gather(y, routing)
-        plan.shape = None if routing.names is None else y.shape
+        plan.shape = None if routing.lasting else y.shape
         if plan.shape is None or y.numel() > default.SMALL or self._kernel is not _kernels.DEFAULT:
             plan.steps = [
                 functools.partial(self._kernel.rotate_, first=first, cross=cross, group_size=size, index=rows)

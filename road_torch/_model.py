@@ -157,7 +157,7 @@ class RoadModel(nn.Module):
 
     def generate(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
         """Calls the base model's ``generate``; arguments and errors as `forward`."""
-        with self._routed(adapter_names, args, kwargs):
+        with self._routed(adapter_names, args, kwargs, generates=True):
             return self.base_model.generate(*args, **kwargs)
 
     def add_adapter(self, adapter_name: str, config: RoadConfig) -> None:
@@ -275,7 +275,7 @@ class RoadModel(nn.Module):
         with LOCK:
             self._place(names, also_active=names)
             self._shared.active = tuple(names)
-            self._shared.plain = Routing(self._shared, None)
+            self._shared.plain = Routing(self._shared, None, lasting=True)
         for layer in layers(self):
             for name in layer.adapters:
                 trainable = name in names and not self._shared.configs[name].inference_mode
@@ -341,7 +341,7 @@ class RoadModel(nn.Module):
                 self._shared.rows[adapter_name] = self._shared.new_row()
                 for layer in layers(self):
                     layer.place(adapter_name)
-            self._shared.plain = Routing(self._shared, None)
+            self._shared.plain = Routing(self._shared, None, lasting=True)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter. Layers that have none left are unwrapped.
@@ -521,15 +521,20 @@ class RoadModel(nn.Module):
 
     @torch.compiler.disable
     def _routed(
-        self, adapter_names: Sequence[str | Sequence[str]] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        adapter_names: Sequence[str | Sequence[str]] | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        generates: bool = False,
     ) -> routed:
         """Returns the context in which the layers know which adapter each row gets."""
         names = None if adapter_names is None else self._check_names(adapter_names, args, kwargs)
         with LOCK:
-            if names is None or self._shared.off:
+            if self._shared.off or (names is None and not generates):
                 routing = self._shared.plain
             else:
-                self._place([name for name in dict.fromkeys(names) if name != BASE])
+                self._place([name for name in dict.fromkeys(names or ()) if name != BASE])
                 routing = Routing(self._shared, names)
             if self._shared.traced:
                 # Compiled layers don't look whether θ and α were written to.
@@ -744,7 +749,7 @@ class RoadModel(nn.Module):
         self._put_back(lambda module: module.original_module)
         # The layers are gone; what they looked at must not say that there are adapters.
         self._shared.active, self._shared.merged, self._shared.rows, self._shared.configs = (), (), {}, {}
-        self._shared.plain = Routing(self._shared, None)
+        self._shared.plain = Routing(self._shared, None, lasting=True)
         return self.base_model
 
     def _unwrap(self, which: Callable[[RoadLayer], bool]) -> None:

@@ -76,10 +76,10 @@ class Pass(NamedTuple):
 
 
 class Plan:
-    """The rotations that a layer applies, ready for one dtype; of a mixed batch, for one shape.
+    """The rotations that a layer applies, ready for one dtype; if the routing lives for one call, for one shape.
 
     A plan is made for the device that its first output was on: who moves a layer moves it through ``_apply``, which
-    drops the plan, and a mixed batch's routing lives for one call.
+    drops the plan of lasting routings.
     """
 
     __slots__ = ("changes", "dtype", "passes", "shape", "sources", "steps", "versions")
@@ -90,7 +90,7 @@ class Plan:
         self.sources = sources
         self.versions = [source._version for source in sources]
         self.changes = changes
-        # Of a mixed batch's output.
+        # None where the routing lasts: outputs of any shape, and each time a look whether θ and α were written to.
         self.shape: torch.Size | None = None
         # The passes, each as a function that overwrites an output.
         self.steps: list[Callable[[Tensor], Tensor]] = []
@@ -129,7 +129,7 @@ class Shared:
         self.devices: set[torch.device] = set()
         self.kernel = kernel
         self.traced = False
-        self.plain = Routing(self, None)
+        self.plain = Routing(self, None, lasting=True)
 
     def group_size(self, name: Name) -> int:
         """The group size of an adapter, or of the adapters of a mix."""
@@ -176,12 +176,13 @@ class Shared:
 class Routing:
     """Which adapter each row of a call gets.
 
-    Layers keep here what they gathered. A mixed batch's routing lives for its call, that of plain calls until another
-    adapter becomes active.
+    Layers keep here what they gathered. The routing of a mixed batch or of a generation lives for its call, that of
+    other plain calls until another adapter becomes active.
 
     Attributes:
         shared: of the model that was called; layers of another one take no notice.
         names: one a row, or a mix; None for a plain call, in which all rows get the active adapters.
+        lasting: whether it serves many calls, of several threads perhaps.
         batch: how many names there are; 0 for a plain call. Compiled models look at this, for of names each other one
             would be a reason to compile again.
         used: the adapters and mixes among them.
@@ -192,8 +193,9 @@ class Routing:
         scratch: memory that layers use one after the other, by its shape, dtype and device.
     """
 
-    def __init__(self, shared: Shared, names: Sequence[Name] | None) -> None:
+    def __init__(self, shared: Shared, names: Sequence[Name] | None, *, lasting: bool = False) -> None:
         self.shared = shared
+        self.lasting = lasting
         self.names = None if names is None else tuple(names)
         self.batch = len(names or ())
         wanted: Sequence[Name] = shared.active if names is None else names
