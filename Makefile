@@ -17,8 +17,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(RUN) -m examples.demo
 
+# Two processes at once, each file's tests in one of them.
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 # Flax models of other packages, in an environment of their own.
 $(PUBLISHED)/installed: tests_published/requirements.txt

@@ -8,6 +8,13 @@ import jax
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs of all files together would take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def no_leaks(request):
     """No tracer outlives its trace. JAX then traces anew at every call, so that not all tests can afford it."""
