@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
+from road_jax.models import _mesh
 from road_jax.models._config import DecoderConfig
 
 _ACTIVATIONS = {
@@ -20,10 +22,12 @@ _ACTIVATIONS = {
 }
 
 
-# "none" recomputes nothing. "linears" keeps what a product with a kernel gave, so that rotations, norms, activations
-# and attention, a few per cent of the arithmetic, are done twice for a third of the memory.
+# "none" recomputes nothing, and gathers anew what fsdp stores in shares. "linears" keeps what a product with a kernel
+# gave, so that rotations, norms, activations and attention, a few per cent of the arithmetic, are done twice for a
+# third of the memory.
 Remat = Literal["none", "linears", "full"]
 _POLICIES = {
+    "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
     "linears": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -139,6 +143,7 @@ class Block(nn.Module):
     param_dtype: Any
     # Whether keys and values are given back for a cache.
     keep: bool
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(
@@ -152,6 +157,7 @@ class Block(nn.Module):
         y, new = Attention(self.config, **types, name="self_attn")(norm("input")(x), past, windowed, context)
         x = x + y
         x = x + MLP(self.config, **types, name="mlp")(norm("post_attention")(x))
+        x = _mesh.by_rows(x, self.mesh)
         return x, new if self.keep else None
 
 
@@ -163,12 +169,13 @@ class Unrolled(nn.Module):
     dtype: Any
     param_dtype: Any
     keep: bool
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x: jax.Array, past: Any, windowed: jax.Array | None, context: _Context) -> tuple[jax.Array, Any]:
         kept = []
         for layer in range(self.config.num_hidden_layers):
-            block = self.block(self.config, self.dtype, self.param_dtype, self.keep, name=str(layer))
+            block = self.block(self.config, self.dtype, self.param_dtype, self.keep, self.mesh, name=str(layer))
             x, new = block(x, *jax.tree.map(lambda array, layer=layer: array[layer], (past, windowed)), context)
             kept.append(new)
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
@@ -182,6 +189,7 @@ class Trunk(nn.Module):
     param_dtype: Any
     scan: bool
     remat: Remat
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(
@@ -190,13 +198,18 @@ class Trunk(nn.Module):
         """Returns the last hidden state, the embedding (which a tied head shares) and the cache."""
         c = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        embed = nn.Embed(c.vocab_size, c.hidden_size, **types, name="embed_tokens")
+        mesh = None if self.is_initializing() else self.mesh
+        embed = nn.Embed(c.vocab_size, c.hidden_size, **types, name="embed_tokens").embedding.astype(self.dtype)
+        if mesh is not None:
+            embed = _mesh.gathered({"embedding": embed}, mesh, under=("embed_tokens",))["embedding"]
         keep = cache is not None or cache_size is not None
         context, positions = _context(c, segments, cache)
         block = Block
-        if self.remat != "none":
+        if mesh is not None:
+            block = _gathering(block, mesh)
+        if self.remat != "none" or mesh is not None:
             # Under scan, common subexpressions of the forward and the backward pass can't meet anyway.
-            block = nn.remat(Block, prevent_cse=not self.scan, policy=_POLICIES[self.remat])
+            block = nn.remat(block, prevent_cse=not self.scan, policy=_POLICIES[self.remat])
         if self.scan:
             stack = nn.scan(
                 block,
@@ -204,15 +217,16 @@ class Trunk(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, 0, nn.broadcast),
                 length=c.num_hidden_layers,
-            )(c, **types, keep=keep, name="layers")
+            )(c, **types, keep=keep, mesh=self.mesh, name="layers")
         else:
-            stack = Unrolled(block, c, **types, keep=keep, name="layers")
+            stack = Unrolled(block, c, **types, keep=keep, mesh=self.mesh, name="layers")
         past = (cache.keys, cache.values) if cache is not None else None
         mixed = len(set(c.windowed_layers)) > 1
-        x, new = stack(embed(input_ids), past, jnp.asarray(c.windowed_layers) if mixed else None, context)
+        x = _mesh.by_rows(jnp.take(embed, input_ids, axis=0), self.mesh)
+        x, new = stack(x, past, jnp.asarray(c.windowed_layers) if mixed else None, context)
         x = RMSNorm(c.rms_norm_eps, **types, name="norm")(x)
         kept = _extend(cache, new[0], new[1], positions, cache_size) if keep else None
-        return x, embed.embedding.astype(self.dtype), kept
+        return x, embed, kept
 
 
 class Decoder(nn.Module):
@@ -226,6 +240,8 @@ class Decoder(nn.Module):
             (``params/model/layers/0``), each compiled on its own.
         remat: what of a layer's activations is kept for the backward pass, the rest being computed anew: ``"none"``
             keeps all, ``"linears"`` what its linear layers gave, ``"full"`` nothing but what came in.
+        mesh: of the axes data, fsdp and tensor, for params that lie as `road_jax.models.shardings` says: rows of the
+            batch stay dealt over data and fsdp, and each layer's params are gathered over fsdp when it begins.
     """
 
     config: DecoderConfig
@@ -233,6 +249,7 @@ class Decoder(nn.Module):
     param_dtype: Any = jnp.float32
     scan: bool = True
     remat: Remat = "linears"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -260,15 +277,24 @@ class Decoder(nn.Module):
         segments = jnp.ones_like(input_ids) if attention_mask is None else attention_mask.astype(jnp.int32)
 
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        trunk = Trunk(c, **types, scan=self.scan, remat=self.remat, name="model")
+        trunk = Trunk(c, **types, scan=self.scan, remat=self.remat, mesh=self.mesh, name="model")
         x, embed, kept = trunk(input_ids, segments, cache, cache_size)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
         if c.tie_word_embeddings:
             logits = jnp.dot(x, embed.T)
         else:
-            logits = nn.Dense(c.vocab_size, use_bias=False, name="lm_head", **types)(x)
+            mesh = None if self.is_initializing() else self.mesh
+            dense = nn.Dense if mesh is None else _gathering(nn.Dense, mesh, "lm_head")
+            logits = dense(c.vocab_size, use_bias=False, name="lm_head", **types)(x)
         return logits if kept is None else (logits, kept)
+
+
+def _gathering(module: type[nn.Module], mesh: Mesh, *under: str) -> Any:
+    """A module type that gathers its params over fsdp when it is called."""
+    return nn.map_variables(
+        module, "params", trans_in_fn=lambda found: {"params": _mesh.gathered(found["params"], mesh, under=under)}
+    )
 
 
 def _context(config: DecoderConfig, segments: jax.Array, cache: Cache | None) -> tuple[_Context, jax.Array]:

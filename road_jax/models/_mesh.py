@@ -75,6 +75,27 @@ def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
             )
 
 
+def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Keeps ``[batch, …]`` where the batch's rows are dealt to: left to XLA, it might follow a weight's shares."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(AXES[:2])))
+
+
+def gathered(params: Tree, mesh: Mesh, *, under: tuple[str, ...] = ()) -> Tree:
+    """Returns params as they are computed with: what fsdp stores in shares, codes of quantised kernels too, is whole.
+
+    Args:
+        params: of a module, within a compiled program.
+        mesh: with the axes data, fsdp and tensor.
+        under: the path of the module, as far as the rules look at it.
+    """
+    leaves = {(*under, *path): leaf for path, leaf in flatten(params).items()}
+    # θ and α, which may stand among them, lie as they are given.
+    known = {p: leaf for p, leaf in leaves.items() if len(p) > 1 and p[-1] in _RULES.get(p[-2], {})}
+    where = flatten(shardings({"params": unflatten(known)}, mesh, stored=False)["params"])
+    leaves |= {path: jax.lax.with_sharding_constraint(leaf, where[path]) for path, leaf in known.items()}
+    return unflatten({path[len(under) :]: leaf for path, leaf in leaves.items()})
+
+
 def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) -> Tree:
     """Returns shardings for a decoder's variables, laid out like them.
 

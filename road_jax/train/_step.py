@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure functions, compiled for one device or many."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -114,6 +115,11 @@ def make_program(
     return _jit_program(road, tx, variables, state, accumulate, mesh)
 
 
+def on_mesh(road: Road, mesh: Mesh) -> Road:
+    """Returns the same functions, of a decoder that knows where its params and a batch's rows lie."""
+    return dataclasses.replace(road, model=road.model.clone(mesh=mesh))
+
+
 def check_rows(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Refuses a batch that can't be dealt evenly.
 
@@ -166,19 +172,14 @@ def train_step(
     variables: Any,
     batch: Mapping[str, jax.Array],
     *,
-    where: Tree,
     accumulate: int = 1,
 ) -> tuple[State, Metrics]:
-    """Returns the state after one step on a batch that this program has whole, and what it measured.
-
-    ``where`` are the shardings of the adapter.
-    """
+    """Returns the state after one step on a batch that this program has whole, and what it measured."""
     count = jnp.maximum(jnp.sum(batch["weights"]), 1)
     loss, gradients = jax.tree.map(
         lambda v: v / count, _summed_gradients(road, state.adapter, variables, batch, accumulate)
     )
-    # Left to XLA, some would lie in shares over fsdp, and what they update would be gathered: θ and both moments.
-    return _update(tx, state, loss, jax.lax.with_sharding_constraint(gradients, where))
+    return _update(tx, state, loss, gradients)
 
 
 def _share(array: np.ndarray) -> np.ndarray:
@@ -195,6 +196,7 @@ def _first(array: jax.Array) -> np.ndarray:
 def _jit_program(
     road: Road, tx: optax.GradientTransformation, variables: Any, state: State, accumulate: int, mesh: Mesh
 ) -> Program:
+    road = on_mesh(road, mesh)
     everywhere, dealt = NamedSharding(mesh, P()), NamedSharding(mesh, P(("data", "fsdp")))
     base_where = models.shardings(variables, mesh)
     # Gathered over fsdp before a layer computes with it.
@@ -210,7 +212,7 @@ def _jit_program(
     def evaluate(adapter: Tree, variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return summed_loss(road, adapter, variables, batch)
 
-    train = functools.partial(train_step, road, tx, where=adapter_where, accumulate=accumulate)
+    train = functools.partial(train_step, road, tx, accumulate=accumulate)
     train_jit = jax.jit(train, donate_argnums=0, out_shardings=(state_where, everywhere))
     evaluate_jit = jax.jit(evaluate, out_shardings=everywhere)
     replicate = jax.jit(lambda state: state, out_shardings=everywhere)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _compare import assert_close, named_values
-from _hlo import collectives
+from _hlo import collectives, moved
 from _models import small_checkpoint
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -136,13 +136,12 @@ def test_a_step_leaks_no_tracer(checkpoints):
     assert np.isfinite(metrics.loss)
 
 
+@dataclasses.dataclass(frozen=True)
 class Shifts:
     """The floor that RoAd is held against: a number added to each pair of outputs, and nothing else to train."""
 
-    config = None
-
-    def __init__(self, module):
-        self.module = module
+    model: nn.Module
+    config: None = None
 
     def apply(self, variables, shifts, *args, **kwargs):
         def shift(next_fn, args, kwargs, context):
@@ -154,19 +153,19 @@ class Shifts:
 
         params = flatten_dict(variables["params"]) | flatten_dict(shifts)
         with nn.intercept_methods(shift):
-            return self.module.apply({"params": unflatten_dict(params)}, *args, **kwargs)
+            return self.model.apply({"params": unflatten_dict(params)}, *args, **kwargs)
 
 
-def step_collectives(road, adapter, variables, mesh):
-    """Of a whole compiled training step, by kind."""
+def compiled_step(count, road, adapter, variables, mesh):
+    """Counts what a whole compiled training step has."""
     tx, _ = _step.optimizer(1e-2, 4, warmup=0.0, weight_decay=0.0)
     state = _step.State(adapter, tx.init(adapter))
     program = _step.make_program(road, tx, variables, state, parallel="jit", accumulate=1, mesh=mesh)
     placed = program.place_state(state), program.place(variables)
     rows = jax.device_put(_step._arrays(batch(0)), NamedSharding(mesh, P(("data", "fsdp"))))
     where = jax.tree.map(lambda leaf: leaf.sharding, placed[0])
-    train = functools.partial(_step.train_step, road, tx, where=where.adapter)
-    return collectives(jax.jit(train, out_shardings=(where, None)), *placed, rows)
+    train = functools.partial(_step.train_step, _step.on_mesh(road, mesh), tx)
+    return count(jax.jit(train, out_shardings=(where, None)), *placed, rows)
 
 
 def test_a_step_adds_to_the_floors_collectives_its_gradients_alone(checkpoints):
@@ -175,14 +174,34 @@ def test_a_step_adds_to_the_floors_collectives_its_gradients_alone(checkpoints):
     road = road_jax.transform(module, RoadConfig(target_modules="all-linear", group_size=8))
     adapter = jax.device_get(road.init(jax.random.key(0), variables, np.ones((1, 8), np.int32)))
     shifts = {path: leaf for path, leaf in flatten_dict(adapter).items() if path[-1] == "road_theta"}
-    floor = step_collectives(Shifts(module), unflatten_dict(shifts), variables, mesh)
-    found = step_collectives(road, adapter, variables, mesh)
-    # A layer has one gradient on the floor and two here, each with a sum over the rows (XLA may join them). Two layers
-    # have outputs that fsdp stores in shares: theirs are summed in shares and gathered.
-    assert set(found) == set(floor) == {"all-reduce", "all-gather", "collective-permute"}
+    floor = compiled_step(collectives, Shifts(module), unflatten_dict(shifts), variables, mesh)
+    found = compiled_step(collectives, road, adapter, variables, mesh)
+    # A layer has one gradient on the floor and two here, each with a sum over the rows (XLA may join them).
+    assert set(found) == set(floor) == {"all-reduce", "all-gather"}
     assert found["all-reduce"] <= floor["all-reduce"] + len(shifts)
-    assert found["all-gather"] <= floor["all-gather"] + 2
-    assert found["collective-permute"] == floor["collective-permute"]
+    assert found["all-gather"] == floor["all-gather"]
+
+
+@pytest.mark.parametrize("remat", ["none", "linears", "full"])
+def test_fsdp_gathers_what_it_stores_and_nothing_of_the_batch(remat, checkpoints):
+    mesh = models.make_mesh({"fsdp": 8})
+    module, variables = models.load(checkpoints / "own", dtype=jnp.float32, remat=remat)
+    variables = in_codes(variables)
+    road = road_jax.transform(module, RoadConfig(target_modules="all-linear", group_size=8))
+    adapter = jax.device_get(road.init(jax.random.key(0), variables, np.ones((1, 8), np.int32)))
+    found = compiled_step(moved, road, adapter, variables, mesh)
+    assert {kind for kind, _ in found} == {"all-gather", "all-reduce"}
+    leaves = flatten_dict(variables["params"])
+    head = leaves["lm_head", "kernel"]
+    kernels = [leaf for path, leaf in leaves.items() if "layers" in path and path[-1] == "kernel"]
+    # Of a layer at a time, once in each pass.
+    codes = {kind: 2 * sum(leaf.codes[0].size for leaf in kernels if leaf.kind == kind) for kind in ("int8", "nf4")}
+    assert found["all-gather", "s8"] == codes["int8"]
+    assert found["all-gather", "u8"] == codes["nf4"] + head.codes.size
+    scales = 2 * sum(leaf.scales[0].size for leaf in kernels) + head.scales.size
+    assert found["all-gather", "f32"] <= scales + leaves["model", "embed_tokens", "embedding"].size
+    # Gradients, the loss and the weights' sum.
+    assert found["all-reduce", "f32"] <= sum(leaf.size for leaf in jax.tree.leaves(adapter)) + 8
 
 
 def held(tree, device):
