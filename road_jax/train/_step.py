@@ -117,7 +117,7 @@ def make_program(
 
 def on_mesh(road: Road, mesh: Mesh) -> Road:
     """Returns the same functions, of a decoder that knows where its params and a batch's rows lie."""
-    return dataclasses.replace(road, model=road.model.clone(mesh=mesh))
+    return road if mesh.size == 1 else dataclasses.replace(road, model=road.model.clone(mesh=mesh))
 
 
 def check_rows(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
