@@ -27,6 +27,7 @@ _ACTIVATIONS = {
 # third of the memory.
 Remat = Literal["none", "linears", "full"]
 _POLICIES = {
+    # What fsdp gathers is pinned by such a constraint.
     "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
     "linears": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
