@@ -318,8 +318,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     axis.set_yticks([-y for y in range(len(arms))], arms, fontsize=8)
     axis.set_xlim(0, 100)
     axis.set_xlabel("held-out reviews (%)")
-    axis.set_title(f"A: sentiment, B: JSON; trained apart, SmolLM2-135M\n{results['device']}", fontsize=9)
-    axis.legend(fontsize=8, loc="lower right")
+    axis.set_title(f"A: sentiment, B: JSON; trained apart or at once, SmolLM2-135M\n{results['device']}", fontsize=9)
+    axis.legend(fontsize=8, loc="upper right")
     figure.savefig(path, dpi=150)
 
 
