@@ -1,5 +1,6 @@
 """Readers on hostile input: nothing but `AdapterError` comes out, memory stays bounded, nothing is written."""
 
+import itertools
 import json
 import os
 import pickle
@@ -41,7 +42,10 @@ def valid(folder, form="peft"):
 
 
 def read_all(folder, form, config, tensors):
-    """Puts the files into a folder and lets every reader have them."""
+    """Puts the files into a folder and lets every reader have them; returns what each gave, or its `AdapterError`.
+
+    Asserts for all of them that nothing else comes out, nothing is written, and memory stays bounded.
+    """
     target = folder / "case"
     target.mkdir(exist_ok=True)
     for other in target.iterdir():
@@ -78,7 +82,7 @@ def read_all(folder, form, config, tensors):
             for array in pair
             if array.dtype.fields is None
         )
-    return found
+    return dict(zip(("adapter", "inspected", "header", "converted", "merged"), found, strict=True))
 
 
 FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -113,7 +117,13 @@ def test_damaged_bytes(folder, form, seed, edits):
             data[at : at + 1] = bytes([dice.randrange(256)])
         else:
             data[at : at + 1] = dice.choice([b"9", b"-", b"[", b"]", b"{", b'"', b",", b":", b"0"])
-    read_all(folder, form, config, bytes(data))
+    found = read_all(folder, form, config, bytes(data))
+    # What one reader takes for an adapter, the one that draws it does too, and it has the header's tensors.
+    assert isinstance(found["adapter"], Adapter) == (not isinstance(found["inspected"], AdapterError))
+    if isinstance(found["adapter"], Adapter):
+        tensors = {name: entry.shape for name, entry in found["header"][0].items()}
+        arrays = [array.shape for pair in found["adapter"].modules.values() for array in pair]
+        assert sorted(arrays) == sorted(map(tuple, tensors.values()))
 
 
 SIZES = st.integers(0, 40) | st.sampled_from([-1, 2**31, 2**62, 2**64, 10**30])
@@ -142,7 +152,13 @@ def test_made_up_headers(folder, entries, length, body):
     text = "{" + ", ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries) + "}"
     head = text.encode()
     data = struct.pack("<Q", len(head) if length is None else length) + head + body
-    read_all(folder, "peft", valid(folder)[0], data)
+    found = read_all(folder, "peft", valid(folder)[0], data)["header"]
+    if not isinstance(found, AdapterError):
+        # A header that is read accounts for every byte, once.
+        begin = 8 + (len(head) if length is None else length)
+        spans = sorted((entry.start, entry.start + entry.nbytes) for entry in found[0].values())
+        assert sum(stop - start for start, stop in spans) == len(data) - begin
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
 
 
 FIELDS = [
@@ -161,13 +177,16 @@ FIELDS = [
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=4), form=st.sampled_from(sorted(NAMES)))
 def test_made_up_configs(folder, fields, form):
     config, tensors = valid(folder, form)
-    read_all(folder, form, json.dumps({**json.loads(config), **fields}).encode(), tensors)
+    found = read_all(folder, form, json.dumps({**json.loads(config), **fields}).encode(), tensors)["adapter"]
+    if isinstance(found, Adapter):
+        # The tensors' own metadata say what they are; a config that says otherwise is refused.
+        assert (found.config.variant, found.config.group_size) == (CONFIG.variant, CONFIG.group_size)
 
 
 @FUZZ
 @given(text=st.binary(max_size=60) | JUNK.map(lambda value: json.dumps(value).encode()))
 def test_what_is_no_config(folder, text):
-    read_all(folder, "peft", text, valid(folder)[1])
+    assert isinstance(read_all(folder, "peft", text, valid(folder)[1])["adapter"], AdapterError)
 
 
 def header(text, body=b"1234"):
