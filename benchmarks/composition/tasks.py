@@ -20,8 +20,6 @@ from rich.console import Console
 from examples.demo import tasks
 from examples.demo.tasks import Messages
 
-_ROLES = ("system", "user", "assistant")
-_SENTIMENT = "Is the review positive or negative?"
 _QUESTIONS = {
     "city": "In which city is this address?",
     "state": "In which state is this address?",
@@ -75,29 +73,24 @@ def prepare(cache: Path, folder: Path, lines: int, console: Console | None = Non
     addresses = tasks.address(cache, console)
     folder.mkdir(parents=True, exist_ok=True)
     ways = random.Random(0)
-    turns: dict[str, list[tuple[str, str, str]]] = {"skill": [], "format": []}
-    for line in skill.train:
-        answer = ways.choice(_WAYS).format(line.answer)
-        turns["skill"].append((_SENTIMENT, line.question, answer[0].upper() + answer[1:]))
-    for i, line in enumerate(addresses.train):
-        key = [*_QUESTIONS][i % len(_QUESTIONS)]
-        answer = json.dumps({"answer": json.loads(line.answer)[key]}, ensure_ascii=False)
-        turns["format"].append((_QUESTIONS[key], line.question, answer))
-    data = {task: _write(folder / f"{task}.jsonl", lines) for task, lines in turns.items()}
-    prompts = [_messages(_SENTIMENT, line.question) for line in skill.held_out]
-    return Study(data, prompts, [line.answer for line in skill.held_out])
-
-
-def _write(path: Path, lines: Sequence[tuple[str, str, str]]) -> Path:
-    """Writes conversations as road-train reads them."""
-    text = (json.dumps({"messages": _messages(*turns)}, ensure_ascii=False) + "\n" for turns in lines)
-    path.write_text("".join(text), encoding="utf-8")
-    return path
-
-
-def _messages(*turns: str) -> Messages:
-    """A conversation: what the system, the user and then the assistant say."""
-    return [{"role": role, "content": content} for role, content in zip(_ROLES, turns, strict=False)]
+    answers = [ways.choice(_WAYS).format(line.answer) for line in skill.train]
+    skill = dataclasses.replace(
+        skill,
+        instruction="Is the review positive or negative?",
+        train=[
+            tasks.Line(line.question, answer[0].upper() + answer[1:])
+            for line, answer in zip(skill.train, answers, strict=True)
+        ],
+    )
+    data = {"skill": skill.write(folder)[0], "format": folder / "format.jsonl"}
+    with data["format"].open("w", encoding="utf-8") as file:
+        for i, line in enumerate(addresses.train):
+            key = [*_QUESTIONS][i % len(_QUESTIONS)]
+            answer = json.dumps({"answer": json.loads(line.answer)[key]}, ensure_ascii=False)
+            turns = [("system", _QUESTIONS[key]), ("user", line.question), ("assistant", answer)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return Study(data, [skill.prompt(line) for line in skill.held_out], [line.answer for line in skill.held_out])
 
 
 def score(answers: Sequence[str], labels: Sequence[str]) -> Scores:

@@ -199,16 +199,15 @@ class Trunk(nn.Module):
         """Returns the last hidden state, the embedding (which a tied head shares) and the cache."""
         c = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        mesh = None if self.is_initializing() else self.mesh
-        embed = nn.Embed(c.vocab_size, c.hidden_size, **types, name="embed_tokens").embedding.astype(self.dtype)
-        if mesh is not None:
-            embed = _mesh.gathered({"embedding": embed}, mesh, under=("embed_tokens",))["embedding"]
+        embed = nn.Embed(c.vocab_size, c.hidden_size, **types, name="embed_tokens").embedding
+        if self.mesh is not None:
+            embed = _mesh.gathered({"embedding": embed}, self.mesh, under=("embed_tokens",))["embedding"]
         keep = cache is not None or cache_size is not None
         context, positions = _context(c, segments, cache)
         block = Block
-        if mesh is not None:
-            block = _gathering(block, mesh)
-        if self.remat != "none" or mesh is not None:
+        if self.mesh is not None:
+            block = _gathering(block, self.mesh)
+        if self.remat != "none" or self.mesh is not None:
             # Under scan, common subexpressions of the forward and the backward pass can't meet anyway.
             block = nn.remat(block, prevent_cse=not self.scan, policy=_POLICIES[self.remat])
         if self.scan:
@@ -223,11 +222,11 @@ class Trunk(nn.Module):
             stack = Unrolled(block, c, **types, keep=keep, mesh=self.mesh, name="layers")
         past = (cache.keys, cache.values) if cache is not None else None
         mixed = len(set(c.windowed_layers)) > 1
-        x = _mesh.by_rows(jnp.take(embed, input_ids, axis=0), self.mesh)
+        x = _mesh.by_rows(jnp.take(embed, input_ids, axis=0).astype(self.dtype), self.mesh)
         x, new = stack(x, past, jnp.asarray(c.windowed_layers) if mixed else None, context)
         x = RMSNorm(c.rms_norm_eps, **types, name="norm")(x)
         kept = _extend(cache, new[0], new[1], positions, cache_size) if keep else None
-        return x, embed, kept
+        return x, embed.astype(self.dtype), kept
 
 
 class Decoder(nn.Module):
@@ -278,14 +277,15 @@ class Decoder(nn.Module):
         segments = jnp.ones_like(input_ids) if attention_mask is None else attention_mask.astype(jnp.int32)
 
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        trunk = Trunk(c, **types, scan=self.scan, remat=self.remat, mesh=self.mesh, name="model")
+        # Fresh params lie nowhere yet.
+        mesh = None if self.is_initializing() else self.mesh
+        trunk = Trunk(c, **types, scan=self.scan, remat=self.remat, mesh=mesh, name="model")
         x, embed, kept = trunk(input_ids, segments, cache, cache_size)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
         if c.tie_word_embeddings:
             logits = jnp.dot(x, embed.T)
         else:
-            mesh = None if self.is_initializing() else self.mesh
             dense = nn.Dense if mesh is None else _gathering(nn.Dense, mesh, "lm_head")
             logits = dense(c.vocab_size, use_bias=False, name="lm_head", **types)(x)
         return logits if kept is None else (logits, kept)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from road_core import AdapterError
 from road_jax._quantize import QuantizedKernel
 from road_jax._sharding import quantized_shardings
-from road_jax._tree import Tree, dotted, flatten, unflatten
+from road_jax._tree import Path, Tree, dotted, flatten, unflatten
 from road_jax.models._config import DecoderConfig
 
 # Rows of a batch are dealt over the first two; the second also keeps a share of each weight, the third computes one.
@@ -75,25 +75,32 @@ def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
             )
 
 
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns where ``[batch, …]`` lies: its rows are dealt over data and fsdp."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
 def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Keeps ``[batch, …]`` where the batch's rows are dealt to: left to XLA, it might follow a weight's shares."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(AXES[:2])))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, rows_sharding(mesh))
 
 
 def gathered(params: Tree, mesh: Mesh, *, under: tuple[str, ...] = ()) -> Tree:
     """Returns params as they are computed with: what fsdp stores in shares, codes of quantised kernels too, is whole.
+
+    θ and α, which may stand among them, lie as they are given.
 
     Args:
         params: of a module, within a compiled program.
         mesh: with the axes data, fsdp and tensor.
         under: the path of the module, as far as the rules look at it.
     """
-    leaves = {(*under, *path): leaf for path, leaf in flatten(params).items()}
-    # θ and α, which may stand among them, lie as they are given.
-    known = {p: leaf for p, leaf in leaves.items() if len(p) > 1 and p[-1] in _RULES.get(p[-2], {})}
-    where = flatten(shardings({"params": unflatten(known)}, mesh, stored=False)["params"])
-    leaves |= {path: jax.lax.with_sharding_constraint(leaf, where[path]) for path, leaf in known.items()}
-    return unflatten({path[len(under) :]: leaf for path, leaf in leaves.items()})
+
+    def pinned(path: Path, leaf: Any) -> Any:
+        where = _where((*under, *path), leaf, mesh, stored=False)
+        return leaf if where is None else jax.lax.with_sharding_constraint(leaf, where)
+
+    return unflatten({path: pinned(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) -> Tree:
@@ -112,13 +119,20 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) 
     Raises:
         AdapterError: the axes don't divide a quantised kernel's codes.
     """
-    found = {}
-    for path, leaf in flatten(variables["params"]).items():
-        spec = _RULES.get(path[-2], {}).get(path[-1], P()) if len(path) > 1 else P()
-        kept = [axis if stored or axis != "fsdp" else None for axis in spec]
-        quantized = isinstance(leaf, QuantizedKernel)
-        axes = len((leaf.codes if quantized else leaf).shape)
-        # A stack's axis stands first and is never cut.
-        where = NamedSharding(mesh, P(*[None] * (axes - len(kept)), *kept) if any(kept) else P())
-        found[path] = quantized_shardings(dotted(path), leaf, where) if quantized else where
+    everywhere = NamedSharding(mesh, P())
+    leaves = flatten(variables["params"])
+    found = {path: _where(path, leaf, mesh, stored=stored) or everywhere for path, leaf in leaves.items()}
     return {"params": unflatten(found)}
+
+
+def _where(path: Path, leaf: Any, mesh: Mesh, *, stored: bool) -> Any:
+    """Returns a leaf's sharding, for a quantised kernel that of its codes and scales; None if no rule names it."""
+    spec = _RULES.get(path[-2], {}).get(path[-1]) if len(path) > 1 else None
+    if spec is None:
+        return None
+    kept = [axis if stored or axis != "fsdp" else None for axis in spec]
+    quantized = isinstance(leaf, QuantizedKernel)
+    axes = len((leaf.codes if quantized else leaf).shape)
+    # A stack's axis stands first and is never cut.
+    where = NamedSharding(mesh, P(*[None] * (axes - len(kept)), *kept) if any(kept) else P())
+    return quantized_shardings(dotted(path), leaf, where) if quantized else where

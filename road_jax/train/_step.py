@@ -18,6 +18,7 @@ from road_jax import models
 from road_jax._sharding import shardings
 from road_jax._transform import Road
 from road_jax._tree import Tree
+from road_jax.models._mesh import rows_sharding
 from road_jax.train import _processes
 from road_jax.train._data import Batch
 
@@ -197,7 +198,7 @@ def _jit_program(
     road: Road, tx: optax.GradientTransformation, variables: Any, state: State, accumulate: int, mesh: Mesh
 ) -> Program:
     road = on_mesh(road, mesh)
-    everywhere, dealt = NamedSharding(mesh, P()), NamedSharding(mesh, P(("data", "fsdp")))
+    everywhere, dealt = NamedSharding(mesh, P()), rows_sharding(mesh)
     base_where = models.shardings(variables, mesh)
     # Gathered over fsdp before a layer computes with it.
     at_work = models.shardings(variables, mesh, stored=False)
