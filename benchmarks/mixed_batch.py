@@ -1,27 +1,28 @@
 """Decoding a batch in which every row has an adapter of its own, against the bare model and PEFT.
 
-SmolLM2-135M-Instruct, 8 rows, adapters on all linear layers, or as the options say. Arms, each frozen alike, one after
-the other in every round, so that a busy machine slows all of them:
+SmolLM2-135M-Instruct, 8 rows, adapters on all linear layers, or as the options say. Arms, each frozen alike and in a
+process of its own:
 
 - ``bare``: the model without adapters;
 - ``road_torch``: one adapter active for all rows, and as many adapters as rows, mixed;
 - ``PEFT RoAd``, ``PEFT LoRA r8``: the same.
 
-A figure is the median over the rounds of an arm's time over the bare model's in the same round. Decoding is the time
-from the first new token to the last, so that the prompt is not in it; the first token is told apart. Writes
-``benchmarks/results/mixed_batch.json`` and ``.png``; of other than the defaults, with the options in their names.
+The arms take turns token by token, in an order that is drawn: each makes its next one, then all go on to the one
+after, so that a busy machine slows all of them. A figure is the median over the rounds of an arm's time over the bare
+model's in the same round. Decoding is the time from the first new token to the last, so that the prompt is not in it;
+the first token is told apart, of generations that end there. Writes ``benchmarks/results/mixed_batch.json`` and
+``.png``; of other than the defaults, with the options in their names.
 """
 
-import contextlib
 import copy
 import dataclasses
-import functools
-import gc
 import logging
+import multiprocessing
+import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ import matplotlib
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
+import peft
 import torch
 import transformers
 import tyro
@@ -61,9 +63,9 @@ class Options:
     targets: Literal["all-linear", "qv"] = "all-linear"
     # Tokens of the prompt, and new ones.
     prompt_tokens: int = 16
-    new_tokens: int = 13
-    # Every arm runs once a round.
-    rounds: int = 7
+    new_tokens: int = 17
+    # Every arm generates once a round.
+    rounds: int = 5
     # Which bases; all if none is named.
     only: tuple[str, ...] = ()
     # Where the model is kept.
@@ -108,7 +110,6 @@ def main() -> None:
             console.print(table(f"{name}, {options.title}", results["bases"][name], results["device"]))
             # After each base, so that a run that is cut short keeps what it has.
             write(options.path.with_suffix(".json"), results)
-            gc.collect()
     draw(results, options)
     console.print(f"{options.path}.json and .png")
 
@@ -117,83 +118,134 @@ def measure(
     checkpoint: Path, name: str, quantize: str, dtype: str, options: Options, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Returns for each arm its times and ratios, or why it has none."""
-    arms: dict[str, Callable[[], tuple[float, float]]] = {}
+    arms: dict[str, Arm] = {}
     failed: dict[str, str] = {}
-    for label, make in _arms(options).items():
-        model = _load(checkpoint, quantize, dtype, make)
-        runs = {"": {}} if label == "bare" else {", one": {}, options.mixed: {"adapter_names": options.adapters}}
-        able = {}
-        for suffix, kwargs in runs.items():
-            try:
-                decode(model, options, kwargs)
-            except Exception as error:  # a peer that can't do it is a result
-                failed[label + suffix] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                # PEFT's hooks stay after an exception, and every later call would fail as well.
-                model = _load(checkpoint, quantize, dtype, make)
+    for label in _makers(options):
+        for way in ("",) if label == "bare" else (", one", options.mixed):
+            arm = Arm(checkpoint, quantize, dtype, label, mixed=way == options.mixed, options=options)
+            if isinstance(arm.begun, str):
+                failed[label + way] = arm.begun
             else:
-                able[suffix] = kwargs
-        arms |= {label + suffix: functools.partial(decode, model, options, kwargs) for suffix, kwargs in able.items()}
-    times: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
+                arms[label + way] = arm
+    random.seed(0)
+    firsts: dict[str, list[float]] = {arm: [] for arm in arms}
+    decodes: dict[str, list[float]] = {arm: [] for arm in arms}
     with Progress(console=console) as bar:
-        task = bar.add_task(f"{name}: {options.rounds} rounds of {len(arms)} arms", total=options.rounds * len(arms))
-        for number in range(options.rounds):
-            # Another arm comes first each time.
-            order = [*arms][number % len(arms) :] + [*arms][: number % len(arms)]
-            for arm in order:
-                times[arm].append(arms[arm]())
+        task = bar.add_task(f"{name}: {len(arms)} arms", total=options.rounds * (options.new_tokens + 1))
+        for _ in range(options.rounds):
+            for arm in random.sample([*arms], len(arms)):
+                firsts[arm].append(arms[arm].ask("first"))
+            bar.advance(task)
+        for _ in range(options.rounds):
+            for arm in arms:
+                arms[arm].tell("generate")
+                decodes[arm].append(0.0)
+            for number in range(options.new_tokens):
+                # An arm pays for what the one before it left in the caches, so that is another one each time.
+                for arm in random.sample([*arms], len(arms)):
+                    seconds = arms[arm].ask("token")
+                    decodes[arm][-1] += seconds if number else 0.0
                 bar.advance(task)
+            for arm in arms:
+                arms[arm].ask("end")
     found: dict[str, dict[str, Any]] = {}
-    for arm, measured in times.items():
-        firsts, decodes = zip(*measured, strict=True)
-        ratios = [
-            [t / b for t, b in zip(own, bare, strict=True)]
-            for own, bare in zip((firsts, decodes), zip(*times["bare"], strict=True), strict=True)
-        ]
+    for arm in arms:
+        ratios = [own / bare for own, bare in zip(decodes[arm], decodes["bare"], strict=True)]
+        seconds = statistics.median(decodes[arm])
         found[arm] = {
-            "decode_ratio": statistics.median(ratios[1]),
-            "decode_ratios": ratios[1],
-            "first_token_ratio": statistics.median(ratios[0]),
-            "decode_seconds": statistics.median(decodes),
-            "tokens_per_second": options.rows * (options.new_tokens - 1) / statistics.median(decodes),
+            "decode_ratio": statistics.median(ratios),
+            "decode_ratios": ratios,
+            "first_token_ratio": statistics.median(
+                own / bare for own, bare in zip(firsts[arm], firsts["bare"], strict=True)
+            ),
+            "decode_seconds": seconds,
+            "tokens_per_second": options.rows * (options.new_tokens - 1) / seconds,
         }
+    for arm in arms.values():
+        arm.tell("stop")
     return {**found, **{arm: {"failed": reason} for arm, reason in failed.items()}}
 
 
-def _load(checkpoint: Path, quantize: str, dtype: str, make: Callable[[Any], Any]) -> Any:
-    """Returns an arm's model, in eval mode and frozen, as those of all arms are."""
-    return make(load(checkpoint, quantize=quantize, dtype=dtype)[0]).eval().requires_grad_(False)
+class Arm:
+    """A model in a process of its own: in one with the others, OpenMP would no longer keep its threads ready."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Forked from a process that has imported everything and computed nothing.
+        context = multiprocessing.get_context("forkserver")
+        self._pipe, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, *args), kwargs=kwargs, daemon=True).start()
+        # Nothing, or why it can't generate.
+        self.begun: str | None = self._pipe.recv()
+
+    def tell(self, what: str) -> None:
+        """Gives an order."""
+        self._pipe.send(what)
+
+    def ask(self, what: str) -> Any:
+        """Gives an order and returns the answer."""
+        # The threads of another arm's OpenMP spin a while before they sleep.
+        time.sleep(0.005)
+        self.tell(what)
+        return self._pipe.recv()
 
 
-def decode(model: Any, options: Options, kwargs: dict[str, Any]) -> tuple[float, float]:
-    """Returns the seconds until the first new token, and those from there to the last."""
+def _serve(
+    pipe: Any, checkpoint: Path, quantize: str, dtype: str, label: str, *, mixed: bool, options: Options
+) -> None:
+    """Follows an `Arm`'s orders; answers with seconds."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    # Frozen, as those of all arms are.
+    model = _makers(options)[label](load(checkpoint, quantize=quantize, dtype=dtype)[0]).eval().requires_grad_(False)
+    kwargs = {"adapter_names": options.adapters} if mixed else {}
     ids = (torch.arange(options.rows * options.prompt_tokens) * 37 % 4000 + 1000).view(options.rows, -1)
     ids = ids.to(model.device)
-    stamps: list[float] = []
+    start = 0.0
 
-    def stamp(tokens: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        if tokens.is_cuda:
+    def generate(tokens: int, *criteria: Callable[..., torch.Tensor]) -> None:
+        with torch.inference_mode():
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                stopping_criteria=transformers.StoppingCriteriaList(criteria),
+                **kwargs,
+            )
+
+    def passed() -> float:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-        stamps.append(time.perf_counter())
+        return time.perf_counter() - start
+
+    def token(tokens: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        nonlocal start
+        pipe.send(passed())
+        pipe.recv()
+        start = time.perf_counter()
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
-    start = time.perf_counter()
-    with torch.inference_mode(), _quiet():
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=options.new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            stopping_criteria=transformers.StoppingCriteriaList([stamp]),
-            **kwargs,
-        )
-    return stamps[0] - start, stamps[-1] - stamps[0]
+    try:
+        generate(2)
+    except Exception as error:  # a peer that can't do it is a result
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return
+    pipe.send(None)
+    while (order := pipe.recv()) != "stop":
+        if order == "first":
+            start = time.perf_counter()
+            generate(1)
+            pipe.send(passed())
+        else:
+            pipe.recv()
+            start = time.perf_counter()
+            generate(options.new_tokens, token)
+            pipe.send(passed())
 
 
-def _arms(options: Options) -> dict[str, Callable[[Any], Any]]:
-    import peft
-
+def _makers(options: Options) -> dict[str, Callable[[Any], Any]]:
     targets = TARGETS[options.targets]
     return {
         "bare": lambda base: base,
@@ -211,8 +263,6 @@ def _ours(base: Any, options: Options) -> RoadModel:
 
 
 def _peft(base: Any, config: Any, options: Options) -> Any:
-    import peft
-
     first, *others = options.adapters
     # Adapters in the base's dtype: with float32 ones PEFT's mixed batch fails on a bfloat16 layer.
     model = peft.get_peft_model(base, copy.deepcopy(config), adapter_name=first, autocast_adapter_dtype=False)
@@ -232,14 +282,6 @@ def _noisy(model: Any) -> Any:
         if "lora_" in name or "road_" in name:
             parameter.add_(torch.randn_like(parameter) * 0.02)
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def table(title: str, arms: dict[str, dict[str, Any]], machine: str) -> Table:

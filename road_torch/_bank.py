@@ -1,9 +1,18 @@
 """The coefficients of the adapters of one layer, as two tables."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class _Written(NamedTuple):
+    """What a row was formed of, and the versions that θ and α had."""
+
+    key: object
+    sources: Sequence[Tensor]
+    versions: list[int]
 
 
 class Bank:
@@ -15,31 +24,41 @@ class Bank:
     """
 
     def __init__(self, out: int, device: torch.device) -> None:
-        self._written: dict[int, list[tuple[Tensor, int]]] = {}
+        self._written: dict[int, _Written] = {}
         # Tensors made in inference mode could not be used in training later.
         with torch.inference_mode(False):
             self.first = _growing(torch.ones(2, out, device=device))
             self.cross = _growing(torch.zeros(2, out, device=device))
 
-    def update(self, row: int, sources: Sequence[Tensor], form: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        """Forms a row again if a θ or α that it is made of was replaced or written to since the last time."""
-        old = self._written.get(row, ())
-        if len(old) == len(sources) and all(
-            source is mine and source._version == version for source, (mine, version) in zip(sources, old, strict=True)
-        ):
-            return
-        self.reserve(row)
-        now = [(source, source._version) for source in sources]
-        with torch.inference_mode(False), torch.no_grad():
-            self.first[row], self.cross[row] = form()
-        self._written[row] = now
+    def sources(self, row: int, key: object) -> Sequence[Tensor] | None:
+        """Returns what a row was formed of, if that was under the same key and wasn't written to since; else None."""
+        written = self._written.get(row)
+        if written is None or written.key != key:
+            return None
+        return written.sources if [source._version for source in written.sources] == written.versions else None
 
-    def clear(self, row: int) -> None:
+    def update(
+        self, row: int, sources: Sequence[Tensor], form: Callable[[], tuple[Tensor, Tensor]], key: object = None
+    ) -> None:
+        """Forms a row again if a θ or α that it is made of was replaced or written to since the last time."""
+        now = [source._version for source in sources]
+        old = self._written.get(row)
+        if (
+            old is None
+            or old.versions != now
+            or any(source is not mine for source, mine in zip(sources, old.sources, strict=True))
+        ):
+            self.reserve(row)
+            with torch.inference_mode(False), torch.no_grad():
+                self.first[row], self.cross[row] = form()
+        self._written[row] = _Written(key, sources, now)
+
+    def clear(self, row: int, key: object = None) -> None:
         """Makes a row the identity, for an adapter that this layer doesn't have gets it."""
-        self.forget(row)
         if row < len(self.first):
             with torch.inference_mode(False), torch.no_grad():
                 self.first[row], self.cross[row] = 1.0, 0.0
+        self._written[row] = _Written(key, (), [])
 
     def forget(self, row: int) -> None:
         """Lets go of θ and α; the coefficients stay until another adapter gets the row."""

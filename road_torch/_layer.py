@@ -1,6 +1,7 @@
 """`RoadLayer`: any linear base, and the rotation of its output."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,10 @@ class _Parameters(nn.ParameterDict):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self.changes[0] += 1
         super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        self.changes[0] += 1
+        super().__delattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Parameters":
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -184,18 +189,32 @@ class RoadLayer(nn.Module):
                 self.place(name)
         return self._bank
 
-    def place(self, name: Name) -> None:
+    def place(self, name: Name, bank: Bank | None = None) -> Sequence[Tensor]:
         """Writes the row of the bank for an adapter or a mix, unless it is right already.
+
+        Args:
+            name: of the adapter or mix; it has a row.
+            bank: the layer's, where the caller knows it.
+
+        Returns:
+            θ and α that the row is formed of; none if the layer has nothing of it, and its row is the identity.
 
         Raises:
             AdapterError: an adapter of the mix has no power of its weight here.
         """
-        row, bank = self._shared.rows[name], self.bank
+        row, bank = self._shared.rows[name], self.bank if bank is None else bank
+        # While no θ or α is replaced, these need not be looked up: a mixed batch asks for each name in each layer.
+        key = name, self._changes[0]
+        known = bank.sources(row, key)
+        if known is not None:
+            return known
         bank.reserve(row, self._shared.limit)
-        if sources := self._sources(name):
-            bank.update(row, sources, lambda: self._form(name))
+        sources = self._sources(name)
+        if sources:
+            bank.update(row, sources, lambda: self._form(name), key)
         else:
-            bank.clear(row)
+            bank.clear(row, key)
+        return sources
 
     def _here(self, name: Name) -> Mix:
         """The adapters of a name that this layer has, with their weights."""
@@ -269,7 +288,7 @@ class RoadLayer(nn.Module):
         else:
             plan = self._gather(y, routing)
         plan.shape = None if routing.lasting else y.shape
-        if plan.shape is None or y.numel() > default.SMALL or self._kernel is not _kernels.DEFAULT:
+        if plan.shape is None or y.numel() > default.LARGE or self._kernel is not _kernels.DEFAULT:
             plan.steps = [
                 functools.partial(self._kernel.rotate_, first=first, cross=cross, group_size=size, index=rows)
                 for first, cross, size, rows in plan.passes
@@ -286,18 +305,27 @@ class RoadLayer(nn.Module):
         return plan
 
     def _gather(self, y: Tensor, routing: Routing) -> Plan:
+        plain = self._shared.plain
+        if routing.names is None and routing is not plain and routing.rows == plain.rows:
+            # A generation with the active adapters: what a plain call gathered serves every one of them.
+            known = plain.plans.get(self)
+            if known is None or known.dtype is not y.dtype or known.outdated(self._changes[0]):
+                known = self._plan(y, plain, None)
+            return Plan(y.dtype, known.passes, known.sources, known.changes)
         self._check_order(routing)
         self._kernel = _kernels.choose(self._shared.kernel, y.device)
-        names = [name for name in routing.used if self._here(name)]
+        names: list[Name] = []
         sources: list[Tensor] = []
         with LOCK, torch.inference_mode(False), torch.no_grad():
-            changes = self._changes[0]
-            for name in names:
+            changes, bank = self._changes[0], self.bank
+            for name in routing.used:
                 # A call that began before an adapter was swapped keeps to the row that is no longer written.
-                if routing.rows[name] == self._shared.rows.get(name):
-                    self.place(name)
-                    sources += self._sources(name)
-            passes = routing.gather(self.bank, names, y, self.module_path, self._kernel)
+                if routing.rows[name] != self._shared.rows.get(name):
+                    names += [name] if self._here(name) else []
+                elif found := self.place(name, bank):
+                    names.append(name)
+                    sources += found
+            passes = routing.gather(bank, names, y, self.module_path, self._kernel)
         return Plan(y.dtype, passes, sources, changes)
 
     def _check_order(self, routing: Routing) -> None:
@@ -393,11 +421,12 @@ def layers(model: nn.Module) -> Iterator[RoadLayer]:
 
 
 def _device(module: nn.Module) -> torch.device:
-    # Where accelerate keeps the weights elsewhere, and brings them for each call.
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    # Where accelerate keeps the weights elsewhere, and brings them for each call. Both ways around nn.Module's own, for
+    # a mixed batch asks every layer.
+    device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
     if device is not None:
         return torch.device(device)
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type != "meta":
+    for tensor in itertools.chain(module._parameters.values(), module.parameters(), module.buffers()):
+        if tensor is not None and tensor.device.type != "meta":
             return tensor.device
     return torch.device("cpu")

@@ -187,6 +187,7 @@ class Routing:
             would be a reason to compile again.
         used: the adapters and mixes among them.
         rows: their rows in the banks. An adapter that is swapped meanwhile gets another one.
+        sizes: their group sizes.
         trainable: whether one of them may be in training.
         steps: by device, ``(group size, rows of the banks)`` for a compiled model, int64 ``[batch]`` or ``[1]``.
         plans: what each layer gathered.
@@ -201,6 +202,7 @@ class Routing:
         wanted: Sequence[Name] = shared.active if names is None else names
         self.used = tuple(name for name in dict.fromkeys(wanted) if name != BASE)
         self.rows = {name: shared.rows[name] for name in self.used}
+        self.sizes = {name: shared.group_size(name) for name in self.used}
         self.trainable = any(
             name in shared.active and not shared.configs[name].inference_mode
             for used in self.used
@@ -217,13 +219,12 @@ class Routing:
         """Returns ``(group size, rows of the banks)``: for each size in a mixed batch, for each active adapter else."""
         key = (repeats, device)
         if key not in self._indices:
-            sizes = {name: self.shared.group_size(name) for name in self.used}
             if self.names is None:
-                found = [(size, [self.rows[name]]) for name, size in sizes.items()]
+                found = [(size, [self.rows[name]]) for name, size in self.sizes.items()]
             else:
                 found = [
-                    (size, [self.rows[name] if sizes.get(name) == size else 0 for name in self.names])
-                    for size in dict.fromkeys(sizes.values())
+                    (size, [self.rows[name] if self.sizes.get(name) == size else 0 for name in self.names])
+                    for size in dict.fromkeys(self.sizes.values())
                 ]
             with torch.inference_mode(False):
                 self._indices[key] = [
@@ -250,7 +251,7 @@ class Routing:
         if self.names is None:
             return self._compose(bank, names, y.dtype)
         repeats = self.repeats(y, path)
-        sizes = {self.shared.group_size(name) for name in names}
+        sizes = {self.sizes[name] for name in names}
         passes = []
         for size, index in self.indices(repeats, y.device):
             if size in sizes:
@@ -258,7 +259,7 @@ class Routing:
                     passes.append(Pass(bank.first, bank.cross, size, index))
                 else:
                     shape = (len(y), *[1] * (y.ndim - 2), y.shape[-1])
-                    first, cross = (table[index].to(y.dtype).view(shape) for table in (bank.first, bank.cross))
+                    first, cross = (t.index_select(0, index).to(y.dtype).view(shape) for t in (bank.first, bank.cross))
                     passes.append(Pass(first, cross, size))
         return passes
 
@@ -266,7 +267,7 @@ class Routing:
         """Neighbours of one group size become one rotation."""
         passes: list[Pass] = []
         for name in names:
-            size = self.shared.group_size(name)
+            size = self.sizes[name]
             then = bank.first[self.rows[name]], bank.cross[self.rows[name]]
             if passes and passes[-1].group_size == size:
                 before = passes.pop()

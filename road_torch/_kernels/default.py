@@ -19,6 +19,9 @@ from road_core import output_size, subspace_blocks
 # swap halves; beyond, copying whole slices is.
 SMALL = 1 << 15
 
+# Up to this many, memory for the swapped halves is kept for a call's later layers.
+LARGE = 1 << 21
+
 
 def coefficients(
     theta: Tensor, alpha: Tensor, variant: str, group_size: int, subspace: tuple[float, float] | None = None
@@ -105,16 +108,23 @@ def prepare_(first: Tensor, cross: Tensor, group_size: int, scratch: Tensor) -> 
         first: in the dtype of ``scratch``, and broadcasts against it.
         cross: as ``first``.
         group_size: even; divides ``out``.
-        scratch: contiguous; at most `SMALL` elements.
+        scratch: contiguous.
     """
     shape = (-1, 2, group_size // 2)
     pairs, swap, select = scratch.view(shape), _swap(scratch.device), torch.index_select
+    upper, lower = pairs.unbind(1)
 
     def rotate_(y: Tensor) -> Tensor:
         select(y.view(shape), 1, swap, out=pairs)
         return y.mul_(first).addcmul_(scratch, cross)
 
-    return rotate_
+    def rotate_by_slices_(y: Tensor) -> Tensor:
+        y0, y1 = y.view(shape).unbind(1)
+        upper.copy_(y1)
+        lower.copy_(y0)
+        return y.mul_(first).addcmul_(scratch, cross)
+
+    return rotate_ if scratch.numel() <= SMALL else rotate_by_slices_
 
 
 @functools.cache
