@@ -466,7 +466,8 @@ class _Call:
 class _Local(threading.local):
     """A compiled graph reads this too, and asks first whether there is a call."""
 
-    call: _Call | None = None
+    def __init__(self) -> None:
+        self.call: _Call | None = None
 
 
 LOCAL = _Local()
