@@ -1,5 +1,9 @@
 """What a gradient costs, in counts of the compiled program: `benchmarks.jax_cost` without its clock."""
 
+import jax
+import jax.numpy as jnp
+
+import road_jax
 from benchmarks import capacity, jax_cost
 from benchmarks.jax_cost import FLOOR, Options
 
@@ -20,6 +24,20 @@ def test_the_rotation_keeps_little_beyond_the_floor():
     found = jax_cost.arms(Options(), scan=True, remat="linears", only=(FLOOR, "RoAd 1", "LoRA r8 (qwix)"))
     assert found["RoAd 1"].temp_mib() < 1.3 * found[FLOOR].temp_mib()
     assert found["RoAd 1"].temp_mib() < found["LoRA r8 (qwix)"].temp_mib()
+
+
+def test_what_follows_a_rotation_is_computed_in_vectors():
+    """XLA on CPU takes one element after the other in a loop that also joins the halves of a rotation."""
+
+    def gated(y, theta, alpha):
+        return jax.nn.silu(road_jax.rotate(y, theta, alpha, variant="road_1", group_size=64)) * y
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 128), (64,), (64,))]
+    text = jax.jit(gated).trace(*shapes).lower(lowering_platforms=("cpu",)).compile().as_text()
+    with_exponential = [part for part in text.split("\n\n") if " exponential(" in part]
+    assert with_exponential
+    assert not any(" concatenate(" in part for part in with_exponential)
+    assert " concatenate(" in text
 
 
 def test_the_capacity_plan_counts_what_the_paper_counts():
