@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,29 @@ def median_ratios(times: Mapping[str, Sequence[float]], of: str) -> dict[str, tu
         ratios = [t / b for t, b in zip(own, times[of], strict=True)]
         found[arm] = (statistics.median(ratios), ratios)
     return found
+
+
+class Arm:
+    """A process of one arm's own: in one with the others, OpenMP would no longer keep its threads ready."""
+
+    def __init__(self, serve: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Starts ``serve(pipe, *args, **kwargs)``, which first sends None, or why it can't begin."""
+        # Forked from a process that has imported everything and computed nothing.
+        context = multiprocessing.get_context("forkserver")
+        self._pipe, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, *args), kwargs=kwargs, daemon=True).start()
+        self.begun: str | None = self._pipe.recv()
+
+    def tell(self, what: str) -> None:
+        """Gives an order."""
+        self._pipe.send(what)
+
+    def ask(self, what: str) -> Any:
+        """Gives an order and returns the answer."""
+        # The threads of another arm's OpenMP spin a while before they sleep.
+        time.sleep(0.005)
+        self.tell(what)
+        return self._pipe.recv()
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:

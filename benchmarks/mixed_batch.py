@@ -17,7 +17,6 @@ the first token is told apart, of generations that end there. Writes ``benchmark
 import copy
 import dataclasses
 import logging
-import multiprocessing
 import random
 import statistics
 import time
@@ -39,7 +38,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks._common import RESULTS, device, settings, write
+from benchmarks._common import RESULTS, Arm, device, settings, write
 from examples.demo.model import prepare_model
 from road_torch import RoadConfig, RoadModel, load
 
@@ -122,7 +121,7 @@ def measure(
     failed: dict[str, str] = {}
     for label in _makers(options):
         for way in ("",) if label == "bare" else (", one", options.mixed):
-            arm = Arm(checkpoint, quantize, dtype, label, mixed=way == options.mixed, options=options)
+            arm = Arm(_serve, checkpoint, quantize, dtype, label, mixed=way == options.mixed, options=options)
             if isinstance(arm.begun, str):
                 failed[label + way] = arm.begun
             else:
@@ -164,29 +163,6 @@ def measure(
     for arm in arms.values():
         arm.tell("stop")
     return {**found, **{arm: {"failed": reason} for arm, reason in failed.items()}}
-
-
-class Arm:
-    """A model in a process of its own: in one with the others, OpenMP would no longer keep its threads ready."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Forked from a process that has imported everything and computed nothing.
-        context = multiprocessing.get_context("forkserver")
-        self._pipe, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, *args), kwargs=kwargs, daemon=True).start()
-        # Nothing, or why it can't generate.
-        self.begun: str | None = self._pipe.recv()
-
-    def tell(self, what: str) -> None:
-        """Gives an order."""
-        self._pipe.send(what)
-
-    def ask(self, what: str) -> Any:
-        """Gives an order and returns the answer."""
-        # The threads of another arm's OpenMP spin a while before they sleep.
-        time.sleep(0.005)
-        self.tell(what)
-        return self._pipe.recv()
 
 
 def _serve(

@@ -6,15 +6,16 @@ SmolLM2-135M-Instruct in float32, adapters on all linear layers, AdamW. Two work
 - ``a task``: real lines of film reviews with a loss on the answers. Flax packs them and computes logits where there is
   a loss, as ``road-train`` does; PEFT pads a batch of them to its longest line.
 
-Arms take turns within a round, so that a busy machine slows all of them. A figure is the median over the rounds of an
-arm's time over that of ``Flax RoAd`` in the same round; for ``a task`` it is time per line. Writes
-``benchmarks/results/train_step.json`` and ``.png``.
+Each arm is a process of its own, and in a round each takes a step, in an order that is drawn, so that a busy machine
+slows all of them. A figure is the median over the rounds of an arm's time over that of ``Flax RoAd`` in the same round;
+for ``a task`` it is time per line. Writes ``benchmarks/results/train_step.json`` and ``.png``.
 """
 
 import dataclasses
-import gc
+import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import road_jax
-from benchmarks._common import RESULTS, bars, device, median_ratios, settings, write
+from benchmarks._common import RESULTS, Arm, bars, device, median_ratios, settings, write
 from benchmarks._lines import lines_of, pad
 from examples.demo import tasks
 from examples.demo.model import prepare_model
@@ -50,7 +51,9 @@ class Options:
     rows: int = 4
     length: int = 128
     # Every arm takes a step a round.
-    rounds: int = 7
+    rounds: int = 16
+    # Of the task; a round takes the next one.
+    batches: int = 8
     # Where the model and data are kept.
     cache: Path = Path("runs/cache")
     # Where the figures go.
@@ -59,6 +62,8 @@ class Options:
 
 # A step: takes nothing, gives the loss.
 Step = Callable[[], float]
+# What makes an arm's step in its process, and what it is called with.
+Maker = tuple[Callable[..., Step], tuple[Any, ...]]
 
 
 def main() -> None:
@@ -67,11 +72,9 @@ def main() -> None:
     checkpoint = prepare_model(options.cache / "smollm2-135m-instruct", options.cache, console=console)
     results: dict[str, Any] = {"device": device(), "options": settings(options)}
     for name, make in (("same work", _same_work), ("a task", _task)):
-        arms, lines = make(checkpoint, options, console)
-        results[name] = measure(name, arms, lines, options.rounds, console)
+        makers, lines = make(checkpoint, options, console)
+        results[name] = measure(name, makers, lines, options.rounds, console)
         console.print(table(name, results[name], results["device"]))
-        del arms
-        gc.collect()
     write(options.out / "train_step.json", results)
     shown = {name: {arm: row["ratio"] for arm, row in results[name].items()} for name in ("same work", "a task")}
     bars(shown, options.out / "train_step.png", title=f"Training SmolLM2-135M, float32\n{results['device']}", of=OURS)
@@ -79,26 +82,33 @@ def main() -> None:
 
 
 def measure(
-    name: str, arms: dict[str, Step], lines: dict[str, int], rounds: int, console: Console
+    name: str, makers: dict[str, Maker], lines: list[int], rounds: int, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Returns each arm's seconds a step and its time a line over ours; every arm is warmed up first."""
-    losses = {arm: step() for arm, step in arms.items()}
+    """Returns each arm's seconds a step and its time a line over ours, ``lines[i]`` of them in batch i.
+
+    Every arm goes through the batches in the same order; the first one warms it up.
+    """
+    arms = {arm: Arm(_serve, make, args) for arm, (make, args) in makers.items()}
+    losses = {arm: process.ask("step")[1] for arm, process in arms.items()}
+    # The adapters start as the identity, so that all arms begin with the base's loss; LoRA's too.
+    if max(losses.values()) - min(losses.values()) > 1e-3 * min(losses.values()):
+        raise SystemExit(f"{name}: expected one first loss in every arm, found {losses}")
+    random.seed(0)
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     with Progress(console=console) as bar:
         task = bar.add_task(f"{name}: {rounds} rounds of {len(arms)} arms", total=rounds * len(arms))
-        for number in range(rounds):
-            order = [*arms][number % len(arms) :] + [*arms][: number % len(arms)]
-            for arm in order:
-                start = time.perf_counter()
-                arms[arm]()
-                times[arm].append((time.perf_counter() - start) / lines[arm])
+        for number in range(1, rounds + 1):
+            for arm in random.sample([*arms], len(arms)):
+                times[arm].append(arms[arm].ask("step")[0] / lines[number % len(lines)])
                 bar.advance(task)
+    for process in arms.values():
+        process.tell("stop")
     ratios = median_ratios(times, OURS)
     return {
         arm: {
             "ratio": ratios[arm][0],
             "ratios": ratios[arm][1],
-            "seconds_per_step": statistics.median(times[arm]) * lines[arm],
+            "seconds_per_step": statistics.median(times[arm]) * statistics.mean(lines),
             "lines_per_second": 1 / statistics.median(times[arm]),
             "first_loss": losses[arm],
         }
@@ -106,24 +116,28 @@ def measure(
     }
 
 
-def _same_work(checkpoint: Path, options: Options, console: Console) -> tuple[dict[str, Step], dict[str, int]]:
+def _serve(pipe: Any, make: Callable[..., Step], args: tuple[Any, ...]) -> None:
+    """Steps when it is asked to; answers with seconds and the loss."""
+    warnings.simplefilter("ignore")
+    step = make(*args)
+    pipe.send(None)
+    while pipe.recv() != "stop":
+        start = time.perf_counter()
+        loss = step()
+        pipe.send((time.perf_counter() - start, loss))
+
+
+def _same_work(checkpoint: Path, options: Options, console: Console) -> tuple[dict[str, Maker], list[int]]:
     rng = np.random.default_rng(0)
     ids = rng.integers(1000, 40000, (options.rows, options.length)).astype(np.int32)
     everywhere = np.tile(np.arange(options.length - 1, dtype=np.int32), (options.rows, 1))
     ones = np.ones_like(ids)
     batch = _data.Batch(ids, ones, everywhere, ids[:, 1:], np.ones(everywhere.shape, np.float32))
-    arms = {OURS: _flax(checkpoint, [batch])}
-    labels = torch.from_numpy(ids).long()
-    torch_batch = {"input_ids": labels, "attention_mask": torch.ones_like(labels), "labels": labels}
-    for name, config in _peers().items():
-        arms[name] = _torch(checkpoint, config, [torch_batch])
-    found = {name: step() for name, step in arms.items()}
-    if max(found.values()) - min(found.values()) > 1e-3 * min(found.values()):
-        raise SystemExit(f"same work: expected one loss in every arm, found {found}")
-    return arms, dict.fromkeys(arms, options.rows)
+    theirs = {"input_ids": ids, "attention_mask": ones, "labels": ids}
+    return _makers(checkpoint, [batch], [theirs]), [options.rows]
 
 
-def _task(checkpoint: Path, options: Options, console: Console) -> tuple[dict[str, Step], dict[str, int]]:
+def _task(checkpoint: Path, options: Options, console: Console) -> tuple[dict[str, Maker], list[int]]:
     """Batches of real lines, as many as fill a step's rows when packed; the peers get the same lines."""
     task = tasks.sentiment(options.cache, console)
     path, _ = task.write(options.cache / "benchmark")
@@ -131,18 +145,23 @@ def _task(checkpoint: Path, options: Options, console: Console) -> tuple[dict[st
     examples = _data.tokenize(_data.read_lines(path), tokenizer, str(path))
     packed, padded, counts = [], [], []
     for element in _data.packed(examples, rows=options.rows, length=options.length, seed=0, epochs=1):
-        batch = _data.to_batch(element, options.rows)
         held = lines_of(element, examples)
-        if len(packed) == 4:
+        if len(packed) == options.batches:
             break
-        packed.append(batch)
-        padded.append(pad(held))
+        packed.append(_data.to_batch(element, options.rows))
+        padded.append({name: tensor.numpy() for name, tensor in pad(held).items()})
         counts.append(len(held))
-    arms = {OURS: _flax(checkpoint, packed)}
-    for name, config in _peers().items():
-        arms[name] = _torch(checkpoint, config, padded)
-    # Steps go through the same batches in the same order, so lines a step are those of all of them on average.
-    return arms, dict.fromkeys(arms, round(statistics.mean(counts)))
+    return _makers(checkpoint, packed, padded), counts
+
+
+def _makers(checkpoint: Path, ours: list[_data.Batch], theirs: list[dict[str, np.ndarray]]) -> dict[str, Maker]:
+    road = peft.RoadConfig(target_modules="all-linear")
+    lora = peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16)
+    return {
+        OURS: (_flax, (checkpoint, ours)),
+        "PEFT RoAd": (_torch, (checkpoint, road, theirs)),
+        "PEFT LoRA r8": (_torch, (checkpoint, lora, theirs)),
+    }
 
 
 def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
@@ -171,17 +190,11 @@ def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
     return step
 
 
-def _peers() -> dict[str, Any]:
-    return {
-        "PEFT RoAd": peft.RoadConfig(target_modules="all-linear"),
-        "PEFT LoRA r8": peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16),
-    }
-
-
-def _torch(checkpoint: Path, config: Any, batches: list[dict[str, torch.Tensor]]) -> Step:
+def _torch(checkpoint: Path, config: Any, batches: list[dict[str, np.ndarray]]) -> Step:
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     base.config.use_cache = False
     model = peft.get_peft_model(base, config).train()
+    tensors = [{name: torch.from_numpy(array).long() for name, array in batch.items()} for batch in batches]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     turn = 0
@@ -189,7 +202,7 @@ def _torch(checkpoint: Path, config: Any, batches: list[dict[str, torch.Tensor]]
     def step() -> float:
         nonlocal turn
         optimizer.zero_grad(set_to_none=True)
-        loss = model(**batches[turn % len(batches)]).loss
+        loss = model(**tensors[turn % len(tensors)]).loss
         loss.backward()
         optimizer.step()
         turn += 1
