@@ -52,6 +52,8 @@ class Arm:
         context = multiprocessing.get_context("forkserver")
         self._pipe, theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, *args), kwargs=kwargs, daemon=True).start()
+        # So that an arm that dies ends the wait for its answer.
+        theirs.close()
         self.begun: str | None = self._pipe.recv()
 
     def tell(self, what: str) -> None:
