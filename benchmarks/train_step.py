@@ -47,9 +47,9 @@ OURS = "Flax RoAd"
 class Options:
     """Times training steps of RoAd in Flax against PEFT's RoAd and LoRA in PyTorch."""
 
-    # Rows and tokens a row of a step; the task's batches have as many places.
+    # Rows and tokens a row of a step, those of the demo; the task's batches have as many places.
     rows: int = 4
-    length: int = 128
+    length: int = 256
     # Every arm takes a step a round.
     rounds: int = 16
     # Of the task; a round takes the next one.
