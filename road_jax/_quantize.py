@@ -137,12 +137,17 @@ def matmul(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
     The kernel gets no gradient, and the backward pass dequantises anew: under ``nn.scan`` the dequantised kernels of
     all layers would otherwise be kept.
     """
+    return _product(x, kernel)
+
+
+def _product(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
     weight = _weight(kernel).astype(x.dtype)
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def _forward(x: jax.Array, kernel: QuantizedKernel) -> tuple[jax.Array, QuantizedKernel]:
-    return matmul(x, kernel), kernel
+    # Not `matmul`, within which a policy of checkpointing wouldn't find the product that it keeps.
+    return _product(x, kernel), kernel
 
 
 def _backward(kernel: QuantizedKernel, d: jax.Array) -> tuple[jax.Array, None]:

@@ -1,5 +1,7 @@
 """Quantised kernels against bitsandbytes, bit for bit, and computing with them."""
 
+from typing import Any
+
 import bitsandbytes as bnb
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,7 @@ class Model(nn.Module):
     """A stack under scan, or under scan and remat, and a head."""
 
     remat: bool = False
+    policy: Any = None
 
     @nn.compact
     def __call__(self, x):
@@ -82,7 +85,7 @@ class Model(nn.Module):
             def __call__(self, x, _):
                 return x + nn.Dense(64, name="down")(nn.gelu(nn.Dense(128, name="up")(x))), None
 
-        body = nn.remat(Block) if self.remat else Block
+        body = nn.remat(Block, policy=self.policy) if self.remat else Block
         scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
         x, _ = scan(name="blocks")(x, None)
         return nn.Dense(10, name="lm_head")(x)
@@ -126,6 +129,20 @@ def test_the_backward_pass_keeps_no_dequantised_kernel():
     memory = jax.jit(jax.grad(loss)).lower(adapter, quantized).compile().memory_analysis()
     kernels = 3 * 2 * 64 * 128 * 4
     assert memory.temp_size_in_bytes < kernels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_that_keeps_products_keeps_those_with_codes(kind):
+    model, x = Model(True, jax.checkpoint_policies.dots_with_no_batch_dims_saveable), jnp.ones((1, 4, 64))
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    adapter = road.init(jax.random.key(1), variables, x)
+
+    def products(variables):
+        gradient = jax.grad(lambda adapter: jnp.sum(jnp.square(road.apply(variables, adapter, x))))
+        return str(jax.make_jaxpr(gradient)(adapter)).count("dot_general")
+
+    assert products(road_jax.quantize(variables, kind)) == products(variables)
 
 
 @pytest.mark.parametrize("scan", [True, False])
