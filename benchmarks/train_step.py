@@ -37,6 +37,7 @@ from benchmarks._common import RESULTS, Arm, bars, device, median_ratios, settin
 from benchmarks._lines import lines_of, pad
 from examples.demo import tasks
 from examples.demo.model import prepare_model
+from examples.demo.run import TRAIN_LENGTH, TRAIN_ROWS
 from road_jax import RoadConfig, models
 from road_jax.train import _data, _step
 
@@ -48,8 +49,8 @@ class Options:
     """Times training steps of RoAd in Flax against PEFT's RoAd and LoRA in PyTorch."""
 
     # Rows and tokens a row of a step, those of the demo; the task's batches have as many places.
-    rows: int = 4
-    length: int = 256
+    rows: int = TRAIN_ROWS
+    length: int = TRAIN_LENGTH
     # Every arm takes a step a round.
     rounds: int = 16
     # Of the task; a round takes the next one.

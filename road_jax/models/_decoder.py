@@ -98,24 +98,24 @@ class Attention(nn.Module):
 
         query = _turn(heads("q", c.num_attention_heads), context)
         key, value = _turn(heads("k", c.num_key_value_heads), context), heads("v", c.num_key_value_heads)
-        # [batch, kv_heads, queries of one, length, head_dim]. Products then give scores in the order in which they are
-        # masked and summed: only small arrays are laid out anew. Its heads and tokens are one axis in a product.
-        query = query.reshape(*x.shape[:2], c.num_key_value_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
-        grouped = query.shape[:-1]
-        query = query.reshape(*grouped[:2], -1, c.head_dim)
+        # [batch, kv_heads, tokens of the heads that share one, head_dim]: scores come in the order in which they are
+        # masked and summed, so that only small arrays are laid out anew.
+        query = query.swapaxes(1, 2)
+        by_head, grouped = query.shape[:3], (len(x), c.num_key_value_heads, -1)
+        query = query.reshape(*grouped, c.head_dim)
         keys, values = ((past[0], key), (past[1], value)) if past else ((key,), (value,))
         # One product a part saves copying the cache together with the new tokens.
         scores = [jnp.einsum("bkmd,bskd->bkms", query, k, preferred_element_type=jnp.float32) for k in keys]
         mask = context.mask
         if context.windowed_mask is not None:
             mask = context.windowed_mask if windowed is None else jnp.where(windowed, context.windowed_mask, mask)
-        logits = jnp.concatenate(scores, axis=-1).reshape(*grouped, -1) * c.head_dim**-0.5
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype).reshape(*query.shape[:-1], -1)
+        logits = jnp.concatenate(scores, axis=-1).reshape(*by_head, -1) * c.head_dim**-0.5
+        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype).reshape(*grouped, logits.shape[-1])
         parts = jnp.split(weights, [past[0].shape[1]], axis=-1) if past else [weights]
         results = [jnp.einsum("bkms,bskd->bkmd", w, v) for w, v in zip(parts, values, strict=True)]
-        result = functools.reduce(jnp.add, results).reshape(*grouped, c.head_dim)
-        result = result.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1)
+        result = functools.reduce(jnp.add, results).reshape(*by_head, c.head_dim).swapaxes(1, 2)
+        result = result.reshape(*x.shape[:2], -1)
         y = nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj", **types)(result)
         return y, (key, value)
 
