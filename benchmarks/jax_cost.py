@@ -2,10 +2,10 @@
 
 A decoder of 6 layers (width 512, MLP 2048, 8 heads, vocabulary 512), float32, 4 × 256 tokens, a loss at every token.
 Arms: the forward pass; biases alone, the floor that anything trained behind a frozen kernel pays; RoAd 1, 2 and 4; LoRA
-r8 as qwix, the field's own JAX library, builds it; all kernels; and RoAd by rotating the kernels, the naive way. FLOPs
-are XLA's count of the unrolled program, time and memory those of the scanned one, as it is trained, with what linear
-layers gave kept (``remat="linears"``) and with everything kept (``"none"``). Arms take turns within a round. Writes
-``benchmarks/results/jax_cost.json`` and ``.png``.
+r8 as qwix, the field's own JAX library, builds it; all kernels; RoAd by rotating the kernels, the naive way; and RoAd 1
+on a base of 8 and 4 bits. FLOPs are XLA's count of the unrolled program, time and memory those of the scanned one, as it
+is trained, with what linear layers gave kept (``remat="linears"``) and with everything kept (``"none"``); a base's
+memory is what its arrays take. Arms take turns within a round. Writes ``benchmarks/results/jax_cost.json`` and ``.png``.
 """
 
 import dataclasses
@@ -62,6 +62,7 @@ def main() -> None:
             "temp_mib": program.temp_mib(),
             "temp_mib_nothing_recomputed": plain[name].temp_mib(),
             "trained": program.trained,
+            "base_mib": program.base_mib(),
         }
     if options.rounds:
         times: dict[str, list[float]] = {name: [] for name in scanned}
@@ -90,11 +91,16 @@ def main() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled gradient: its executable, what it is called with, and how many parameters it trains."""
+    """A compiled gradient, and what it is called with."""
 
     compiled: Any
-    arguments: tuple[Any, ...]
-    trained: int
+    # Pytrees: what is trained, and what is frozen.
+    arguments: tuple[Any, Any]
+
+    @property
+    def trained(self) -> int:
+        """How many parameters it trains."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.arguments[0]))
 
     def run(self) -> None:
         """Runs it to the end."""
@@ -107,6 +113,10 @@ class Program:
     def temp_mib(self) -> float:
         """Returns what the program needs besides arguments and results."""
         return self.compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    def base_mib(self) -> float:
+        """Returns what the frozen params take."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arguments[1])) / 2**20
 
 
 def arms(options: Options, *, scan: bool, remat: Any, only: tuple[str, ...] = ()) -> dict[str, Program]:
@@ -128,7 +138,7 @@ def arms(options: Options, *, scan: bool, remat: Any, only: tuple[str, ...] = ()
 
         program = jax.jit(jax.value_and_grad(loss) if grad else loss)
         compiled = program.lower(trained, frozen).compile()
-        found[name] = Program(compiled, (trained, frozen), sum(leaf.size for leaf in jax.tree.leaves(trained)))
+        found[name] = Program(compiled, (trained, frozen))
 
     add(FORWARD, lambda _, frozen: model.apply(frozen, ids), {}, variables, grad=False)
     biases, rest = _split(variables, lambda path: path[-1] == "bias")
@@ -137,14 +147,16 @@ def arms(options: Options, *, scan: bool, remat: Any, only: tuple[str, ...] = ()
         road = road_jax.transform(model, RoadConfig(variant=variant, target_modules="all-linear"))
         adapter = road.init(jax.random.key(1), variables, ids)
         add(f"RoAd {variant[-1]}", lambda a, v, road=road: road.apply(v, a, ids), adapter, variables)
-        if variant == "road_1":
-            naive = (lambda a, v, road=road: model.apply(road.merge(v, a), ids), adapter, variables)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear"))
+    adapter = road.init(jax.random.key(1), variables, ids)
+    for kind in ("int8", "nf4"):
+        add(f"RoAd 1 on {kind}", lambda a, v: road.apply(v, a, ids), adapter, road_jax.quantize(variables, kind))
     lora, lora_variables = _lora(model, ids)
     factors, rest = _split(lora_variables, lambda path: "lora" in path[-1])
     add("LoRA r8 (qwix)", lambda trained, frozen: lora.apply(_join(trained, frozen), ids), factors, rest)
     kernels, rest = _split(variables, lambda path: path[-1] == "kernel" and "lm_head" not in path)
     add("all kernels", lambda trained, frozen: model.apply(_join(trained, frozen), ids), kernels, rest)
-    add("RoAd 1, kernels rotated", *naive)
+    add("RoAd 1, kernels rotated", lambda a, v: model.apply(road.merge(v, a), ids), adapter, variables)
     return found
 
 
@@ -188,12 +200,13 @@ def _join(trained: Any, frozen: Any) -> Any:
 def table(results: dict[str, Any]) -> Table:
     """The figures of all arms."""
     shown = Table(title="a gradient in JAX, float32", caption=results["device"])
-    for column in ("arm", "trained", "FLOPs / floor", "time / floor", "temp MiB", "temp MiB, all kept"):
+    for column in ("arm", "trained", "FLOPs / floor", "time / floor", "base MiB", "temp MiB", "temp MiB, all kept"):
         shown.add_column(column, justify="left" if column == "arm" else "right")
     for name, row in results["arms"].items():
         timed = f"{row['time_over_floor']:.2f}" if "time_over_floor" in row else ""
         numbers = (f"{row['trained']:,}", f"{row['flops_over_floor']:.3f}", timed)
-        shown.add_row(name, *numbers, f"{row['temp_mib']:.0f}", f"{row['temp_mib_nothing_recomputed']:.0f}")
+        memory = (f"{row[size]:.0f}" for size in ("base_mib", "temp_mib", "temp_mib_nothing_recomputed"))
+        shown.add_row(name, *numbers, *memory)
     return shown
 
 
