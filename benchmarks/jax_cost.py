@@ -1,11 +1,12 @@
 """What a gradient costs in JAX, by what is trained: FLOPs, temporary memory and time of the compiled program.
 
 A decoder of 6 layers (width 512, MLP 2048, 8 heads, vocabulary 512), float32, 4 × 256 tokens, a loss at every token.
-Arms: the forward pass; biases alone, the floor that anything trained behind a frozen kernel pays; RoAd 1, 2 and 4; LoRA
-r8 as qwix, the field's own JAX library, builds it; all kernels; RoAd by rotating the kernels, the naive way; and RoAd 1
-on a base of 8 and 4 bits. FLOPs are XLA's count of the unrolled program, time and memory those of the scanned one, as it
-is trained, with what linear layers gave kept (``remat="linears"``) and with everything kept (``"none"``); a base's
-memory is what its arrays take. Arms take turns within a round. Writes ``benchmarks/results/jax_cost.json`` and ``.png``.
+Arms: the forward pass; biases alone, the floor that anything trained behind a frozen kernel pays; RoAd 1, 2 and 4; RoAd
+1 on a base of 8 and 4 bits; LoRA r8 as qwix, the field's own JAX library, builds it; all kernels; and RoAd by rotating
+the kernels, the naive way. FLOPs are XLA's count of the unrolled program, time and memory those of the scanned one, as
+it is trained, with what linear layers gave kept (``remat="linears"``) and with everything kept (``"none"``); a base's
+memory is what its arrays take. Arms take turns within a round. Writes ``benchmarks/results/jax_cost.json`` and
+``.png``.
 """
 
 import dataclasses
