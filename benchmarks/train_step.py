@@ -37,7 +37,6 @@ from benchmarks._common import RESULTS, Arm, bars, device, median_ratios, settin
 from benchmarks._lines import lines_of, pad
 from examples.demo import tasks
 from examples.demo.model import prepare_model
-from examples.demo.run import TRAIN_LENGTH, TRAIN_ROWS
 from road_jax import RoadConfig, models
 from road_jax.train import _data, _step
 
@@ -48,9 +47,9 @@ OURS = "Flax RoAd"
 class Options:
     """Times training steps of RoAd in Flax against PEFT's RoAd and LoRA in PyTorch."""
 
-    # Rows and tokens a row of a step, those of the demo; the task's batches have as many places.
-    rows: int = TRAIN_ROWS
-    length: int = TRAIN_LENGTH
+    # Rows and tokens a row of a step; the task's batches have as many places.
+    rows: int = 4
+    length: int = 256
     # Every arm takes a step a round.
     rounds: int = 16
     # Of the task; a round takes the next one.

@@ -16,8 +16,8 @@ from examples.demo.stages import Stages, device_name, peak_memory
 from examples.demo.tasks import Scores, Task
 from road_jax.train import TrainOptions, train
 
-# Rows of a training batch and tokens in a row: about 900 tokens a step when lines are packed.
-TRAIN_ROWS, TRAIN_LENGTH = 4, 256
+# Rows of a training batch and tokens in a row: about 450 tokens a step when lines are packed.
+TRAIN_ROWS, TRAIN_LENGTH = 2, 256
 
 # Answered lines of the training data that the base sees before the question; without any it gets no address right.
 EXAMPLES = 2

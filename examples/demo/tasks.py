@@ -50,7 +50,7 @@ class Task:
         instruction: the system message of every line.
         labels: the answers to choose from; none where the answer is free text.
         answer_tokens: an upper bound on an answer's tokens, with the end token.
-        steps: optimiser steps that are enough, at about 850 tokens each.
+        steps: optimiser steps that are enough, at about 450 tokens each.
         learning_rate: the peak, with road-train's schedule.
         train: lines to train on.
         held_out: lines to score, of which no question (``sentiment``) or answer (``address``) is in ``train``.
@@ -129,7 +129,7 @@ def sentiment(cache: Path, console: Console | None = None, *, train: int = 1024,
         instruction="Is the review positive or negative? Answer with one word.",
         labels=("positive", "negative"),
         answer_tokens=4,
-        steps=30,
+        steps=60,
         learning_rate=4e-3,
         train=chosen[held_out:],
         held_out=chosen[:held_out],
@@ -168,7 +168,7 @@ def address(cache: Path, console: Console | None = None, *, held_out: int = 128)
         instruction="Extract JSON with the keys city, state and zip.",
         labels=(),
         answer_tokens=40,
-        steps=30,
+        steps=60,
         learning_rate=5e-3,
         train=sorted(kept, key=lambda line: _digest(line.question)),
         held_out=[same[answer][0] for answer in answers[:held_out]],
