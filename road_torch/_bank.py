@@ -1,7 +1,7 @@
 """The coefficients of the adapters of one layer, as two tables."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,12 @@ class Bank:
         self._written: dict[int, _Written] = {}
         # Tensors made in inference mode could not be used in training later.
         with torch.inference_mode(False):
-            self.first = _growing(torch.ones(2, out, device=device))
-            self.cross = _growing(torch.zeros(2, out, device=device))
+            self.first = _growing(torch.ones(2, out, dtype=torch.float32, device=device))
+            self.cross = _growing(torch.zeros(2, out, dtype=torch.float32, device=device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows nothing of how its θ and α came about: their versions begin anew."""
+        return {**self.__dict__, "_written": {}}
 
     def sources(self, row: int, key: object) -> Sequence[Tensor] | None:
         """Returns what a row was formed of, if that was under the same key and wasn't written to since; else None."""
@@ -63,6 +67,10 @@ class Bank:
     def forget(self, row: int) -> None:
         """Lets go of θ and α; the coefficients stay until another adapter gets the row."""
         self._written.pop(row, None)
+
+    def expire(self) -> None:
+        """Forms each row anew when it is next asked for: θ and α may change without a trace."""
+        self._written.clear()
 
     def reserve(self, row: int, limit: int | None = None) -> None:
         """Grows the tables until they have this row: to twice the size, but not beyond a limit that suffices."""

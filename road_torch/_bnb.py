@@ -1,7 +1,7 @@
 """Weights of bitsandbytes' layers: dequantised as the layer computes with them, and quantised anew."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes as bnb
@@ -36,29 +36,15 @@ def dequantize(base: Any) -> Tensor:
     )
 
 
-def requantize(base: Any, weight: Tensor) -> Callable[[], None]:
-    """Stores a float32 weight ``[out, in]``, quantised as the old one was.
-
-    Returns:
-        A function that puts the old one back, bit for bit.
-    """
+def requantize(base: Any, weight: Tensor) -> None:
+    """Stores a float32 weight ``[out, in]``, quantised as the old one was."""
     old = base.weight
     if isinstance(base, bnb.nn.Linear8bitLt):
-        kept = (base.state.CB, base.state.SCB)
-
-        def restore_8bit() -> None:
-            base.weight = old
-            base.state.CB, base.state.SCB = kept
-
         new = bnb.nn.Int8Params(weight.to("cpu", torch.float16), requires_grad=False, has_fp16_weights=False)
         base.weight = new.to(old.device)
         base.state.CB = base.state.SCB = None
-        return restore_8bit
-    state, module_state = old.quant_state, base.quant_state
-
-    def restore_4bit() -> None:
-        base.weight, base.quant_state = old, module_state
-
+        return
+    state = old.quant_state
     dtype = state.original_dtype if getattr(state, "packing_format_for_cpu", False) else state.dtype
     base.weight = bnb.nn.Params4bit(
         weight.to(dtype),
@@ -69,7 +55,22 @@ def requantize(base: Any, weight: Tensor) -> Callable[[], None]:
         quant_storage=old.quant_storage,
         module=base,
     ).to(old.device)
-    return restore_4bit
+
+
+def beside_weight(base: Any) -> dict[str, Any]:
+    """Returns what a quantised layer holds of its weight beside the parameter itself, for `put_beside_weight`."""
+    if isinstance(base, bnb.nn.Linear8bitLt):
+        if base.weight.CB is not None:
+            base.init_8bit_state()
+        return {"CB": base.state.CB, "SCB": base.state.SCB}
+    return {"quant_state": base.quant_state}
+
+
+def put_beside_weight(base: Any, values: Mapping[str, Any]) -> None:
+    """Puts back what `beside_weight` returned."""
+    holder = base.state if isinstance(base, bnb.nn.Linear8bitLt) else base
+    for name, value in values.items():
+        setattr(holder, name, value)
 
 
 def _int8_state(base: Any) -> tuple[Tensor, Tensor]:

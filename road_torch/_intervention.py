@@ -63,6 +63,8 @@ class InterventionModel(nn.Module):
         self._rows: dict[str, int] = {}
         self._banks: dict[int, Bank] = {}
         self._active: str | None = None
+        # Those in flight.
+        self._calls: list[_Call] = []
         self.train(base.training)
 
     @classmethod
@@ -145,10 +147,14 @@ class InterventionModel(nn.Module):
         """Forgets an intervention. If it was active, none is.
 
         Raises:
-            AdapterError: the name is unknown.
+            AdapterError: the name is unknown, or a call uses it; nothing has changed.
         """
         self._check_known([adapter_name])
         with LOCK:
+            if any(adapter_name in call.used for call in self._calls):
+                raise AdapterError(
+                    f"delete_adapter: expected an intervention that no call uses, found {adapter_name!r}"
+                )
             row = self._rows.pop(adapter_name)
             del self._interventions[adapter_name]
             for bank in self._banks.values():
@@ -333,6 +339,8 @@ class _Call:
 
     @torch.compiler.disable
     def __enter__(self) -> None:
+        with LOCK:
+            self._model._calls.append(self)
         self._before, LOCAL.call = LOCAL.call, self
         for layer, block in self._blocks.items():
             _patch(block, functools.partial(_turning, self.trunk, layer))
@@ -346,6 +354,8 @@ class _Call:
             _restore(block)
         if self._blocks and self._generates:
             _restore(self.trunk)
+        with LOCK:
+            self._model._calls.remove(self)
 
     @torch.compiler.disable
     def begin(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -37,11 +37,7 @@ class _Parameters(nn.ParameterDict):
         super().__delattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Parameters":
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(lambda tensor: moved(tensor, fn), recurse)
 
 
 class RoadLayer(nn.Module):
@@ -82,6 +78,8 @@ class RoadLayer(nn.Module):
         # These give a tensor that nobody else holds, so it may be overwritten.
         kind = type(base_layer)
         self._gives_new = kind is nn.Linear or is_conv1d(base_layer) or kind.__module__.startswith("bitsandbytes.")
+        # A mixed call that began with gradients passed here without.
+        self._unrecorded = False
         # Experts see a choice of the tokens: which row of the batch a token came from can't be known there.
         self._is_expert = "experts" in module_path.split(".")
         self.train(base_layer.training)
@@ -122,14 +120,18 @@ class RoadLayer(nn.Module):
             or _global_forward_pre_hooks
         ):
             y: Tensor = base(x, *args, **kwargs)
+            unseen = False
         else:
             y = _linear(x, weights["weight"], weights["bias"])
+            unseen = True
         shared = self._shared
         if shared.off or shared.merged:
             return y
         routing = LOCAL.routing
         if routing is None or routing.shared is not shared:
             routing = shared.plain
+            if with_grad and self._unrecorded:
+                self._check_recomputed()
         if compiling:
             return self._traced(y, routing)
         if with_grad and routing.trainable:
@@ -150,7 +152,10 @@ class RoadLayer(nn.Module):
                 for first, cross, group_size, index in plan.passes:
                     y = _ops.rotate(y, *default.rows(y, first, cross, index), group_size, shared.kernel)
                 return y
-        if self._gives_new and not base._forward_hooks and y.is_contiguous():
+        if not unseen and self._gives_new:
+            # A hook may hold what the base gave, or what stands in place of its forward.
+            unseen = not (base._forward_hooks or _global_forward_hooks or "forward" in base.__dict__)
+        if unseen and y.is_contiguous():
             for step in plan.steps:
                 y = step(y)
             return y
@@ -186,7 +191,7 @@ class RoadLayer(nn.Module):
             self._bank = Bank(self.out_features, device)
             self._shared.devices.add(device)
             for name in self._shared.rows:
-                self.place(name)
+                self.place(name, self._bank)
         return self._bank
 
     def place(self, name: Name, bank: Bank | None = None) -> Sequence[Tensor]:
@@ -248,14 +253,14 @@ class RoadLayer(nn.Module):
             )
         return first, cross
 
-    def passes(self, names: Sequence[str], *, device: torch.device | None = None) -> list[Pass]:
+    def passes(self, names: Sequence[str]) -> list[Pass]:
         """Returns float32 rotations that amount to these adapters one after the other, each ``[out]``.
 
         Neighbours of one group size become one rotation.
         """
-        return self._passes([(name, 1.0) for name in names], device)
+        return self._passes([(name, 1.0) for name in names], self._device())
 
-    def _passes(self, mix: Sequence[tuple[str, float]], device: torch.device | None) -> list[Pass]:
+    def _passes(self, mix: Sequence[tuple[str, float]], device: torch.device) -> list[Pass]:
         found: list[Pass] = []
         for name, weight in mix:
             if name not in self.road_theta:
@@ -306,13 +311,15 @@ class RoadLayer(nn.Module):
 
     def _gather(self, y: Tensor, routing: Routing) -> Plan:
         plain = self._shared.plain
-        if routing.names is None and routing is not plain and routing.rows == plain.rows:
+        same = (routing.used, routing.rows) == (plain.used, plain.rows)
+        if same and routing.names is None and routing is not plain:
             # A generation with the active adapters: what a plain call gathered serves every one of them.
             known = plain.plans.get(self)
             if known is None or known.dtype is not y.dtype or known.outdated(self._changes[0]):
                 known = self._plan(y, plain, None)
             return Plan(y.dtype, known.passes, known.sources, known.changes)
         self._check_order(routing)
+        self._unrecorded |= routing.with_grad and not _is_grad_enabled()
         self._kernel = _kernels.choose(self._shared.kernel, y.device)
         names: list[Name] = []
         sources: list[Tensor] = []
@@ -335,19 +342,38 @@ class RoadLayer(nn.Module):
                 "found an expert, to which tokens are routed"
             )
 
+    def _check_recomputed(self) -> None:
+        # Only a backward pass computes forward outside of a call; which adapters its rows had isn't known any more.
+        if torch._C._current_graph_task_id() != -1:
+            self._unrecorded = False
+            raise AdapterError(
+                f"{self.module_path}: expected a mixed batch without reentrant checkpointing, found a backward pass "
+                "that computes this layer a second time after the call"
+            )
+
+    def expire(self) -> None:
+        """Forgets which θ and α the coefficients are of: an optimizer that writes through ``.data`` leaves no trace."""
+        self._changes[0] += 1
+        if self._bank is not None:
+            self._bank.expire()
+
     def _differentiable(self, y: Tensor, routing: Routing) -> Tensor:
         """The rotation with gradients for ``y``, θ and α, nothing prepared."""
+        # A compiled graph would be guarded by what changes here: RoadModel does it before the call.
+        if not _is_compiling():
+            self.expire()
 
         def rotate(y: Tensor, first: Tensor, cross: Tensor, size: int) -> Tensor:
-            if torch.compiler.is_compiling():
-                return default.rotate(y, first, cross, size)
+            if _is_compiling():
+                # Expanded first, the coefficients' gradients are summed in float32.
+                return default.rotate(y, first.expand(y.shape), cross.expand(y.shape), size)
             return _ops.rotate(y, first, cross, size, self._shared.kernel)
 
         if routing.names is None:
             for first, cross, size, _ in self._passes(
                 [part for name in routing.used for part in parts(name)], y.device
             ):
-                y = rotate(y, first.to(y.dtype), cross.to(y.dtype), size)
+                y = rotate(y, first, cross, size)
             return y
         self._check_order(routing)
         repeats = routing.repeats(y, self.module_path)
@@ -386,13 +412,27 @@ class RoadLayer(nn.Module):
         # Tables and plans stand where the parameters stood.
         self._shared.plain.plans.pop(self, None)
         self._bank = None
-        moved = super()._apply(fn, recurse)
+        if self.unmerged is not None:
+            self.unmerged.move(fn)
+        stored = {
+            id(values[name])
+            for values in (self.road_theta, self.road_alpha)
+            for name in values
+            if self._shared.stores(self._shared.configs[name])
+        }
+        super()._apply(lambda tensor: tensor if id(tensor) in stored else fn(tensor), recurse)
         _ = self.bank
-        return moved
+        return self
 
     def extra_repr(self) -> str:
         """Names the adapters."""
         return f"adapters={self.adapters}"
+
+
+def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns what a module's ``_apply`` makes of a tensor that keeps its dtype."""
+    new = fn(tensor)
+    return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
 
 def features(module: Any) -> tuple[int, int]:
@@ -425,7 +465,8 @@ def _device(module: nn.Module) -> torch.device:
     # a mixed batch asks every layer.
     device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
     if device is not None:
-        return torch.device(device)
+        # As a tensor there calls it: "cuda" is also "cuda:0".
+        return torch.empty(0, device=device).device
     for tensor in itertools.chain(module._parameters.values(), module.parameters(), module.buffers()):
         if tensor is not None and tensor.device.type != "meta":
             return tensor.device

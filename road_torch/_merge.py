@@ -1,17 +1,56 @@
 """Merging in closed form: rows of the weight rotated in float32, rounded once, checked, and only then stored."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from road_core import AdapterError
 from road_torch._kernels import default
-from road_torch._layer import RoadLayer, is_conv1d
+from road_torch._layer import RoadLayer, is_conv1d, moved
 from road_torch._routing import Pass
 
 # Rows are widened to float32 in blocks of about this many elements: little memory, and few calls a layer.
 _BLOCK = 1 << 20
+
+# What is rotated through float32; float8 and the like have scales elsewhere.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Kept:
+    """A layer's weight and bias as they stand, to be put back: data, which is moved, copied and pickled with the layer.
+
+    Args:
+        base: the layer.
+        quantized: whether it is one of bitsandbytes whose weight stands in 4 or 8 bits.
+    """
+
+    def __init__(self, base: Any, *, quantized: bool) -> None:
+        # In a module, for what moves a model moves parameters of every kind.
+        self._module = nn.Module()
+        for name in ("weight", "bias"):
+            if name in base._parameters:
+                self._module.register_parameter(name, base._parameters[name])
+        self._beside: dict[str, Any] = {}
+        if quantized:
+            from road_torch import _bnb
+
+            self._beside = _bnb.beside_weight(base)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Does what the layer's ``_apply`` does."""
+        self._module._apply(fn)
+        self._beside = {n: moved(v, fn) if isinstance(v, Tensor) else v for n, v in self._beside.items()}
+
+    def put_back(self, base: Any) -> None:
+        """Gives the layer its weight and bias back, bit for bit."""
+        for name, value in self._module._parameters.items():
+            setattr(base, name, value)
+        if self._beside:
+            from road_torch import _bnb
+
+            _bnb.put_beside_weight(base, self._beside)
 
 
 def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True) -> float | None:
@@ -33,46 +72,64 @@ def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True) -> floa
         passes = layer.passes(names)
         if not passes:
             return None
-        if type(base).__module__.startswith("bitsandbytes."):
-            from road_torch import _bnb
-
-            if _bnb.is_quantized(base):
-                return _merge_quantized(layer, passes, names, check)
-        weight = base.weight
-        # torchao's weights say that they are floating-point, and hold something else.
-        held = weight.detach() if isinstance(weight, Tensor) else weight
-        if type(held) is not Tensor or not held.is_floating_point() or held.device.type == "meta":
-            raise AdapterError(
-                f"{path}: expected a plain floating-point weight to merge into, found {type(base).__name__} with "
-                f"{type(held).__name__} of {getattr(held, 'dtype', None)} on {getattr(held, 'device', None)}"
-            )
-        rows = weight.T if is_conv1d(base) else weight
-        merged = _rotate_rows(rows, passes)
-        bias = _bias(base, passes)
-        if check:
-            _check_finite(path, merged, bias)
-        old_weight, old_bias = base.weight, getattr(base, "bias", None)
-
-        def undo() -> None:
-            base.weight, base.bias = old_weight, old_bias
-
-        # A new parameter, for the old one may be tied to an embedding, which must stay as it is.
-        base.weight = _like(old_weight, merged.T.contiguous() if is_conv1d(base) else merged)
-        if bias is not None:
-            base.bias = _like(base.bias, bias)
-    _done(layer, names, undo)
-    return None
+        quantized = _is_quantized(base)
+        if not quantized:
+            _check_plain(path, base, "weight")
+        if getattr(base, "bias", None) is not None:
+            _check_plain(path, base, "bias")
+        error = None
+        if quantized:
+            kept, error = _merge_quantized(layer, passes, check)
+        else:
+            weight = base.weight
+            merged = _rotate_rows(weight.T if is_conv1d(base) else weight, passes)
+            bias = _bias(base, passes)
+            if check:
+                _check_finite(path, merged, bias)
+            kept = Kept(base, quantized=False)
+            # A new parameter, for the old one may be tied to an embedding, which must stay as it is.
+            base.weight = _like(weight, merged.T.contiguous() if is_conv1d(base) else merged)
+            if bias is not None:
+                base.bias = _like(base.bias, bias)
+    layer.unmerged = kept
+    layer.merged_adapters = [name for name in names if name in layer.road_theta]
+    return error
 
 
 def unmerge(layer: RoadLayer) -> None:
     """Puts back, bit for bit, what `merge` replaced."""
     if layer.merged_adapters:
-        layer.unmerged()
+        layer.unmerged.put_back(layer.base_layer)
         layer.unmerged = None
         layer.merged_adapters = []
 
 
-def _merge_quantized(layer: RoadLayer, passes: Sequence[Pass], names: Sequence[str], check: bool) -> float:
+def _is_quantized(base: nn.Module) -> bool:
+    if not type(base).__module__.startswith("bitsandbytes."):
+        return False
+    from road_torch import _bnb
+
+    return _bnb.is_quantized(base)
+
+
+def _check_plain(path: str, base: Any, name: str) -> None:
+    """Old and new weight norm, for instance, compute the weight from other parameters at each call."""
+    value = base._parameters.get(name)
+    if value is None:
+        raise AdapterError(
+            f"{path}: expected a {name} to merge into that is a parameter of the layer, found {type(base).__name__} "
+            "without one"
+        )
+    # torchao's weights say that they are floating-point, and hold something else.
+    held = value.detach()
+    if type(held) is not Tensor or held.dtype not in _DTYPES or held.device.type == "meta":
+        raise AdapterError(
+            f"{path}: expected a plain floating-point {name} to merge into, found {type(base).__name__} with "
+            f"{type(held).__name__} of {held.dtype} on {held.device}"
+        )
+
+
+def _merge_quantized(layer: RoadLayer, passes: Sequence[Pass], check: bool) -> tuple[Kept, float]:
     from road_torch import _bnb
 
     base = layer.base_layer
@@ -80,25 +137,15 @@ def _merge_quantized(layer: RoadLayer, passes: Sequence[Pass], names: Sequence[s
     bias = _bias(base, passes)
     if check:
         _check_finite(layer.module_path, merged, bias)
-    restore, old_bias = _bnb.requantize(base, merged), base.bias
+    kept = Kept(base, quantized=True)
+    _bnb.requantize(base, merged)
     error = (_bnb.dequantize(base) - merged).norm() / merged.norm().clamp_min(torch.finfo(torch.float32).tiny)
     if check and not torch.isfinite(error):
-        restore()
+        kept.put_back(base)
         raise AdapterError(f"{layer.module_path}: expected a merged weight that can be quantised, found it too large")
     if bias is not None:
         base.bias = _like(base.bias, bias)
-
-    def undo() -> None:
-        restore()
-        base.bias = old_bias
-
-    _done(layer, names, undo)
-    return float(error)
-
-
-def _done(layer: RoadLayer, names: Sequence[str], undo: Callable[[], None]) -> None:
-    layer.unmerged = undo
-    layer.merged_adapters = [name for name in names if name in layer.road_theta]
+    return kept, float(error)
 
 
 def _rotate_rows(weight: Tensor, passes: Sequence[Pass]) -> Tensor:

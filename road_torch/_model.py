@@ -367,11 +367,13 @@ class RoadModel(nn.Module):
             self._shared.rows.pop(adapter_name, None)
             self._forget(self._shared.mixes_with(adapter_name))
             del self._shared.configs[adapter_name]
+            # Unwrapped layers have their plans in the old one.
+            self._shared.plain = Routing(self._shared, None, lasting=True)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While open, the model computes as the base did; merged adapters are unmerged and merged again after."""
-        before, merged = self._shared.off, self.merged_adapters
+        before, merged, checked = self._shared.off, self.merged_adapters, self._shared.merge_checked
         if merged:
             self.unmerge_adapter()
         self._shared.off = True
@@ -380,7 +382,7 @@ class RoadModel(nn.Module):
         finally:
             self._shared.off = before
             if merged:
-                self.merge_adapter(merged)
+                self.merge_adapter(merged, checked)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> dict[str, float]:
         """Rotates the base's weights and biases themselves, in float32 and rounded once.
@@ -399,10 +401,7 @@ class RoadModel(nn.Module):
         Raises:
             AdapterError: an unknown name, something is merged already, or a layer can't be merged; nothing has changed.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        self._check_known(names)
-        self._check_unmerged("merge_adapter")
-        self._check_one_copy("merge_adapter", names)
+        names = self._to_merge(adapter_names)
         errors = {}
         done = []
         try:
@@ -415,8 +414,15 @@ class RoadModel(nn.Module):
             for layer in done:
                 _merge.unmerge(layer)
             raise
-        self._shared.merged = tuple(names)
+        self._shared.merged, self._shared.merge_checked = tuple(names), safe_merge
         return errors
+
+    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._check_known(names)
+        self._check_unmerged("merge_adapter")
+        self._check_one_copy("merge_adapter", names)
+        return names
 
     def unmerge_adapter(self) -> None:
         """Puts back the weights that `merge_adapter` replaced, bit for bit.
@@ -433,11 +439,21 @@ class RoadModel(nn.Module):
     def merge_and_unload(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> nn.Module:
         """Merges adapters for good and returns the plain base model, without any wrapped layer.
 
+        All layers are tried first, and then each lets go of its old weight as it is merged: there is no memory for more
+        than one layer's beside the model.
+
         Raises:
             AdapterError: as `merge_adapter`.
         """
         if not self.merged_adapters:
-            self.merge_adapter(adapter_names, safe_merge)
+            names = self._to_merge(adapter_names)
+            for layer in layers(self):
+                _merge.merge(layer, names, check=safe_merge)
+                _merge.unmerge(layer)
+            for layer in layers(self):
+                _merge.merge(layer, names, check=False)
+                layer.unmerged = None
+            self._shared.merged = tuple(names)
         elif adapter_names is not None and list(adapter_names) != self.merged_adapters:
             raise AdapterError(
                 f"merge_and_unload: expected the merged adapters {self.merged_adapters}, found {list(adapter_names)}"
@@ -530,13 +546,19 @@ class RoadModel(nn.Module):
     ) -> routed:
         """Returns the context in which the layers know which adapter each row gets."""
         names = None if adapter_names is None else self._check_names(adapter_names, args, kwargs)
+        # A generation records none.
+        with_grad = torch.is_grad_enabled() and not generates
         with LOCK:
             if self._shared.off or (names is None and not generates):
                 routing = self._shared.plain
             else:
                 self._place([name for name in dict.fromkeys(names or ()) if name != BASE])
-                routing = Routing(self._shared, names)
-            if self._shared.traced:
+                routing = Routing(self._shared, names, with_grad=with_grad)
+            if with_grad and routing.trainable:
+                # Compiled layers don't do it themselves.
+                for layer in layers(self):
+                    layer.expire()
+            elif self._shared.traced:
                 # Compiled layers don't look whether θ and α were written to.
                 for layer in layers(self):
                     for name in routing.used:
@@ -716,7 +738,7 @@ class RoadModel(nn.Module):
             holder.modules_to_save[name] = own.requires_grad_(False)
             if holder is not module:
                 wrapped[module] = holder
-        stored = torch.device("cpu") if self._shared.limit is not None and config.inference_mode else None
+        stored = torch.device("cpu") if self._shared.stores(config) else None
         for path, (theta, alpha) in parameters.items():
             module = modules[path]
             layer = module if isinstance(module, RoadLayer) else RoadLayer(module, path, self._shared)

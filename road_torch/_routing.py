@@ -4,7 +4,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Container, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,7 @@ class Shared:
         active: the adapters that a plain call applies, one after the other.
         off: True while adapters are disabled.
         merged: the adapters that stand in the base's weights, in the order in which they were applied.
+        merge_checked: whether merging them would have refused weights that aren't finite.
         configs: of every adapter, in the order in which they came.
         rows: the row of the banks for each adapter and mix that has one, the least recently used first; 0 is the
             identity.
@@ -122,6 +123,7 @@ class Shared:
         self.active: tuple[str, ...] = ()
         self.off = False
         self.merged: tuple[str, ...] = ()
+        self.merge_checked = True
         self.configs: dict[str, RoadConfig] = {}
         self.rows: dict[Name, int] = {}
         self.limit = limit
@@ -131,9 +133,17 @@ class Shared:
         self.traced = False
         self.plain = Routing(self, None, lasting=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The calls in flight are not a copy's."""
+        return {**self.__dict__, "calls": []}
+
     def group_size(self, name: Name) -> int:
         """The group size of an adapter, or of the adapters of a mix."""
         return self.configs[parts(name)[0][0]].group_size
+
+    def stores(self, config: RoadConfig) -> bool:
+        """True for an adapter whose θ and α stay on the CPU, wherever the layers are."""
+        return self.limit is not None and config.inference_mode
 
     def mixes_with(self, adapter: str) -> list[Mix]:
         """Returns the mixes that have a row and this adapter in them."""
@@ -189,14 +199,18 @@ class Routing:
         rows: their rows in the banks. An adapter that is swapped meanwhile gets another one.
         sizes: their group sizes.
         trainable: whether one of them may be in training.
+        with_grad: whether the call that this is for began with gradients.
         steps: by device, ``(group size, rows of the banks)`` for a compiled model, int64 ``[batch]`` or ``[1]``.
         plans: what each layer gathered.
         scratch: memory that layers use one after the other, by its shape, dtype and device.
     """
 
-    def __init__(self, shared: Shared, names: Sequence[Name] | None, *, lasting: bool = False) -> None:
+    def __init__(
+        self, shared: Shared, names: Sequence[Name] | None, *, lasting: bool = False, with_grad: bool = False
+    ) -> None:
         self.shared = shared
         self.lasting = lasting
+        self.with_grad = with_grad
         self.names = None if names is None else tuple(names)
         self.batch = len(names or ())
         wanted: Sequence[Name] = shared.active if names is None else names
@@ -214,6 +228,10 @@ class Routing:
         self.steps: dict[torch.device, list[tuple[int, Tensor]]] = {}
         for device in shared.devices:
             self.steps[device] = self.indices(1, device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What layers gathered fits their own θ and α, not those of a copy."""
+        return {**self.__dict__, "plans": {}, "scratch": {}}
 
     def indices(self, repeats: int, device: torch.device) -> list[tuple[int, Tensor]]:
         """Returns ``(group size, rows of the banks)``: for each size in a mixed batch, for each active adapter else."""

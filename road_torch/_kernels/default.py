@@ -137,12 +137,3 @@ def compose(first: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], group_siz
     """Returns the coefficients of one rotation after another of the same group size, in closed form."""
     (f, c), (g, d) = first, then
     return g * f + d * partner(c, group_size), g * c + d * partner(f, group_size)
-
-
-def inverse(first: Tensor, cross: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Returns the coefficients of the inverse; where a block is singular they are not finite.
-
-    A block ``[[f0, c0], [c1, f1]]`` has the inverse ``[[f1, -c0], [-c1, f0]] / (f0 f1 - c0 c1)``.
-    """
-    determinant = first * partner(first, group_size) - cross * partner(cross, group_size)
-    return partner(first, group_size) / determinant, -cross / determinant

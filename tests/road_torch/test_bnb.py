@@ -1,5 +1,7 @@
 """Layers of bitsandbytes: their own output rotated, in its dtype; merging before and after the CPU repacks weights."""
 
+import copy
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -155,6 +157,29 @@ def test_merge_and_unmerge(kind, forward_first):
     with model.disable_adapter():
         assert torch.equal(model(X), y)
     assert torch.equal(quantized.bias, bias)
+
+
+@pytest.mark.parametrize("forward_first", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_and_a_cast_while_merged(kind, forward_first):
+    inner, _ = make(kind, torch.float32)
+    model, _ = road(Model(inner))
+    if forward_first:
+        model(X)
+    twin = copy.deepcopy(model)
+    with twin.disable_adapter():
+        y = twin(X).clone()
+    model.merge_adapter(["a"])
+    merged = model(X).clone()
+    second = copy.deepcopy(model).to(torch.bfloat16).float()
+    second.unmerge_adapter()
+    with second.disable_adapter():
+        # The bias alone was rounded.
+        assert_close(second(X), y, "bfloat16")
+    assert torch.equal(model(X), merged)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(X), y)
 
 
 @pytest.mark.parametrize("kind", ["nf4-double", "int8"])

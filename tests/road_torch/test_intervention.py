@@ -384,6 +384,26 @@ def test_interventions_come_and_go(base, folders):
     assert_close(_logits_of(model, padded(TEXTS[:1]), ["new"])[0], by_hand(base, "last", TEXTS[0]), "float32")
 
 
+@pytest.mark.parametrize("names", [None, ["last", "ends"]])
+def test_an_intervention_in_use_is_not_deleted(names, base, folders):
+    model = with_interventions(base, folders)
+    batch, refused = padded(TEXTS[:2]), []
+    expected = _logits_of(model, batch, names)
+
+    def delete(*_):
+        with pytest.raises(AdapterError, match="no call uses, found 'last'"):
+            model.delete_adapter("last")
+        refused.append(1)
+
+    handle = base.model.layers[0].register_forward_pre_hook(delete)
+    try:
+        np.testing.assert_array_equal(_logits_of(model, batch, names), expected)
+    finally:
+        handle.remove()
+    assert refused
+    model.delete_adapter("last")
+
+
 def _logits_of(model, batch, names):
     with torch.no_grad():
         return model(**batch, adapter_names=names).logits

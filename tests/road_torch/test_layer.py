@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import road_core
 from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
+from road_torch._kernels import default
 
 IN, OUT = 64, 128
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -182,6 +183,29 @@ def test_an_output_that_a_hook_keeps_is_not_overwritten():
             torch.testing.assert_close(kept[number], nn.functional.linear(x, linear.weight, linear.bias))
 
 
+@pytest.mark.parametrize("where", ["global hook", "own forward"])
+@torch.inference_mode()
+def test_an_output_that_another_watcher_keeps_is_not_overwritten(where):
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "a"))
+    linear, x, kept = model.base_model.inner["proj"].base_layer, torch.randn(2, IN), []
+    expected = model(x)
+    if where == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, y: kept.append(y) if module is linear else None
+        )
+    else:
+
+        def forward(x):
+            kept.append(nn.functional.linear(x, linear.weight, linear.bias))
+            return kept[-1]
+
+        linear.forward = forward
+    assert torch.equal(model(x), expected)
+    if where == "global hook":
+        handle.remove()
+    assert torch.equal(kept[0], nn.functional.linear(x, linear.weight, linear.bias))
+
+
 def _double_the_input(_module, args):
     return (2 * args[0],)
 
@@ -255,6 +279,16 @@ def test_a_change_of_parameters_shows_at_once(way):
     assert torch.equal(again[1], model(x)[1])
 
 
+def test_coefficients_are_float32_whatever_the_default_is():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "a"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.base_model.inner["proj"].bank.first.dtype == torch.float32
+    assert model.base_model.inner["proj"].bank.cross.dtype == torch.float32
+
+
 def test_adapters_stay_in_float32_when_the_model_is_cast():
     model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "a"))
     x = torch.randn(2, IN)
@@ -298,6 +332,25 @@ def test_training_gives_the_gradient_of_the_formula():
         assert layer.road_theta["b"].grad is None
 
 
+@pytest.mark.parametrize("how", ["plain", "mixed", "compiled"])
+def test_many_rows_in_float16_do_not_overflow_a_gradient(how):
+    """The sum over rows is beyond float16, the result is float32."""
+    model = fill(RoadModel(Model(make_base("linear", torch.float16))), adapters("road_1", 8, "a", train=True))
+    layer, x = model.base_model.inner["proj"], torch.randn(2048, IN).half()
+    called = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    y = called(x, adapter_names=["a"] * len(x) if how == "mixed" else None)
+    y.backward((100 * layer.base_layer(x)).detach())
+    given = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        base = layer.base_layer(x).double()
+    theta, alpha = (v["a"].detach().double().requires_grad_() for v in (layer.road_theta, layer.road_alpha))
+    first, cross = default.coefficients(theta, alpha, "road_1", 8)
+    default.rotate(base, first, cross, 8).backward(100 * base)
+    assert alpha.grad.abs().max() > torch.finfo(torch.float16).max
+    assert_close(given["road_theta.a"].double(), theta.grad, "float16")
+    assert_close(given["road_alpha.a"].double(), alpha.grad, "float16")
+
+
 def test_gradients_flow_through_a_frozen_adapter():
     model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "ab"))
     x = torch.randn(2, 3, IN, requires_grad=True)
@@ -311,8 +364,6 @@ def test_gradients_flow_through_a_frozen_adapter():
 
 def test_coefficients_are_formed_once_a_change(monkeypatch):
     model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "ab"))
-    from road_torch._kernels import default
-
     calls = []
     form = default.coefficients
     monkeypatch.setattr(default, "coefficients", lambda *args: calls.append(args) or form(*args))

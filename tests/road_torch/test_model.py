@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import io
+import weakref
+from unittest import mock
 
 import accelerate
 import pytest
@@ -12,7 +15,7 @@ from _models import small_config, small_model
 from torch import nn
 
 from road_core import Adapter, read_peft, write_peft
-from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
+from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel, _merge
 
 IDS = torch.arange(3, 31).reshape(4, 7)
 
@@ -120,7 +123,10 @@ def test_delete_adapter_unwraps_layers_and_frees_its_row():
     assert torch.equal(logits(model, adapter_names=["a"] * 4), alone)
     c = logits(model, adapter_names=["c"] * 4)
     assert not torch.allclose(c, alone, atol=1e-2)
+    logits(model)
     model.delete_adapter("c")
+    left = {m for m in model.modules() if isinstance(m, RoadLayer)}
+    assert set(model._shared.plain.plans) <= left
     assert torch.equal(logits(model), alone)
 
 
@@ -198,6 +204,124 @@ def test_a_model_can_be_copied_and_pickled_state_loaded():
     assert model.active_adapter == "a"
     assert torch.equal(logits(twin), logits(model, adapter_names=["b"] * 4))
     model.load_state_dict(twin.state_dict())
+
+
+@torch.no_grad()
+def test_a_copy_sees_what_is_written_to_it():
+    """Four writes count as many versions in the copy as four in the model that it was made of."""
+    model = with_adapters("a")
+
+    def write(written):
+        for name, parameter in written.named_parameters():
+            for _ in range(4 if ".road_" in name else 0):
+                parameter.add_(0.1)
+
+    write(model)
+    before = logits(model)
+    logits(model, adapter_names=["a"] * 4)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), before)
+    twin = copy.deepcopy(model)
+    write(twin)
+    fresh = with_adapters("a")
+    fresh.load_state_dict(twin.state_dict())
+    assert torch.equal(logits(twin), logits(fresh))
+    assert torch.equal(logits(twin, adapter_names=["a"] * 4), logits(fresh))
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("way", ["copied", "pickled"])
+def test_a_copy_while_merged_has_its_own_weights(way):
+    model = with_adapters()
+    expected = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    if way == "copied":
+        twin = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert torch.equal(logits(twin), merged)
+    twin.unmerge_adapter()
+    assert torch.equal(logits(twin), expected)
+    with twin.disable_adapter():
+        assert torch.equal(logits(twin), logits(small_model()))
+    assert model.merged_adapters == ["a"]
+    assert torch.equal(logits(model), merged)
+
+
+def test_what_unmerging_puts_back_is_cast_with_the_model():
+    model = with_adapters(base=small_model(tie_word_embeddings=True), target_modules=["q_proj", "lm_head"])
+    twin = copy.deepcopy(model).to(torch.bfloat16)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    merged = logits(model)
+    assert merged.dtype == torch.bfloat16
+    with model.disable_adapter(), twin.disable_adapter():
+        assert torch.equal(logits(model), logits(twin))
+    model.unmerge_adapter()
+    assert model.base_model.lm_head.base_layer.weight is model.base_model.model.embed_tokens.weight
+    assert torch.equal(logits(model), logits(twin))
+
+
+@pytest.mark.parametrize("refused", ["no weight", "float8", "weight norm", "bias"])
+def test_a_base_that_can_not_be_merged(refused):
+    base = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+    last = base[1]
+    if refused == "no weight":
+        last.register_buffer("codes", last.weight.detach().clone())
+        del last.weight
+        last.forward = lambda x: x @ last.codes.T + last.bias
+    elif refused == "float8":
+        last.weight = nn.Parameter(last.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+        last.forward = lambda x: x @ last.weight.float().T + last.bias
+    elif refused == "weight norm":
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            nn.utils.weight_norm(last)
+    else:
+        del last.bias
+        last.bias = True
+        last.forward = lambda x: x @ last.weight.T
+    model, x = RoadModel(base, config()).eval(), torch.randn(3, 8)
+    expected, before = model(x), state(model)
+    kind = "bias" if refused == "bias" else "weight"
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        for safe in (True, False):
+            with pytest.raises(AdapterError, match=rf"^1: expected a .*{kind} to merge into.*, found Linear with"):
+                merge(safe_merge=safe)
+            assert_same(before, state(model))
+    assert torch.equal(model(x), expected)
+
+
+def test_disable_adapter_merges_again_as_before():
+    model = with_adapters(target_modules=["q_proj"])
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, RoadLayer)).road_alpha["a"].fill_(float("nan"))
+    with pytest.raises(AdapterError, match="expected finite values after merging"):
+        model.merge_adapter()
+    model.merge_adapter(safe_merge=False)
+    with model.disable_adapter():
+        assert torch.isfinite(logits(model)).all()
+    assert model.merged_adapters == ["a"]
+
+
+def test_merge_and_unload_keeps_no_second_set_of_weights():
+    model = with_adapters("a")
+    old = [weakref.ref(m.base_layer.weight) for m in model.modules() if isinstance(m, RoadLayer)]
+    alive = []
+    merge = _merge.merge
+
+    def spy(*args, **kwargs):
+        error = merge(*args, **kwargs)
+        alive.append(sum(layer.unmerged is not None for layer in model.modules() if isinstance(layer, RoadLayer)))
+        return error
+
+    with mock.patch.object(_merge, "merge", spy):
+        model.merge_and_unload()
+    assert max(alive) == 1
+    assert [ref() for ref in old] == [None] * len(old)
 
 
 def test_a_module_that_stands_in_two_places_is_adapted_in_both():
@@ -410,6 +534,47 @@ def test_gradient_checkpointing_and_a_mixed_batch():
     with pytest.raises(AdapterError, match="without gradient checkpointing"):
         model(IDS, adapter_names=["a"] * 4)
     model(IDS).logits.sum().backward()
+
+
+def test_a_mixed_batch_under_another_checkpointing():
+    """That computes the layers a second time when the call is over."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.up, x, use_reentrant=True)
+
+    model = RoadModel(Checkpointed(), config(target_modules=["up"], inference_mode=False), "a")
+    model.add_adapter("b", config(target_modules=["up"]))
+    x = torch.randn(2, 8, requires_grad=True)
+    mixed = model(x, adapter_names=["b", "a"])
+    with pytest.raises(AdapterError, match=r"up: expected a mixed batch without reentrant checkpointing"):
+        mixed.sum().backward()
+    assert model.base_model.up.road_theta["a"].grad is None
+    # Plain calls may be computed a second time.
+    model(x).sum().backward()
+    given = model.base_model.up.road_theta["a"].grad
+    assert_close(
+        given, torch.autograd.grad(model.base_model.up(x).sum(), model.base_model.up.road_theta["a"])[0], "float32"
+    )
+
+
+@torch.no_grad()
+def test_a_base_whose_device_accelerate_spells_otherwise():
+    expected = with_adapters()
+    base = small_model()
+    for module in base.modules():
+        if isinstance(module, nn.Linear):
+            accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook(execution_device="cpu:0"))
+    model = with_adapters(base=base)
+    assert torch.equal(logits(model), logits(expected))
+    names = ["a", "__base__", "b", "a"]
+    assert torch.equal(logits(model, adapter_names=names), logits(expected, adapter_names=names))
+    layer = next(m for m in model.modules() if isinstance(m, RoadLayer))
+    assert layer.bank is layer.bank
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The rotation's kernels and its op, against road_core's float64."""
 
-import numpy as np
 import pytest
 import torch
 from _compare import assert_close, named_values
@@ -53,7 +52,7 @@ def test_a_row_of_a_batch_has_its_own_coefficients():
 
 
 @pytest.mark.parametrize("group_size", [2, 64])
-def test_compose_and_inverse(group_size):
+def test_compose(group_size):
     y = torch.from_numpy(named_values("y", 4, OUT)).double()
     one, two = (
         default.coefficients(*(torch.from_numpy(named_values(f"{n}{i}", 2 * OUT)) for n in "ta"), "road_4", group_size)
@@ -63,8 +62,6 @@ def test_compose_and_inverse(group_size):
     expected = default.rotate(default.rotate(y, *one, group_size), *two, group_size)
     both = default.compose(one, two, group_size)
     assert_close(default.rotate(y, *both, group_size), expected, "float64", moved_from=y)
-    back = default.rotate(expected, *default.inverse(*both, group_size), group_size)
-    np.testing.assert_allclose(back, y, atol=1e-6)
 
 
 def samples():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import threading
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from _compare import assert_close, named_values
@@ -123,6 +124,45 @@ def test_a_compiled_model_is_trained():
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other)
     check(compiled(X), model, "aaaa")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_an_optimizer_writes_through_data_is_used(compiled):
+    """Those of bitsandbytes on a CPU leave a parameter's version as it was."""
+    model = road("ab", inference_mode=False)
+    trained = torch.compile(model, backend="aot_eager") if compiled else model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bnb.optim.AdamW8bit(parameters, lr=0.1)
+    with torch.no_grad():
+        before = model(X), model(X, adapter_names=list("abab"))
+    versions = [p._version for p in parameters]
+    for _ in range(2):
+        optimizer.zero_grad()
+        trained(X).square().mean().backward()
+        optimizer.step()
+    assert [p._version for p in parameters] == versions
+    with torch.no_grad():
+        after = model(X), model(X, adapter_names=list("abab"))
+    assert not torch.allclose(after[0], before[0], atol=1e-2)
+    check(after[0], model, "aaaa")
+    check(after[1], model, "abab")
+    assert torch.equal(after[1][1], before[1][1])
+
+
+@torch.no_grad()
+def test_an_order_that_changes_in_the_middle_of_a_generation():
+    model = RoadModel(small_model())
+    for name in "ab":
+        model.add_adapter(name, config(target_modules="all-linear", variant="road_2"))
+    model.set_adapter(["a", "b"])
+    kwargs = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(IDS)}
+    kwargs |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(IDS, **kwargs).logits
+    handle = model.base_model.model.layers[0].register_forward_pre_hook(lambda *_: model.set_adapter(["b", "a"]))
+    given = model.generate(IDS, **kwargs).logits
+    handle.remove()
+    assert all(map(torch.equal, given, expected))
+    assert not torch.allclose(model.generate(IDS, **kwargs).logits[0], expected[0], atol=1e-2)
 
 
 @pytest.mark.parametrize("names", [None, ["b", "b"]])
@@ -328,6 +368,17 @@ def test_the_least_recently_used_makes_room(monkeypatch):
     model.set_adapter(["c", "b"])
     twice = copy.deepcopy(model)
     assert torch.equal(twice(X), model(X))
+
+
+def test_what_is_stored_on_the_cpu_stays_there():
+    model = road("abc", max_loaded=2)
+    model.add_adapter("trained", config(inference_mode=False))
+    theta = model.base_model.up.road_theta["c"]
+    model.to("meta")
+    layer = model.base_model.up
+    assert layer.weight.device.type == layer.road_theta["trained"].device.type == "meta"
+    assert layer.road_theta["c"] is theta
+    assert [layer.road_alpha[name].device.type for name in "abc"] == ["cpu"] * 3
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, "two"])
