@@ -189,7 +189,7 @@ class RoadLayer(nn.Module):
         device = self._device()
         if self._bank is None or self._bank.first.device != device:
             self._bank = Bank(self.out_features, device)
-            self._shared.devices.add(device)
+            self._shared.arrive(device)
             for name in self._shared.rows:
                 self.place(name, self._bank)
         return self._bank

@@ -417,13 +417,6 @@ class RoadModel(nn.Module):
         self._shared.merged, self._shared.merge_checked = tuple(names), safe_merge
         return errors
 
-    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        self._check_known(names)
-        self._check_unmerged("merge_adapter")
-        self._check_one_copy("merge_adapter", names)
-        return names
-
     def unmerge_adapter(self) -> None:
         """Puts back the weights that `merge_adapter` replaced, bit for bit.
 
@@ -763,6 +756,13 @@ class RoadModel(nn.Module):
                 if ".road_" not in parameter_name:
                     parameter.requires_grad_(False)
             self.set_adapter(name)
+
+    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._check_known(names)
+        self._check_unmerged("merge_adapter")
+        self._check_one_copy("merge_adapter", names)
+        return names
 
     def _give_back(self) -> nn.Module:
         for layer in layers(self):

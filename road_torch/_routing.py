@@ -141,6 +141,12 @@ class Shared:
         """The group size of an adapter, or of the adapters of a mix."""
         return self.configs[parts(name)[0][0]].group_size
 
+    def arrive(self, device: torch.device) -> None:
+        """Notes where there are layers now; those of a compiled model find there what a plain call follows."""
+        if device not in self.devices:
+            self.devices.add(device)
+            self.plain.steps[device] = self.plain.indices(1, device)
+
     def stores(self, config: RoadConfig) -> bool:
         """True for an adapter whose θ and α stay on the CPU, wherever the layers are."""
         return self.limit is not None and config.inference_mode

@@ -84,6 +84,15 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path):
     assert counter.frame_count == once
 
 
+def test_a_compiled_model_finds_its_rows_where_it_was_moved_to(monkeypatch):
+    model, moved_to = road("a"), torch.device("meta")
+    # A second device that every machine has; layers don't take it for theirs by themselves.
+    monkeypatch.setattr(RoadLayer, "_device", lambda layer: moved_to)
+    model.to(torch.float64)
+    assert model.base_model.up.bank.first.device == moved_to
+    assert [(size, rows.device) for size, rows in model._shared.plain.steps[moved_to]] == [(8, moved_to)]
+
+
 @torch.no_grad()
 def test_compiled_with_group_sizes_and_layers_that_differ():
     model = road("a")
