@@ -33,6 +33,31 @@ from road_torch._saved import SavedModule, copy_of, saved_modules
 # What a task's head is called in transformers.
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
+# Linear layers whose parent, of such a class in transformers, takes their weight instead of calling them: always, or in
+# its fused training pass or its cached decoding.
+_MAMBA = ("x_proj", "dt_proj", "out_proj")
+_READ_BY_PARENT = {
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "TDNNLayer": ("kernel",),
+    "MambaMixer": _MAMBA,
+    "FalconMambaMixer": _MAMBA,
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "LSHSelfAttention": ("query_key", "value"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+}
+
 _Parameters = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -658,8 +683,10 @@ class RoadModel(nn.Module):
                 f"{path}: expected a linear layer, found {type(module).__name__}, which has no in_features and "
                 "out_features"
             ) from None
-        parent = self.base_model.get_submodule(path.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        above, _, name = path.rpartition(".")
+        parent = self.base_model.get_submodule(above)
+        read = any(name in _READ_BY_PARENT.get(kind.__name__, ()) for kind in type(parent).__mro__)
+        if read or isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
             raise AdapterError(
                 f"{path}: expected a layer that is called, found one in {type(parent).__name__}, which reads its "
                 "weight and would leave the adapter without effect"

@@ -492,6 +492,64 @@ def test_layers_whose_weight_is_read_elsewhere_are_refused(parent):
     assert_same(before, state(base))
 
 
+def wavlm():
+    return transformers.WavLMModel(
+        transformers.WavLMConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            conv_dim=(8, 8),
+            conv_stride=(5, 4),
+            conv_kernel=(10, 4),
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            num_buckets=8,
+        )
+    )
+
+
+def mamba():
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1, time_step_rank=4)
+    )
+
+
+def mobilebert():
+    return transformers.MobileBertForMaskedLM(
+        transformers.MobileBertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            embedding_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            intra_bottleneck_size=16,
+            num_feedforward_networks=1,
+            true_hidden_size=16,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "target"),
+    [(wavlm, "q_proj"), (wavlm, "out_proj"), (mamba, "dt_proj"), (mobilebert, "predictions.dense")],
+)
+def test_layers_whose_weight_a_transformers_model_reads_are_refused(build, target):
+    base = build().eval()
+    path, inert = next((path, m) for path, m in base.named_modules() if path.endswith(target))
+    called = []
+    inert.register_forward_hook(lambda *_: called.append(path))
+    example = {"input_values": torch.randn(1, 500)} if build is wavlm else {"input_ids": torch.arange(5)[None]}
+    with torch.no_grad():
+        base(**example)
+    assert not called, "the layer is called: there is no need to refuse it"
+    before = state(base)
+    with pytest.raises(AdapterError, match=rf"{target}: .*\w+, which reads its weight"):
+        RoadModel(base, config(target_modules=[target], group_size=2))
+    assert_same(before, state(base))
+
+
 def test_a_model_with_road_layers_is_not_wrapped_again():
     model = with_adapters("a")
     for base in (model, model.base_model):
