@@ -307,6 +307,8 @@ def _show(summary: Summary, directory: Path, console: Console) -> None:
     console.print(_table(names, rows))
     for path, array in sorted(adapter.modules_to_save.items()):
         _say(console, f"saved whole: {path} {list(array.shape)}")
+    for path, array in sorted(adapter.base_weights.items()):
+        _say(console, f"weights of the base: {path} {list(array.shape)}")
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -93,15 +93,12 @@ def compare(first: Adapter, second: Adapter) -> Comparison:
     layers = _layers(first), _layers(second)
     shared = [p for p in layers[0] if p in layers[1] and layers[0][p][0].shape == layers[1][p][0].shape]
     modules = tuple(_difference(path, layers[0][path], layers[1][path]) for path in sorted(shared, key=natural))
-    saved = {
-        key: _greatest(array, second.modules_to_save[key])
-        for key, array in sorted(first.modules_to_save.items())
-        if key in second.modules_to_save
-    }
+    whole = [{**a.modules_to_save, **a.base_weights} for a in (first, second)]
+    saved = {key: _greatest(array, whole[1][key]) for key, array in sorted(whole[0].items()) if key in whole[1]}
     # A module of another size counts as two.
     mine = [
-        {*layer.keys() - set(shared), *(a.modules_to_save.keys() - saved.keys())}
-        for layer, a in zip(layers, (first, second), strict=True)
+        {*layer.keys() - set(shared), *(tensors.keys() - saved.keys())}
+        for layer, tensors in zip(layers, whole, strict=True)
     ]
     first_only, second_only = (tuple(sorted(keys, key=natural)) for keys in mine)
     return Comparison(fields, first_only, second_only, modules, saved)

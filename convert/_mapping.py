@@ -172,6 +172,7 @@ def map_to_flax(
     Raises:
         AdapterError: as `map_to_torch`; also layers that are missing from a stack, or that differ in shape or dtype.
     """
+    adapter.check_no_base_weights("Flax's format")
     if layout is not None and layout not in LAYOUTS:
         raise AdapterError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
     if layers is not None and layers < 1:

@@ -218,6 +218,7 @@ def _is_plain(quantization: object) -> bool:
 
 def _read(directory: str | os.PathLike, config: Mapping[str, Any], family: str | None) -> Adapter:
     kind, adapter = read_adapter(directory)
+    adapter.check_no_base_weights(f"merge of {directory}")
     if kind == "PEFT":
         return adapter
     # The adapter's own metadata know the table best; where they and the names leave a choice, the model's type tells.

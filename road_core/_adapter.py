@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from road_core._config import RoadConfig
-from road_core._errors import AdapterError
+from road_core._errors import AdapterError, listed
 from road_core._reference import check_group_size, output_size, subspace_mask
 
 Array = NDArray[np.generic]
@@ -62,6 +62,8 @@ class Adapter:
             layer's have its stack axes too. Any floating dtype.
         modules_to_save: ``{tensor path: tensor}``, e.g. ``"lm_head.weight"`` (Flax: ``"lm_head.kernel"``).
         metadata: text that the file carries besides; not part of the function.
+        base_weights: ``{tensor path: tensor}`` of the base's embeddings and head, which PEFT saves along where one of
+            them is targeted or the vocabulary was resized. They are the base's, not the adapter's.
 
     Raises:
         AdapterError: no modules, or a tensor that is misshapen, not floating or not finite (named by its path).
@@ -71,6 +73,7 @@ class Adapter:
     modules: Mapping[str, tuple[Array, Array]]
     modules_to_save: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    base_weights: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -87,7 +90,7 @@ class Adapter:
             outs = [output_size(self.config.variant, size) for size in theta.shape]
             if not any(out and out % self.config.group_size == 0 for out in outs):
                 check_group_size(outs[-1] or 1, self.config.group_size, path)
-        for path, array in self.modules_to_save.items():
+        for path, array in (*self.modules_to_save.items(), *self.base_weights.items()):
             _check_tensor(path, array)
 
     def tensors(self) -> dict[str, Array]:
@@ -95,7 +98,26 @@ class Adapter:
         tensors: dict[str, Array] = {}
         for path, (theta, alpha) in self.modules.items():
             tensors[f"{path}.road_theta"], tensors[f"{path}.road_alpha"] = theta, alpha
-        return {**tensors, **self.modules_to_save}
+        return {**tensors, **self.modules_to_save, **{self._key(path): a for path, a in self.base_weights.items()}}
+
+    def _key(self, path: str) -> str:
+        """Returns the key of a base weight: what an adapter wraps, PEFT holds one level below."""
+        module, _, leaf = path.rpartition(".")
+        if module in self.modules:
+            return f"{module}.base_layer.{leaf}"
+        return f"{module}.original_module.{leaf}" if path in self.modules_to_save else path
+
+    def check_no_base_weights(self, what: str) -> None:
+        """Refuses an adapter with which weights of the base came.
+
+        Raises:
+            AdapterError: there are some.
+        """
+        if self.base_weights:
+            raise AdapterError(
+                f"{what}: expected an adapter without weights of its base, found {listed(list(self.base_weights), 3)}; "
+                "where they are the base's own, PEFT leaves them out with save_embedding_layers=False"
+            )
 
     def cleared(self) -> "Adapter":
         """Returns the same function with θ = 0 and α = 1 outside of the config's subspace; the last axis is cleared.

@@ -71,7 +71,7 @@ def compose(
     Raises:
         AdapterError: no adapters, another number of weights, one that isn't finite, group sizes or shapes differ, a
             power that doesn't exist (named by its module), more than one with modules saved whole, or one of them with
-            a weight other than 1.
+            a weight other than 1, or one with weights of its base.
 
     Example:
         >>> half_turn = Adapter(RoadConfig(group_size=2), {"q": (np.full(4, np.pi), np.full(4, 4.0))})
@@ -82,6 +82,8 @@ def compose(
     names = list(names or (f"adapter {i + 1}" for i in range(len(adapters))))
     weights = check_weights(weights, len(adapters))
     check_group_sizes([adapter.config for adapter in adapters], names)
+    for adapter, name in zip(adapters, names, strict=True):
+        adapter.check_no_base_weights(f"compose: {name}")
     saved = _saved([*zip(adapters, weights, names, strict=True)])
     variant = max((adapter.config.variant for adapter in adapters), key=VARIANTS.index)
     modules = {}

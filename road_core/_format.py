@@ -25,6 +25,19 @@ class _Format:
     metadata: str
 
 
+# What models call their embeddings and heads, whose weights PEFT may save along.
+_EMBEDDINGS = (
+    *("embed_tokens", "embed_in", "tok_embeddings", "word_embedding", "word_embeddings", "wte", "shared"),
+    *("lm_head", "embed_out", "output_projection", "proj_out", "decoder"),
+)
+
+# Such a tensor below PEFT's wrappers: the base's of a rotated and of a saved module, and the saved one once more, which
+# PEFT passes over when it reads.
+_INNER = re.compile(
+    rf"(?P<module>(.+\.)?({'|'.join(_EMBEDDINGS)}))\.(?P<holder>base_layer|original_module|modules_to_save)"
+    r"\.(?P<leaf>weight|bias)"
+)
+
 # What `_write` adds to an adapter's metadata.
 _OWN_METADATA = ("format", "road_variant", "road_group_size", "road_digest", "road_subspace")
 
@@ -75,7 +88,8 @@ def read_flax(directory: str | os.PathLike) -> Adapter:
 
 
 def write_flax(directory: str | os.PathLike, adapter: Adapter, *, overwrite: bool = False) -> None:
-    """Writes a Flax adapter folder; arguments and errors as `write_peft`, θ of any number of axes."""
+    """Writes a Flax adapter folder; arguments and errors as `write_peft`, θ of any number of axes, no base weights."""
+    adapter.check_no_base_weights("Flax's format")
     _write(directory, adapter, _FLAX, overwrite)
 
 
@@ -117,9 +131,9 @@ def _read(directory: str | os.PathLike, form: _Format) -> Adapter:
         if written != value:
             raise AdapterError(f"{config_path}: expected {name} {written}, as the tensors were written, found {value}")
     try:
-        modules, saved = _sort_out(tensors, config, form.prefix)
+        modules, saved, base = _sort_out(tensors, config, form)
         carried = {k: v for k, v in metadata.items() if k not in _OWN_METADATA}
-        adapter = Adapter(config, modules, saved, carried)
+        adapter = Adapter(config, modules, saved, carried, base)
     except AdapterError as error:
         raise AdapterError(_with_place(error, tensors_path)) from None
     if metadata.get("road_digest", digest := adapter.digest()) != digest:
@@ -138,12 +152,19 @@ def _subspace(text: str, path: os.PathLike) -> tuple[float, float] | None:
 
 
 def _sort_out(
-    tensors: Mapping[str, Array], config: RoadConfig, prefix: str
-) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
-    """Pairs θ with α and finds the saved modules; every key must be one of them."""
+    tensors: Mapping[str, Array], config: RoadConfig, form: _Format
+) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array], dict[str, Array]]:
+    """Pairs θ with α, finds saved modules and in PEFT's format the base's weights; every key must be one of them."""
     modules: dict[str, tuple[Array, Array]] = {}
     saved: dict[str, Array] = {}
+    base: dict[str, Array] = {}
+    prefix = form.prefix
     wrong = []
+
+    def saved_whole(path: str) -> bool:
+        # As PEFT: a name stands for every module whose path ends with it, "norm" for "input_layernorm" too.
+        return any(re.search(rf"{re.escape(module)}(\.|$)", path) for module in config.modules_to_save or ())
+
     for key in sorted(tensors):
         name = key.removeprefix(prefix)
         path, _, leaf = name.rpartition(".")
@@ -155,9 +176,26 @@ def _sort_out(
                 modules[path] = (tensors[both[0]], tensors[both[1]])
             else:
                 wrong.append(key)
-        elif any(re.search(rf"{re.escape(module)}(\.|$)", path) for module in config.modules_to_save or ()):
-            # As PEFT: a name stands for every module whose path ends with it, "norm" for "input_layernorm" too.
+        elif form is _PEFT and (inner := _INNER.fullmatch(name)):
+            module, own = inner["module"], f"{inner['module']}.{inner['leaf']}"
+            rotated, copy = f"{prefix}{module}.road_theta" in tensors, tensors.get(prefix + own)
+            if inner["holder"] == "base_layer" and rotated:
+                base[own] = tensors[key]
+            elif rotated or copy is None or not saved_whole(module):
+                wrong.append(key)
+            elif inner["holder"] == "original_module":
+                base[own] = tensors[key]
+            elif inner["holder"] == "base_layer" or copy.tobytes() != tensors[key].tobytes():
+                wrong.append(key)
+        elif saved_whole(path):
             saved[name] = tensors[key]
+        elif (
+            form is _PEFT
+            and leaf in ("weight", "bias")
+            and path.rpartition(".")[2] in _EMBEDDINGS
+            and f"{prefix}{path}.road_theta" not in tensors
+        ):
+            base[name] = tensors[key]
         else:
             wrong.append(key)
     if wrong:
@@ -165,7 +203,7 @@ def _sort_out(
             f"expected pairs of {prefix}<module>.road_theta and .road_alpha, and tensors of modules_to_save "
             f"{config.modules_to_save}, found besides {listed(wrong)}"
         )
-    return modules, saved
+    return modules, saved, base
 
 
 def _with_place(error: AdapterError, path: os.PathLike) -> str:

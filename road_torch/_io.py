@@ -1,6 +1,6 @@
 """Parameters of `RoadLayer` and `SavedModule` ⇄ `road_core.Adapter`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -26,7 +26,13 @@ def to_array(tensor: Tensor) -> np.ndarray:
     return tensor.numpy().copy()
 
 
-def to_adapter(layers: Iterable[RoadLayer], saved: Iterable[SavedModule], name: str, config: RoadConfig) -> Adapter:
+def to_adapter(
+    layers: Iterable[RoadLayer],
+    saved: Iterable[SavedModule],
+    name: str,
+    config: RoadConfig,
+    base_weights: Mapping[str, Tensor] | None = None,
+) -> Adapter:
     """Collects an adapter's θ and α, float32, and its copies of modules, in their dtype, from those that have it."""
     modules = {
         layer.module_path: (
@@ -42,4 +48,5 @@ def to_adapter(layers: Iterable[RoadLayer], saved: Iterable[SavedModule], name: 
         if name in module.modules_to_save
         for key, value in module.modules_to_save[name].state_dict().items()
     }
-    return Adapter(config, modules, tensors)
+    base = {path: to_array(value) for path, value in (base_weights or {}).items()}
+    return Adapter(config, modules, tensors, base_weights=base)

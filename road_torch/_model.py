@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from road_core import (
+    Adapter,
     AdapterError,
     RoadConfig,
     check_group_size,
@@ -107,6 +108,8 @@ class RoadModel(nn.Module):
                 "add adapters to the RoadModel that wraps it"
             )
         self._shared = Shared(max_loaded, _kernels.check(kernel))
+        # The names of the base's weights that came with an adapter, and go with it when it is saved.
+        self._base_weights: dict[str, tuple[str, ...]] = {}
         self.base_model = base
         if config is not None:
             self.add_adapter(adapter_name, config)
@@ -227,6 +230,8 @@ class RoadModel(nn.Module):
         composed = compose(records, weights, names=[repr(name) for name in names])
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in composed.modules.items()}
         self._install(adapter_name, composed.config, tensors)
+        paths = [path for name in names for path in self._base_weights.get(name, ())]
+        self._base_weights[adapter_name] = tuple(dict.fromkeys(paths))
 
     def load_adapter(
         self,
@@ -238,6 +243,9 @@ class RoadModel(nn.Module):
     ) -> None:
         """Reads an adapter from a PEFT folder; the model's first one becomes active.
 
+        Weights of the base's embedding and head that PEFT saved along, as after a resized vocabulary, are taken into
+        the base with the model's first adapter, for good. With a later one they must be the base's own.
+
         Args:
             directory: the folder.
             adapter_name: a new name.
@@ -247,10 +255,11 @@ class RoadModel(nn.Module):
 
         Raises:
             AdapterError: the name is taken or can't be used, the folder is broken, or its adapter is for another model
-                (by module and sizes); nothing has changed.
+                (by module, sizes, and the base's weights that came along); nothing has changed.
         """
         self._check_new(adapter_name)
         adapter = read_peft(directory)
+        base_weights = self._check_base_weights(directory, adapter)
         config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
         modules = self._modules_by_path()
         for path, (theta, _) in adapter.modules.items():
@@ -282,6 +291,10 @@ class RoadModel(nn.Module):
             tensors[path] = (torch.zeros(size), torch.ones(size))
         saved = {path: to_tensor(array) for path, array in adapter.modules_to_save.items()}
         self._install(adapter_name, config, tensors, self._copies(config, saved, directory, strict=strict))
+        with torch.no_grad():
+            for own, value in base_weights:
+                own.copy_(value)
+        self._base_weights[adapter_name] = tuple(adapter.base_weights)
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Makes these adapters, applied one after the other, the ones that plain calls use.
@@ -325,6 +338,7 @@ class RoadModel(nn.Module):
             raise AdapterError(f"hotswap_adapter: expected an adapter that is not merged, found {adapter_name!r}")
         self._check_no_copies("hotswap_adapter", [adapter_name])
         adapter, old = read_peft(directory), self._shared.configs[adapter_name]
+        self._check_base_weights(directory, adapter)
         if adapter.modules_to_save:
             raise AdapterError(
                 f"{directory}: expected an adapter without modules_to_save, found {next(iter(adapter.modules_to_save))}"
@@ -361,6 +375,7 @@ class RoadModel(nn.Module):
                     layer.place(name)
                 layer.replace(adapter_name, *tensors[path])
             self._shared.configs[adapter_name] = config
+            self._base_weights[adapter_name] = tuple(adapter.base_weights)
             self._forget(mixes)
             if resident:
                 self._shared.rows[adapter_name] = self._shared.new_row()
@@ -392,6 +407,7 @@ class RoadModel(nn.Module):
             self._shared.rows.pop(adapter_name, None)
             self._forget(self._shared.mixes_with(adapter_name))
             del self._shared.configs[adapter_name]
+            self._base_weights.pop(adapter_name, None)
             # Unwrapped layers have their plans in the old one.
             self._shared.plain = Routing(self._shared, None, lasting=True)
 
@@ -481,7 +497,7 @@ class RoadModel(nn.Module):
         return self._give_back()
 
     def unload(self) -> nn.Module:
-        """Returns the plain base model as it was before, without adapters."""
+        """Returns the plain base model as it was before, without adapters; weights that `load_adapter` took stay."""
         if self.merged_adapters:
             self.unmerge_adapter()
         return self._give_back()
@@ -501,7 +517,8 @@ class RoadModel(nn.Module):
             overwrite: whether to replace adapter files that the folder already holds.
 
         Raises:
-            AdapterError: an unknown name, there is no adapter, or the folder holds something; nothing is written.
+            AdapterError: an unknown name, there is no adapter, the folder holds something, or weights of the base go
+                with an adapter while something is merged into them; nothing is written.
         """
         names = self.adapter_names if selected_adapters is None else list(selected_adapters)
         self._check_known(names)
@@ -514,7 +531,10 @@ class RoadModel(nn.Module):
             config = dataclasses.replace(
                 config, inference_mode=True, base_model_name_or_path=config.base_model_name_or_path or source
             )
-            adapters[name] = to_adapter(layers(self), saved_modules(self), name, config)
+            base_weights = {path: self._base_weight(path) for path in self._base_weights.get(name, ())}
+            if base_weights:
+                self._check_unmerged("save_pretrained with weights of the base")
+            adapters[name] = to_adapter(layers(self), saved_modules(self), name, config, base_weights)
         target = Path(directory)
         if overwrite:
             for name, adapter in adapters.items():
@@ -695,6 +715,52 @@ class RoadModel(nn.Module):
         subspace_blocks(out, config.subspace, path)
         return out
 
+    def _base_weight(self, path: str) -> Tensor:
+        """Returns a tensor of the base's embedding or head.
+
+        Raises:
+            AttributeError: there is no such tensor.
+        """
+        module, _, leaf = path.rpartition(".")
+        return getattr(_unwrapped(self._modules_by_path()[module]), leaf)
+
+    def _check_base_weights(self, source: object, adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
+        """Checks the base's weights that came with an adapter.
+
+        Returns:
+            Those of the base that are to be replaced, each with its new value: none if there are adapters already.
+        """
+        if not adapter.base_weights:
+            return []
+        modules = self._modules_by_path()
+        getters = (getattr(self.base_model, f"get_{side}_embeddings", None) for side in ("input", "output"))
+        ends = [_unwrapped(module) for get in getters if get is not None and (module := get()) is not None]
+        new: dict[Tensor, tuple[str, Tensor]] = {}
+        for path, array in adapter.base_weights.items():
+            above, _, leaf = path.rpartition(".")
+            module = _unwrapped(modules[above]) if above in modules else None
+            own = getattr(module, leaf, None)
+            if not any(module is end for end in ends) or own is None:
+                raise AdapterError(
+                    f"{source}: expected beside the adapter weights of the embedding and the head of "
+                    f"{type(self.base_model).__name__}, found {path}"
+                )
+            if own.shape != array.shape or not own.is_floating_point():
+                raise AdapterError(
+                    f"{source}: expected {path} of shape {list(own.shape)} in {own.dtype} as the base has it, found "
+                    f"shape {list(array.shape)}; resize_token_embeddings and a plain head make the base fit"
+                )
+            value = to_tensor(array).to(own.device, own.dtype)
+            other, held = new.setdefault(own, (path, value))
+            if not torch.equal(value, held):
+                raise AdapterError(f"{source}: expected one value for {other} and {path}, which are tied, found two")
+            if self._shared.configs and not torch.equal(value, own):
+                raise AdapterError(
+                    f"{source}: expected {path} as the base has it, which other adapters use, found other values; "
+                    "load this adapter first"
+                )
+        return [] if self._shared.configs else [(own, value) for own, (_, value) in new.items()]
+
     def _with_head(self, config: RoadConfig) -> RoadConfig:
         """As PEFT: a task's head, which the checkpoint doesn't have, is trained and saved with the adapter."""
         named = config.modules_to_save or []
@@ -799,6 +865,7 @@ class RoadModel(nn.Module):
         # The layers are gone; what they looked at must not say that there are adapters.
         self._shared.active, self._shared.merged, self._shared.rows, self._shared.configs = (), (), {}, {}
         self._shared.plain = Routing(self._shared, None, lasting=True)
+        self._base_weights = {}
         return self.base_model
 
     def _unwrap(self, which: Callable[[RoadLayer], bool]) -> None:

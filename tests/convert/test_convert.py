@@ -155,3 +155,14 @@ def test_nothing_is_written_over_or_half(tmp_path):
     with pytest.raises(AdapterError, match="expected a whole safetensors file, found a broken one"):
         convert.to_torch(tmp_path / "flax", tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == listing
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_of_the_base_have_no_place_in_flax(tmp_path):
+    peft_adapter(tmp_path / "theirs", target_modules=["q_proj", "lm_head"], group_size=8)
+    small_model().save_pretrained(tmp_path / "base")
+    for convert_to in (convert.to_flax, lambda *folders: convert.merge(tmp_path / "base", *folders)):
+        with pytest.raises(AdapterError, match=r"found lm_head\.weight; .* save_embedding_layers=False"):
+            convert_to(tmp_path / "theirs", tmp_path / "flax")
+    assert not (tmp_path / "flax").exists()
+    assert convert.diff(tmp_path / "theirs", tmp_path / "theirs").saved == {"lm_head.weight": 0.0}

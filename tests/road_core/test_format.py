@@ -129,6 +129,8 @@ def set_tensors(directory, change, metadata=None):
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.road_"
+HEAD, ROAD = "base_model.model.lm_head.", ("road_theta", "road_alpha")
+WEIGHT = np.ones((160, 128), np.float32)
 
 
 def _nan(tensors):
@@ -179,6 +181,39 @@ BROKEN = {
     "dtype": (lambda d: set_tensors(d, _integers), r"expected floating-point values, found int64"),
     "prefix": (lambda d: set_tensors(d, _other_prefix), "found besides"),
     "extra": (lambda d: set_tensors(d, lambda t: t.update(lora_A=np.ones(3))), "found besides lora_A"),
+    # Of the base's weights PEFT writes those of its embedding and head alone, each in one place.
+    "a base weight": (lambda d: set_tensors(d, lambda t: t.update({KEY[:-5] + "weight": WEIGHT})), "q_proj.weight"),
+    "below a layer": (
+        lambda d: set_tensors(d, lambda t: t.update({KEY[:-5] + "base_layer.weight": WEIGHT})),
+        r"besides .*q_proj\.base_layer\.weight",
+    ),
+    "below a head that isn't rotated": (
+        lambda d: set_tensors(d, lambda t: t.update({HEAD + "base_layer.weight": WEIGHT})),
+        r"besides .*lm_head\.base_layer\.weight",
+    ),
+    "beside a head that is rotated": (
+        lambda d: set_tensors(
+            d, lambda t: t.update({HEAD + "weight": WEIGHT, **{HEAD + n: t[KEY + n[5:]] for n in ROAD}})
+        ),
+        r"besides .*lm_head\.weight",
+    ),
+    "below a head that isn't saved": (
+        lambda d: set_tensors(
+            d, lambda t: t.update({HEAD + "original_module.weight": WEIGHT, HEAD + "weight": WEIGHT})
+        ),
+        r"besides .*lm_head\.original_module\.weight",
+    ),
+    "a saved head twice": (
+        lambda d: (
+            rewrite(d / "adapter_config.json", lambda f: f.update(modules_to_save=["lm_head"])),
+            set_tensors(d, lambda t: t.update({HEAD + "modules_to_save.weight": WEIGHT, HEAD + "weight": WEIGHT + 1})),
+        ),
+        r"besides .*lm_head\.modules_to_save\.weight",
+    ),
+    "an embedding that isn't finite": (
+        lambda d: set_tensors(d, lambda t: t.update({HEAD + "weight": WEIGHT * np.nan})),
+        r"lm_head\.weight: expected finite values",
+    ),
     "nothing": (lambda d: set_tensors(d, lambda t: t.clear()), "at least one module"),
     "changed": (
         lambda d: set_tensors(d, lambda t: None, metadata={"road_digest": "0" * 64}),
@@ -228,6 +263,28 @@ def test_a_full_folder_is_not_overwritten_unasked(form, tmp_path):
     write(tmp_path / "a", other, overwrite=True)
     assert read(tmp_path / "a").digest() == other.digest()
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_weights_of_the_base_come_back(rotated, tmp_path):
+    adapter = make_adapter()
+    if rotated:
+        adapter = dataclasses.replace(
+            adapter, modules={**adapter.modules, "lm_head": adapter.modules["model.layers.0.self_attn.q_proj"]}
+        )
+    adapter = dataclasses.replace(adapter, base_weights={"lm_head.weight": WEIGHT})
+    write_peft(tmp_path / "a", adapter)
+    key = HEAD + ("base_layer.weight" if rotated else "weight")
+    assert key in safetensors.numpy.load_file(tmp_path / "a" / "adapter_model.safetensors")
+    again = read_peft(tmp_path / "a")
+    assert again.base_weights.keys() == {"lm_head.weight"}
+    np.testing.assert_array_equal(again.base_weights["lm_head.weight"], WEIGHT)
+    write_peft(tmp_path / "b", again)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    with pytest.raises(AdapterError, match=r"without weights of its base, found lm_head\.weight"):
+        write_flax(tmp_path / "c", again)
+    with pytest.raises(AdapterError, match=r"second: expected an adapter without weights of its base"):
+        road_core.compose([make_adapter(), again], names=["first", "second"])
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from _compare import assert_close
 from _models import small_model
+from safetensors.torch import load_file
 
-from road_torch import RoadConfig, RoadModel
+from road_torch import AdapterError, RoadConfig, RoadModel
 
 IDS = torch.arange(3, 31).reshape(4, 7)
 VARIANTS = ("road_1", "road_2", "road_4")
@@ -83,3 +84,98 @@ def test_greedy_text_is_peft_s(tmp_path):
     assert torch.equal(ours.generate(input_ids=IDS, **kwargs), expected)
     assert torch.equal(ours.generate(input_ids=IDS, adapter_names=["a"] * 4, **kwargs), expected)
     assert not torch.equal(small_model().generate(input_ids=IDS, **kwargs), expected)
+
+
+VOCABULARY = 168
+
+# What an adapter with which PEFT saves weights of the base has, the model's own vocabulary or a resized one.
+WITH_BASE_WEIGHTS = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embeddings": {"target_modules": ["q_proj"]},
+    "resized": {"target_modules": ["q_proj"]},
+    "resized head": {"target_modules": ["q_proj", "lm_head"]},
+    "resized and trained": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "resized and one trained": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+def base_for(kind, tied, seed=1):
+    model = small_model(tie_word_embeddings=tied, num_hidden_layers=1)
+    if "resized" in kind:
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+    return model.eval()
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def tied(request):
+    return request.param
+
+
+def save_with_base_weights(kind, tied, folder, seed=1):
+    torch.manual_seed(2)
+    config = peft.RoadConfig(group_size=8, init_weights=False, **WITH_BASE_WEIGHTS[kind])
+    theirs = peft.get_peft_model(base_for(kind, tied, seed), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(folder, save_embedding_layers=True)
+    return theirs
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", WITH_BASE_WEIGHTS)
+def test_weights_of_the_base_that_peft_saves_along(kind, tied, tmp_path):
+    ids = torch.tensor([[3, 7, (VOCABULARY if "resized" in kind else 160) - 1, 9]])
+    there, here = tmp_path / "theirs", tmp_path / "ours"
+    save_with_base_weights(kind, tied, there)
+    with torch.no_grad():
+        # The new rows of another resizing are others, until the file's take their place.
+        expected = peft.PeftModel.from_pretrained(base_for(kind, tied, seed=5), there).eval()(ids).logits
+        base = base_for(kind, tied, seed=5)
+        before = base(ids).logits
+        ours = RoadModel.from_pretrained(base, there, "default")
+        assert_close(ours(ids).logits, expected, "float32", moved_from=before)
+        ours.save_pretrained(here)
+        again = peft.PeftModel.from_pretrained(base_for(kind, tied, seed=5), here).eval()
+        assert_close(again(ids).logits, expected, "float32", moved_from=before)
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (there, here))
+    # PEFT writes these twice and passes over the second one.
+    first = {key: value for key, value in first.items() if ".modules_to_save." not in key}
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["resized", "resized head"])
+def test_a_later_adapter_must_bring_the_base_s_own_weights(kind, tied, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("other", 5)):
+        save_with_base_weights(kind, tied, tmp_path / name, seed)
+    ours = RoadModel.from_pretrained(base_for(kind, tied, seed=5), tmp_path / "a", "a")
+    ours.load_adapter(tmp_path / "b", "b")
+    ours.hotswap_adapter(tmp_path / "b", "a")
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    for call in (ours.load_adapter, ours.hotswap_adapter):
+        with pytest.raises(
+            AdapterError, match=r"other: expected \S+\.weight as the base has it, .* load this .* first"
+        ):
+            call(tmp_path / "other", "c" if call == ours.load_adapter else "a")
+    after = ours.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert ours.adapter_names == ["a", "b"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_of_a_base_of_another_vocabulary(tied, tmp_path):
+    save_with_base_weights("resized", tied, tmp_path)
+    base = base_for("embeddings", tied)
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    with pytest.raises(
+        AdapterError, match=r"of shape \[160, 128\] .* found shape \[168, 128\]; resize_token_embeddings"
+    ):
+        RoadModel.from_pretrained(base, tmp_path)
+    after = base.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
