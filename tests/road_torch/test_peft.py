@@ -179,3 +179,20 @@ def test_weights_of_a_base_of_another_vocabulary(tied, tmp_path):
     after = base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_of_the_base_go_with_what_is_composed_and_not_merged(tied, tmp_path):
+    save_with_base_weights("head", tied, tmp_path / "theirs")
+    ours = RoadModel.from_pretrained(base_for("head", tied), tmp_path / "theirs", "a")
+    ours.add_weighted_adapter(["a"], [2.0], "twice")
+    ours.merge_adapter()
+    with pytest.raises(AdapterError, match="weights of the base: expected no merged adapters"):
+        ours.save_pretrained(tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    ours.unmerge_adapter()
+    ours.save_pretrained(tmp_path / "ours")
+    key = "base_model.model.lm_head.base_layer.weight"
+    saved = load_file(tmp_path / "theirs" / "adapter_model.safetensors")[key]
+    for name in ("a", "twice"):
+        assert torch.equal(load_file(tmp_path / "ours" / name / "adapter_model.safetensors")[key], saved)
