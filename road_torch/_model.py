@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 from road_core import (
@@ -25,7 +26,7 @@ from road_core import (
 from road_core._compose import check_group_sizes
 from road_core._errors import listed
 from road_core._files import check_free, new_directory
-from road_torch import _kernels, _merge
+from road_torch import _kernels, _layer, _merge
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, features, is_conv1d, layers
 from road_torch._routing import BASE, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
@@ -69,8 +70,8 @@ class RoadModel(nn.Module):
     ``merge_and_unload`` and ``unload`` give it back.
 
     Args:
-        base: any ``nn.Module``; for ``generate`` a Hugging Face model.
-        config: of a first adapter, which is made new, active and trainable. Without one there is no adapter yet.
+        model: any ``nn.Module``; for ``generate`` a Hugging Face model.
+        peft_config: of a first adapter, which is made new, active and trainable. Without one there is no adapter yet.
         adapter_name: its name.
         max_loaded: how many adapters may have their coefficients on the layers' devices at once. With it θ and α of
             those that were loaded for inference stay on the CPU, and the least recently used make room for those that
@@ -92,8 +93,8 @@ class RoadModel(nn.Module):
 
     def __init__(
         self,
-        base: nn.Module,
-        config: RoadConfig | None = None,
+        model: nn.Module,
+        peft_config: RoadConfig | None = None,
         adapter_name: str = "default",
         *,
         max_loaded: int | None = None,
@@ -102,37 +103,38 @@ class RoadModel(nn.Module):
         super().__init__()
         if max_loaded is not None and (not isinstance(max_loaded, int) or max_loaded < 1):
             raise AdapterError(f"max_loaded: expected a number from 1 up, found {max_loaded!r}")
-        if isinstance(base, RoadModel) or next(layers(base), None) is not None:
+        if isinstance(model, RoadModel) or next(layers(model), None) is not None:
             raise AdapterError(
-                f"RoadModel: expected a base model without RoAd layers, found {type(base).__name__} with some; "
+                f"RoadModel: expected a base model without RoAd layers, found {type(model).__name__} with some; "
                 "add adapters to the RoadModel that wraps it"
             )
         self._shared = Shared(max_loaded, _kernels.check(kernel))
         # The names of the base's weights that came with an adapter, and go with it when it is saved.
         self._base_weights: dict[str, tuple[str, ...]] = {}
-        self.base_model = base
-        if config is not None:
-            self.add_adapter(adapter_name, config)
+        self.base_model = model
+        self.training = model.training
+        if peft_config is not None:
+            self.add_adapter(adapter_name, peft_config)
 
     @classmethod
     def from_pretrained(
         cls,
-        base: nn.Module,
-        directory: str | os.PathLike,
+        model: nn.Module,
+        model_id: str | os.PathLike,
         adapter_name: str = "default",
-        *,
         is_trainable: bool = False,
+        *,
         max_loaded: int | None = None,
         kernel: str = "auto",
     ) -> "RoadModel":
-        """Returns a model with the adapter of a PEFT folder, active.
+        """Returns a model with the adapter of a PEFT folder, active; arguments as `load_adapter` and the class have.
 
         Raises:
             AdapterError: the folder is broken, or is for another model; the base is as it was.
         """
-        model = cls(base, max_loaded=max_loaded, kernel=kernel)
-        model.load_adapter(directory, adapter_name, is_trainable=is_trainable)
-        return model
+        road = cls(model, max_loaded=max_loaded, kernel=kernel)
+        road.load_adapter(model_id, adapter_name, is_trainable)
+        return road
 
     @property
     def active_adapters(self) -> list[str]:
@@ -151,7 +153,7 @@ class RoadModel(nn.Module):
         return list(self._shared.configs)
 
     @property
-    def road_configs(self) -> dict[str, RoadConfig]:
+    def peft_config(self) -> dict[str, RoadConfig]:
         """The config of each adapter."""
         return dict(self._shared.configs)
 
@@ -188,14 +190,14 @@ class RoadModel(nn.Module):
         with self._routed(adapter_names, args, kwargs, generates=True):
             return self.base_model.generate(*args, **kwargs)
 
-    def add_adapter(self, adapter_name: str, config: RoadConfig) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: RoadConfig) -> None:
         """Makes a new adapter; the model's first one becomes active, and with it trainable.
 
         Raises:
             AdapterError: the name is taken or can't be used, or the config doesn't fit the model; nothing has changed.
         """
         self._check_new(adapter_name)
-        config = self._with_head(config)
+        config = self._with_head(peft_config)
         chosen = self._select(config)
         saved = self._copies(config)
         parameters = {}
@@ -235,10 +237,10 @@ class RoadModel(nn.Module):
 
     def load_adapter(
         self,
-        directory: str | os.PathLike,
+        model_id: str | os.PathLike,
         adapter_name: str = "default",
-        *,
         is_trainable: bool = False,
+        *,
         strict: bool = True,
     ) -> None:
         """Reads an adapter from a PEFT folder; the model's first one becomes active.
@@ -247,9 +249,9 @@ class RoadModel(nn.Module):
         the base with the model's first adapter, for good. With a later one they must be the base's own.
 
         Args:
-            directory: the folder.
+            model_id: the folder.
             adapter_name: a new name.
-            is_trainable: whether to train it further when it is active.
+            is_trainable: whether to train it further when it is active. Without it the model goes into evaluation mode.
             strict: whether every module that the config selects must have its tensors in the file. Without it, those
                 that have none start at the identity, and saved modules as the base's.
 
@@ -258,53 +260,59 @@ class RoadModel(nn.Module):
                 (by module, sizes, and the base's weights that came along); nothing has changed.
         """
         self._check_new(adapter_name)
-        adapter = read_peft(directory)
-        base_weights = self._check_base_weights(directory, adapter)
+        adapter = read_peft(model_id)
+        base_weights = self._check_base_weights(model_id, adapter)
         config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
         modules = self._modules_by_path()
         for path, (theta, _) in adapter.modules.items():
             if path not in modules:
                 raise AdapterError(
-                    f"{directory}: expected modules of {type(self.base_model).__name__}, found {path}, which it lacks"
+                    f"{model_id}: expected modules of {type(self.base_model).__name__}, found {path}, which it lacks"
                 )
             out = self._check_layer(path, modules[path], config)
             size = parameter_size(config.variant, out)
             if theta.shape != (size,):
                 raise AdapterError(
-                    f"{directory}: expected {size} θ for {path} with {out} outputs ({config.variant}), "
+                    f"{model_id}: expected {size} θ for {path} with {out} outputs ({config.variant}), "
                     f"found shape {list(theta.shape)}"
                 )
         chosen = self._select(config)
         missing = [path for path in chosen if path not in adapter.modules]
         if missing and strict:
             raise AdapterError(
-                f"{directory}: expected θ and α for every module that target_modules selects, found none for "
+                f"{model_id}: expected θ and α for every module that target_modules selects, found none for "
                 f"{listed(missing, 3)}"
             )
         if extra := [path for path in adapter.modules if path not in chosen]:
             raise AdapterError(
-                f"{directory}: expected θ and α only for modules that target_modules selects, found {listed(extra, 3)}"
+                f"{model_id}: expected θ and α only for modules that target_modules selects, found {listed(extra, 3)}"
             )
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
         for path in missing:
             size = parameter_size(config.variant, self._check_layer(path, chosen[path], config))
             tensors[path] = (torch.zeros(size), torch.ones(size))
         saved = {path: to_tensor(array) for path, array in adapter.modules_to_save.items()}
-        self._install(adapter_name, config, tensors, self._copies(config, saved, directory, strict=strict))
+        self._install(adapter_name, config, tensors, self._copies(config, saved, model_id, strict=strict))
         with torch.no_grad():
             for own, value in base_weights:
                 own.copy_(value)
         self._base_weights[adapter_name] = tuple(adapter.base_weights)
+        if not is_trainable:
+            self.eval()
 
-    def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, applied one after the other, the ones that plain calls use.
 
         Those that were not loaded for inference become trainable, all others frozen.
 
+        Args:
+            adapter_name: one name, or several.
+            inference_mode: whether to freeze them too.
+
         Raises:
             AdapterError: an unknown or repeated name, or adapters are merged; nothing has changed.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = _as_list(adapter_name)
         self._check_known(names)
         if len(set(names)) < len(names):
             raise AdapterError(f"set_adapter: expected each name once, found {', '.join(names)}")
@@ -314,16 +322,16 @@ class RoadModel(nn.Module):
             self._place(names, also_active=names)
             self._shared.active = tuple(names)
             self._shared.plain = Routing(self._shared, None, lasting=True)
+        trainable = () if inference_mode else [name for name in names if not self._shared.configs[name].inference_mode]
         for layer in layers(self):
             for name in layer.adapters:
-                trainable = name in names and not self._shared.configs[name].inference_mode
-                layer.road_theta[name].requires_grad_(trainable)
-                layer.road_alpha[name].requires_grad_(trainable)
+                layer.road_theta[name].requires_grad_(name in trainable)
+                layer.road_alpha[name].requires_grad_(name in trainable)
         for module in saved_modules(self):
             for name, own in module.modules_to_save.items():
-                own.requires_grad_(name in names and not self._shared.configs[name].inference_mode)
+                own.requires_grad_(name in trainable)
 
-    def hotswap_adapter(self, directory: str | os.PathLike, adapter_name: str) -> None:
+    def hotswap_adapter(self, model_name_or_path: str | os.PathLike, adapter_name: str) -> None:
         """Replaces an adapter's θ and α by those of a PEFT folder, in place.
 
         A compiled model isn't compiled anew. A call of this model that another thread has begun keeps the old adapter
@@ -337,32 +345,35 @@ class RoadModel(nn.Module):
         if adapter_name in self.merged_adapters:
             raise AdapterError(f"hotswap_adapter: expected an adapter that is not merged, found {adapter_name!r}")
         self._check_no_copies("hotswap_adapter", [adapter_name])
-        adapter, old = read_peft(directory), self._shared.configs[adapter_name]
-        self._check_base_weights(directory, adapter)
+        adapter, old = read_peft(model_name_or_path), self._shared.configs[adapter_name]
+        self._check_base_weights(model_name_or_path, adapter)
         if adapter.modules_to_save:
             raise AdapterError(
-                f"{directory}: expected an adapter without modules_to_save, found {next(iter(adapter.modules_to_save))}"
+                f"{model_name_or_path}: expected an adapter without modules_to_save, "
+                f"found {next(iter(adapter.modules_to_save))}"
             )
         for field in ("variant", "group_size"):
             here, there = getattr(old, field), getattr(adapter.config, field)
             if here != there:
-                raise AdapterError(f"{directory}: expected {field} {here} as {adapter_name!r} has, found {there}")
+                raise AdapterError(
+                    f"{model_name_or_path}: expected {field} {here} as {adapter_name!r} has, found {there}"
+                )
         mine = {layer.module_path: layer for layer in layers(self) if adapter_name in layer.road_theta}
         if wrong := sorted(mine.keys() ^ adapter.modules.keys()):
             raise AdapterError(
-                f"{directory}: expected θ and α for the {len(mine)} modules of {adapter_name!r}, found "
+                f"{model_name_or_path}: expected θ and α for the {len(mine)} modules of {adapter_name!r}, found "
                 f"{len(adapter.modules)}, differing in {listed(wrong, 3)}"
             )
         if wrong := sorted(mine.keys() ^ self._select(adapter.config).keys()):
             raise AdapterError(
-                f"{directory}: expected target_modules that select the modules of {adapter_name!r}, "
+                f"{model_name_or_path}: expected target_modules that select the modules of {adapter_name!r}, "
                 f"found a choice that differs in {listed(wrong, 3)}"
             )
         for path, (theta, _) in adapter.modules.items():
             size = mine[path].road_theta[adapter_name].shape
             if theta.shape != tuple(size):
                 raise AdapterError(
-                    f"{directory}: expected θ of shape {list(size)} for {path}, found {list(theta.shape)}"
+                    f"{model_name_or_path}: expected θ of shape {list(size)} for {path}, found {list(theta.shape)}"
                 )
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
         config = dataclasses.replace(adapter.config, inference_mode=old.inference_mode)
@@ -425,14 +436,26 @@ class RoadModel(nn.Module):
             if merged:
                 self.merge_adapter(merged, checked)
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> dict[str, float]:
+    def disable_adapter_layers(self) -> None:
+        """Makes the model compute as the base did until `enable_adapter_layers`; merged adapters are unmerged."""
+        if self.merged_adapters:
+            self.unmerge_adapter()
+        self._shared.off = True
+
+    def enable_adapter_layers(self) -> None:
+        """Ends what `disable_adapter_layers` began."""
+        self._shared.off = False
+
+    def merge_adapter(
+        self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True
+    ) -> dict[str, float]:
         """Rotates the base's weights and biases themselves, in float32 and rounded once.
 
         The old weights are kept, so that `unmerge_adapter` puts them back bit for bit. Copies of whole modules that the
         adapters bring are used meanwhile.
 
         Args:
-            adapter_names: applied one after the other; the active ones if not given.
+            adapter_names: one name, or several, applied one after the other; the active ones if not given.
             safe_merge: whether to refuse weights that aren't finite.
 
         Returns:
@@ -470,11 +493,18 @@ class RoadModel(nn.Module):
             _merge.unmerge(layer)
         self._shared.merged = ()
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> nn.Module:
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
+    ) -> nn.Module:
         """Merges adapters for good and returns the plain base model, without any wrapped layer.
 
         All layers are tried first, and then each lets go of its old weight as it is merged: there is no memory for more
         than one layer's beside the model.
+
+        Args:
+            progressbar: whether to show how many layers are merged.
+            safe_merge: as in `merge_adapter`.
+            adapter_names: as in `merge_adapter`.
 
         Raises:
             AdapterError: as `merge_adapter`.
@@ -484,13 +514,14 @@ class RoadModel(nn.Module):
             for layer in layers(self):
                 _merge.merge(layer, names, check=safe_merge)
                 _merge.unmerge(layer)
-            for layer in layers(self):
+            for layer in track(list(layers(self)), "Merging", disable=not progressbar):
                 _merge.merge(layer, names, check=False)
                 layer.unmerged = None
             self._shared.merged = tuple(names)
-        elif adapter_names is not None and list(adapter_names) != self.merged_adapters:
+        elif adapter_names is not None and _as_list(adapter_names) != self.merged_adapters:
             raise AdapterError(
-                f"merge_and_unload: expected the merged adapters {self.merged_adapters}, found {list(adapter_names)}"
+                f"merge_and_unload: expected the merged adapters {self.merged_adapters}, "
+                f"found {_as_list(adapter_names)}"
             )
         self._untie()
         self._put_back(lambda module: module.current())
@@ -504,26 +535,34 @@ class RoadModel(nn.Module):
 
     def save_pretrained(
         self,
-        directory: str | os.PathLike,
-        selected_adapters: Sequence[str] | None = None,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: str | Sequence[str] | None = None,
         *,
+        is_main_process: bool = True,
         overwrite: bool = False,
     ) -> None:
         """Writes adapters in PEFT's format: ``"default"`` into the folder itself, others into a folder of their name.
 
         Args:
-            directory: a new or empty folder.
+            save_directory: a new or empty folder.
+            safe_serialization: PEFT's; only True is taken, for nothing is pickled.
             selected_adapters: all of them if not given.
+            is_main_process: whether to write at all; False in all processes but one that share the folder.
             overwrite: whether to replace adapter files that the folder already holds.
 
         Raises:
             AdapterError: an unknown name, there is no adapter, the folder holds something, or weights of the base go
                 with an adapter while something is merged into them; nothing is written.
         """
-        names = self.adapter_names if selected_adapters is None else list(selected_adapters)
+        if safe_serialization is not True:
+            raise AdapterError(f"safe_serialization: expected True, found {safe_serialization!r}")
+        names = self.adapter_names if selected_adapters is None else _as_list(selected_adapters)
         self._check_known(names)
         if not names:
             raise AdapterError("save_pretrained: expected at least one adapter, found none")
+        if not is_main_process:
+            return
         source = getattr(self.base_model, "name_or_path", None) or None
         adapters = {}
         for name in names:
@@ -535,7 +574,7 @@ class RoadModel(nn.Module):
             if base_weights:
                 self._check_unmerged("save_pretrained with weights of the base")
             adapters[name] = to_adapter(layers(self), saved_modules(self), name, config, base_weights)
-        target = Path(directory)
+        target = Path(save_directory)
         if overwrite:
             for name, adapter in adapters.items():
                 write_peft(target if name == "default" else target / name, adapter, overwrite=True)
@@ -572,6 +611,15 @@ class RoadModel(nn.Module):
             if name in ("base_model", "_shared") or "base_model" not in self._modules:
                 raise
             return getattr(self._modules["base_model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Writes to the base model what is read from it."""
+        base = self.__dict__.get("_modules", {}).get("base_model")
+        own = name.startswith("_") or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        if base is None or own or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     @torch.compiler.disable
     def _routed(
@@ -850,8 +898,8 @@ class RoadModel(nn.Module):
                     parameter.requires_grad_(False)
             self.set_adapter(name)
 
-    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+    def _to_merge(self, adapter_names: str | Sequence[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else _as_list(adapter_names)
         self._check_known(names)
         self._check_unmerged("merge_adapter")
         self._check_one_copy("merge_adapter", names)
@@ -897,8 +945,8 @@ class RoadModel(nn.Module):
     def _check_new(self, name: str) -> None:
         if not isinstance(name, str) or not name or name == BASE:
             raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {name!r}")
-        # The name becomes part of parameters' paths and a folder's name.
-        taken = hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name)
+        # The name becomes an attribute of these, part of parameters' paths and a folder's name.
+        taken = hasattr(_layer._Parameters([0]), name) or hasattr(nn.ModuleDict(), name)
         if any(sign in name for sign in "./\\") or taken:
             raise AdapterError(
                 f"adapter_name: expected a name without '.', '/' and '\\' that Python leaves free, found {name!r}"
@@ -931,6 +979,10 @@ class RoadModel(nn.Module):
     def _check_unmerged(self, what: str) -> None:
         if merged := self.merged_adapters:
             raise AdapterError(f"{what}: expected no merged adapters, found {', '.join(merged)}; unmerge them first")
+
+
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

@@ -48,7 +48,7 @@ def reference(model, *names):
         value, layer = getattr(net, path)(value).detach(), getattr(model.base_model, path)
         for name in names:
             if name in getattr(layer, "road_theta", ()):
-                c = model.road_configs[name]
+                c = model.peft_config[name]
                 pair = layer.road_theta[name].detach(), layer.road_alpha[name].detach()
                 value = torch.from_numpy(
                     road_core.rotate(value, *pair, variant=c.variant, group_size=c.group_size, subspace=c.subspace)
@@ -111,7 +111,7 @@ def test_a_name_with_a_plus_is_a_name_first():
 @torch.no_grad()
 def test_a_mix_follows_its_adapters(tmp_path):
     model, other = road(a="road_1", b="road_2"), road(z="road_1")
-    other.save_pretrained(tmp_path / "z", ["z"])
+    other.save_pretrained(tmp_path / "z", selected_adapters=["z"])
     names = [("a+b", "ab"), ("b+a", "ba"), ("a", "a"), ("b", "b")]
     check(model, names)
     model.base_model.up.road_theta["a"].add_(0.5)
@@ -285,7 +285,7 @@ def test_training_touches_its_blocks_only(variant, tmp_path):
     assert_close(model(X).detach(), expected, "float32", moved_from=plain)
     model.save_pretrained(tmp_path / "saved")
     again = RoadModel.from_pretrained(Net(IN, OUT), tmp_path / "saved")
-    assert again.road_configs["default"].subspace == (0.25, 0.5)
+    assert again.peft_config["default"].subspace == (0.25, 0.5)
     assert torch.equal(again(X), model(X))
     compiled = torch.compile(model.train(), backend="aot_eager")
     assert_close(compiled(X).detach(), expected, "float32")
@@ -310,7 +310,7 @@ def test_a_bad_subspace_changes_nothing(tmp_path):
     model = road(a="road_1")
     with pytest.raises(AdapterError, match=r"up: expected a subspace that .* one of 32 blocks, found \(0.0, 0.01\)"):
         add(model, "b", subspace=(0, 0.01))
-    model.save_pretrained(tmp_path / "a", ["a"])
+    model.save_pretrained(tmp_path / "a", selected_adapters=["a"])
     adapter = read_peft(tmp_path / "a" / "a")
     assert adapter.config.subspace is None
     write_peft(tmp_path / "b", adapter)

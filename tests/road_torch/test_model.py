@@ -181,7 +181,7 @@ def test_save_and_load(tmp_path):
     assert torch.equal(logits(again, adapter_names=[new.get(n, n) for n in names]), expected)
     with pytest.raises(AdapterError, match="already holds something"):
         model.save_pretrained(tmp_path / "both")
-    model.save_pretrained(tmp_path / "both", ["other"], overwrite=True)
+    model.save_pretrained(tmp_path / "both", selected_adapters=["other"], overwrite=True)
     trainable = RoadModel.from_pretrained(small_model(), tmp_path / "both", is_trainable=True)
     assert sum(p.requires_grad for p in trainable.parameters()) == 2 * 7 * 3
 
@@ -381,11 +381,15 @@ REFUSED = {
     "name of the base": (lambda m, d: m.load_adapter(d, "__base__"), "other than '__base__'"),
     "name with a dot": (lambda m, d: m.load_adapter(d, "v1.0"), r"found 'v1\.0'"),
     "name that is taken": (lambda m, d: m.load_adapter(d, "keys"), "found 'keys'"),
+    "name of a module's flag": (lambda m, d: m.load_adapter(d, "training"), "found 'training'"),
+    "name of a private field": (lambda m, d: m.add_adapter("_parameters", config()), "found '_parameters'"),
+    "name of a counter": (lambda m, d: m.add_adapter("changes", config()), "found 'changes'"),
     "delete unknown": (lambda m, d: m.delete_adapter("z"), "found 'z'"),
     "delete active": (lambda m, d: m.delete_adapter("a"), "not active, found 'a'"),
     "unmerge": (lambda m, d: m.unmerge_adapter(), "expected merged adapters, found none"),
     "merge unknown": (lambda m, d: m.merge_adapter(["z"]), "found 'z'"),
-    "save unknown": (lambda m, d: m.save_pretrained(d / "new", ["z"]), "found 'z'"),
+    "save with pickle": (lambda m, d: m.save_pretrained(d / "new", False), "safe_serialization: expected True"),
+    "save unknown": (lambda m, d: m.save_pretrained(d / "new", selected_adapters=["z"]), "found 'z'"),
     "group size": (lambda m, d: m.add_adapter("c", config(group_size=48)), r"layers\.0.*48 divides, found 128"),
     "no target": (lambda m, d: m.add_adapter("c", config(target_modules=["q_prj"])), "nearest: q_proj"),
     "no linear": (lambda m, d: m.add_adapter("c", config(target_modules=["norm"])), "found LlamaRMSNorm"),
@@ -659,6 +663,15 @@ def test_config_reaches_the_base():
     with pytest.raises(AttributeError, match="nonsense"):
         _ = model.nonsense
     assert isinstance(small_config(), type(model.config))
+    model.config = other = small_config()
+    assert model.base_model.config is other
+    model.mine = 1
+    assert not hasattr(model.base_model, "mine")
+
+
+def test_a_new_model_is_in_its_base_s_mode():
+    assert RoadModel(small_model().train()).training
+    assert not RoadModel(small_model().eval()).training
 
 
 def test_an_adapter_of_the_record_type_is_what_is_saved(tmp_path):

@@ -1,10 +1,15 @@
 """Against PEFT itself: its adapters give the same here, ours give the same there."""
 
+import inspect
+
 import peft
 import pytest
 import torch
+import transformers
 from _compare import assert_close
 from _models import small_model
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
 from road_torch import AdapterError, RoadConfig, RoadModel
@@ -196,3 +201,103 @@ def test_weights_of_the_base_go_with_what_is_composed_and_not_merged(tied, tmp_p
     saved = load_file(tmp_path / "theirs" / "adapter_model.safetensors")[key]
     for name in ("a", "twice"):
         assert torch.equal(load_file(tmp_path / "ours" / name / "adapter_model.safetensors")[key], saved)
+
+
+PEFT_CALLS = {
+    "__init__": peft.PeftModel.__init__,
+    "from_pretrained": peft.PeftModel.from_pretrained,
+    "hotswap_adapter": hotswap_adapter,
+    **{
+        name: getattr(peft.PeftModel, name)
+        for name in (
+            "add_adapter",
+            "load_adapter",
+            "delete_adapter",
+            "disable_adapter",
+            "save_pretrained",
+            "set_adapter",
+        )
+    },
+    **{
+        name: getattr(BaseTuner, name)
+        for name in (
+            "merge_adapter",
+            "unmerge_adapter",
+            "merge_and_unload",
+            "unload",
+            "disable_adapter_layers",
+            "enable_adapter_layers",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", PEFT_CALLS)
+def test_arguments_have_peft_s_names_and_places(name):
+    theirs = [p for p in inspect.signature(PEFT_CALLS[name]).parameters if p != "self"]
+    ours = inspect.signature(getattr(RoadModel, name)).parameters.values()
+    places = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+    theirs = [p for p in theirs if not (name == "hotswap_adapter" and p == "model")]
+    assert places == theirs[: len(places)]
+
+
+def test_calls_as_to_peft(tmp_path):
+    model = RoadModel(small_model(), peft_config=RoadConfig(target_modules=["q_proj"], group_size=8))
+    model.add_adapter(adapter_name="b", peft_config=RoadConfig(target_modules=["v_proj"], group_size=8))
+    assert list(model.peft_config) == ["default", "b"]
+    model.set_adapter(adapter_name="b")
+    assert model.active_adapter == "b"
+    assert model.get_nb_trainable_parameters()[0] > 0
+    model.set_adapter("b", inference_mode=True)
+    assert model.get_nb_trainable_parameters()[0] == 0
+    model.save_pretrained(
+        save_directory=tmp_path / "saved", safe_serialization=True, selected_adapters=["default", "b"]
+    )
+    model.save_pretrained(tmp_path / "not here", is_main_process=False)
+    assert not (tmp_path / "not here").exists()
+    model.load_adapter(model_id=tmp_path / "saved", adapter_name="c", is_trainable=True)
+    assert not model.peft_config["c"].inference_mode
+    model.merge_adapter("default")
+    assert model.merged_adapters == ["default"]
+    model.unmerge_adapter()
+    assert not any("road" in name for name, _ in model.merge_and_unload(True, True, ["b", "c"]).named_parameters())
+
+
+def test_disable_adapter_layers_is_peft_s(tmp_path):
+    theirs = peft_model("road_1", 8)
+    theirs.save_pretrained(tmp_path)
+    ours = RoadModel.from_pretrained(small_model(), tmp_path)
+    adapted, base = logits(ours), logits(small_model())
+    ours.merge_adapter()
+    for model in (ours, theirs):
+        model.disable_adapter_layers()
+        assert torch.equal(logits(model), base)
+    with ours.disable_adapter():
+        assert torch.equal(logits(ours), base)
+    assert torch.equal(logits(ours), base)
+    ours.enable_adapter_layers()
+    theirs.enable_adapter_layers()
+    assert torch.equal(logits(ours), adapted)
+    assert_close(logits(ours), logits(theirs), "float32", moved_from=base)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_leaves_the_mode_that_peft_leaves(is_trainable, tmp_path):
+    config = peft.RoadConfig(target_modules=["q_proj"], group_size=8)
+    peft.get_peft_model(small_model(), config).save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(small_model().train(), tmp_path, is_trainable=is_trainable)
+    ours = RoadModel.from_pretrained(small_model().train(), tmp_path, is_trainable=is_trainable)
+    for model in (theirs, ours):
+        assert model.training is model.get_base_model().training is is_trainable
+    ours.train()
+    ours.load_adapter(tmp_path, "b", is_trainable)
+    assert ours.training is is_trainable
+
+
+def test_generation_config_is_used_as_by_peft():
+    fields = {"target_modules": ["q_proj"], "group_size": 8, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(small_model(), peft.RoadConfig(**fields)).eval()
+    ours = RoadModel(small_model(), RoadConfig(**fields)).eval()
+    for model in (ours, theirs):
+        model.generation_config = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS)).shape[1] == IDS.shape[1] + 3

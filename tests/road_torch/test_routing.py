@@ -41,7 +41,7 @@ def reference(model, name):
         layer = getattr(model.base_model, path)
         if name in getattr(layer, "road_theta", {}):
             theta, alpha = layer.road_theta[name].detach(), layer.road_alpha[name].detach()
-            fields = model.road_configs[name]
+            fields = model.peft_config[name]
             rotated = road_core.rotate(value, theta, alpha, variant=fields.variant, group_size=fields.group_size)
             value = torch.from_numpy(rotated)
     return value
@@ -53,7 +53,7 @@ def check(given, model, names):
 
 
 def saved(tmp_path, name, **changes):
-    road([name], **changes).save_pretrained(tmp_path / f"of {name}", [name])
+    road([name], **changes).save_pretrained(tmp_path / f"of {name}", selected_adapters=[name])
     return tmp_path / f"of {name}" / name
 
 

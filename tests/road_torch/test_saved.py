@@ -57,8 +57,8 @@ def logits(model, **kwargs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peft_loads_what_we_write(dtype, tmp_path):
     model = road("a", classifier(dtype=dtype))
-    assert model.road_configs["a"].modules_to_save == ["score"]
-    model.save_pretrained(tmp_path / "saved", ["a"])
+    assert model.peft_config["a"].modules_to_save == ["score"]
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["a"])
     theirs = peft.PeftModel.from_pretrained(classifier(dtype=dtype), tmp_path / "saved" / "a").eval()
     name = str(dtype).removeprefix("torch.")
     assert_close(
@@ -243,7 +243,7 @@ def test_a_module_that_takes_more_than_rows_in_a_mixed_batch():
 
 
 def changed_file(tmp_path, change):
-    road("a").save_pretrained(tmp_path / "saved", ["a"])
+    road("a").save_pretrained(tmp_path / "saved", selected_adapters=["a"])
     adapter = read_peft(tmp_path / "saved" / "a")
     write_peft(tmp_path / "changed", change(adapter))
     return tmp_path / "changed"

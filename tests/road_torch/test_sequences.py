@@ -78,7 +78,7 @@ class Sequences(RuleBasedStateMachine):
         source = data.draw(st.sampled_from(sorted(self.adapters)))
         name = data.draw(st.sampled_from([n for n in NAMES if n not in self.adapters]))
         folder = self.new_folder()
-        self.model.save_pretrained(folder, [source])
+        self.model.save_pretrained(folder, selected_adapters=[source])
         self.model.load_adapter(folder / source, name)
         self.came(name, self.adapters[source][0])
         for path, pair in self.adapters[source][1].items():

@@ -38,7 +38,7 @@ def reference(model, names):
         for name in names:
             if name in layer.road_theta:
                 pair = layer.road_theta[name].detach(), layer.road_alpha[name].detach()
-                config = model.road_configs[name]
+                config = model.peft_config[name]
                 value = torch.from_numpy(
                     road_core.rotate(value, *pair, variant=config.variant, group_size=config.group_size)
                 )
@@ -63,13 +63,13 @@ def test_whole_weights_are_repetitions(case, weights, tmp_path):
     model.add_weighted_adapter(["a", "b"], list(weights), "sum")
     assert model.adapter_names == ["a", "b", "sum"]
     assert model.active_adapter == "a"
-    assert model.road_configs["sum"].variant == max(variant for variant, _, _ in CASES[case].values())
+    assert model.peft_config["sum"].variant == max(variant for variant, _, _ in CASES[case].values())
     names = ["a"] * int(weights[0]) + ["b"] * int(weights[1])
     expected = reference(model, names)
     model.set_adapter("sum")
     given = model(X).detach()
     assert_close(given, expected, "float32", moved_from=Net(IN, OUT)(X).detach())
-    model.save_pretrained(tmp_path / "saved", ["sum"])
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["sum"])
     again = RoadModel.from_pretrained(Net(IN, OUT), tmp_path / "saved" / "sum")
     assert torch.equal(again(X), given)
 
