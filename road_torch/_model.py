@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,6 +65,43 @@ _READ_BY_PARENT = {
 _Parameters = Mapping[str, tuple[Tensor, Tensor]]
 
 
+class _Forward:
+    """The function `RoadModel.forward`; on a model one that has the base's arguments in its signature.
+
+    Hugging Face's Trainer keeps those columns of a dataset that stand there.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: "RoadModel | None" = None) -> None:
+        self._function = function
+        self._model = model
+
+    def __get__(self, model: "RoadModel | None", owner: type) -> Callable[..., Any]:
+        return self._function if model is None else _Forward(self._function, model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._model, *args, **kwargs)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        # Accelerate wraps this and binds it again: a copy of the model must then call itself.
+        @functools.wraps(self._function)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return self._function(*args, **kwargs)
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = self.__signature__.parameters.values()
+        function.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
+        return function
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        base = inspect.signature(self._model.base_model.forward)  # type: ignore[union-attr]
+        parameters = [p for p in base.parameters.values() if p.name != "adapter_names"]
+        place = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
+        parameters.insert(place, inspect.signature(self._function).parameters["adapter_names"])
+        return inspect.Signature(parameters)
+
+
 class RoadModel(nn.Module):
     """A model whose linear layers carry RoAd adapters: one, several, or another one for each row of a batch.
 
@@ -90,6 +129,9 @@ class RoadModel(nn.Module):
     """
 
     base_model: Any
+
+    # Hugging Face's Trainer trains a quantised model only where this says that it has adapters.
+    _hf_peft_config_loaded = True
 
     def __init__(
         self,
@@ -167,8 +209,15 @@ class RoadModel(nn.Module):
         return self.base_model
 
     # Which adapter a row gets is told to the layers by a tensor; of this function a compiled graph must know nothing.
+    @_Forward
     @torch.compiler.disable(recursive=False)
-    def forward(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str | Sequence[str]] | None = None,
+        labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Calls the base model.
 
         Args:
@@ -177,11 +226,14 @@ class RoadModel(nn.Module):
                 rows get the active adapters. A row may name several, applied one after the other: ``"a+b"`` or
                 ``["a", "b"]``, weighted as in ``"a:0.7+b:0.3"`` (see `add_weighted_adapter`). Their composition is
                 formed once, and anew when one of them changes.
+            labels: for the base model. Hugging Face's Trainer looks for them in this signature.
             **kwargs: for the base model.
 
         Raises:
             AdapterError: an unknown name, another number of names than of rows, or adapters that don't compose.
         """
+        if labels is not None:
+            kwargs["labels"] = labels
         with self._routed(adapter_names, args, kwargs):
             return self.base_model(*args, **kwargs)
 

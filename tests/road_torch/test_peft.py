@@ -1,5 +1,6 @@
 """Against PEFT itself: its adapters give the same here, ours give the same there."""
 
+import copy
 import inspect
 
 import peft
@@ -12,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
-from road_torch import AdapterError, RoadConfig, RoadModel
+from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
 
 IDS = torch.arange(3, 31).reshape(4, 7)
 VARIANTS = ("road_1", "road_2", "road_4")
@@ -301,3 +302,66 @@ def test_generation_config_is_used_as_by_peft():
     for model in (ours, theirs):
         model.generation_config = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS)).shape[1] == IDS.shape[1] + 3
+
+
+class AdapterTrainer(transformers.Trainer):
+    """As docs/torch.md tells."""
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        self.model.save_pretrained(
+            output_dir or self.args.output_dir, is_main_process=self.args.should_save, overwrite=True
+        )
+
+
+@pytest.mark.parametrize("kind", ["float", "nf4"])
+def test_a_trainer_trains_evaluates_and_saves(kind, tmp_path):
+    small_model().save_pretrained(tmp_path / "base")
+
+    def base():
+        nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        options = {"quantization_config": nf4} if kind == "nf4" else {}
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+
+    model = RoadModel(base(), RoadConfig(target_modules=["q_proj", "up_proj"], group_size=8))
+    frozen = {name: value.clone() for name, value in model.state_dict().items() if "road_" not in name}
+    rows = [{"input_ids": row, "labels": row, "of no use": 0} for row in IDS]
+    arguments = transformers.TrainingArguments(
+        tmp_path / "run",
+        max_steps=4,
+        save_steps=4,
+        learning_rate=0.05,
+        per_device_train_batch_size=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = AdapterTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    # In evaluation mode bitsandbytes may pack a 4-bit weight anew, and gives no gradients after that.
+    start = model.train()(IDS, labels=IDS).loss.item()
+    trainer.train()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in frozen.items())
+    found = trainer.evaluate()["eval_loss"]
+    expected = logits(model.eval())
+    assert found < start - 0.01
+    assert abs(found - model.loss_function(expected, IDS, vocab_size=expected.shape[-1]).item()) < 1e-4
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in checkpoint.iterdir()}
+    assert not list((tmp_path / "run").rglob("model*"))
+    theirs = peft.PeftModel.from_pretrained(base(), checkpoint).eval()
+    assert_close(logits(theirs), expected, "float32", moved_from=logits(base().eval()))
+
+
+def test_a_trainer_in_mixed_precision_can_be_made_anew_and_its_model_copied(tmp_path):
+    model = RoadModel(small_model(), RoadConfig(target_modules=["q_proj"], group_size=8))
+    rows = [{"input_ids": row, "labels": row, "of no use": 0} for row in IDS]
+    for _ in range(2):
+        arguments = transformers.TrainingArguments(
+            tmp_path, max_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, bf16=True
+        )
+        transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    other = copy.deepcopy(model)
+    before = logits(model)
+    for layer in [module for module in other.modules() if isinstance(module, RoadLayer)]:
+        layer.replace("default", layer.road_theta["default"] + 1, layer.road_alpha["default"])
+    assert not torch.equal(logits(other), before)
+    assert torch.equal(logits(model), before)
