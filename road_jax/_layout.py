@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+
+from road_jax._tree import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,26 @@ class Layout:
         object.__setattr__(self, "kernel_axes", from_end)
         if not self.bias_axes:
             object.__setattr__(self, "bias_axes", tuple(range(-len(from_end), 0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a trace shows of one linear layer.
+
+    Attributes:
+        layout: of the layer by itself.
+        sizes: of its output axes, in the layout's order.
+        marks: by name, the shapes of its kernel, bias and θ with 0 for the layer's own axes: what isn't 0 is a stack's.
+            None if the trace was none of ``model.init``, which alone shows it.
+    """
+
+    layout: Layout
+    sizes: tuple[int, ...]
+    marks: Mapping[str, tuple[int, ...]] | None = None
+
+    def stack(self, leaf: str) -> tuple[int, ...]:
+        """The axes of a whole array that ``nn.scan`` or ``nn.vmap`` added; only with marks."""
+        return tuple(axis for axis, size in enumerate((self.marks or {})[leaf]) if size)
 
 
 # From a layer type to what tells the layout of one call, or None if the call is no product with a kernel. Linen gives
@@ -83,6 +106,23 @@ def trailing(count: int, ndim: int) -> Layout:
     """Returns the layout of a layer whose ``count`` output axes come last everywhere."""
     axes = tuple(range(-count, 0))
     return Layout(axes, axes, axes, ndim)
+
+
+def mark_axes(scope: nn.module.Scope, layout: Layout) -> None:
+    """Lays an empty array beside kernel, bias and θ: Flax adds a stack's axes to it as it does to them."""
+    for leaf in (layout.kernel, layout.bias, "road_theta"):
+        if scope.has_variable("params", leaf):
+            shape = (0,) * nn.meta.unbox(scope.get_variable("params", leaf)).ndim
+            scope.param(_MARK + leaf, lambda _, shape=shape: jnp.zeros(shape))
+
+
+def marked_axes(declared: Mapping[Path, jax.Array], path: Path, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what `mark_axes` laid into the scope at a path, for `Place`."""
+    marks = {leaf: declared.get((*path, _MARK + leaf)) for leaf in (layout.kernel, layout.bias, "road_theta")}
+    return {leaf: mark.shape for leaf, mark in marks.items() if mark is not None}
+
+
+_MARK = "road_axes_of_"
 
 
 def along(array: jax.Array, axes: tuple[int, ...], function: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,25 +11,27 @@ import numpy as np
 from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, output_size
-from road_jax._layout import Layout, along
+from road_jax._layout import Layout, Place, along
 from road_jax._quantize import QuantizedKernel
 from road_jax._rotate import coefficients, determinants, inverse_coefficients, rotate_blocks
-from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, unflatten
+from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, replace_leaves
 
-_NEEDS_INPUTS = "expected sample inputs of the model, to find which of the kernel's axes are outputs"
+# Axes of an array and of θ that are the same stack's, outermost first.
+Stack = list[tuple[int, int]]
 
 
 def merge(
     variables: Mapping[str, Any],
     adapter: Tree,
     config: RoadConfig,
-    layouts: Mapping[Path, Layout],
+    places: Mapping[Path, Place],
     *,
     invert: bool = False,
 ) -> dict[str, Any]:
     """Returns variables whose kernels and biases are rotated, or with ``invert`` turned back.
 
-    The layers' ``layouts`` tell which axes are outputs; of a layer that isn't among them the last ones are.
+    The layers' ``places`` tell which axes are outputs and which a stack's; of others that is guessed, where the shapes
+    leave one choice.
     """
     paths = adapted_paths(adapter)
     leaves = flatten(overlay(variables["params"], adapter))
@@ -37,27 +39,23 @@ def merge(
         raise AdapterError(f"unmerge: expected θ and α alone, found the saved module {dotted(whole[0][:-1])}")
     for path in paths:
         theta, alpha = leaves.pop((*path, "road_theta")), leaves.pop((*path, "road_alpha"))
-        name = dotted(path)
+        name, place = dotted(path), places.get(path)
+        layout = place.layout if place else Layout()
+        if (*path, layout.kernel) not in leaves:
+            raise AdapterError(f"{name}: expected a {layout.kernel} to merge into, found none")
+        arrays = {
+            leaf: _array(name, leaf, leaves[*path, leaf])
+            for leaf in (layout.kernel, layout.bias)
+            if (*path, leaf) in leaves
+        }
+        located = _locate(name, {leaf: array.shape for leaf, array in arrays.items()}, theta.shape, config, place)
         if invert:
-            check_invertible(name, theta, alpha, config)
-        layout = layouts.get(path)
-        kernel, bias = (layout.kernel, layout.bias) if layout else ("kernel", "bias")
-        for leaf in (kernel, bias):
-            axes = None
-            if layout:
-                axes = layout.kernel_axes if leaf == kernel else layout.bias_axes
-            if (*path, leaf) in leaves:
-                old = leaves[(*path, leaf)]
-                if isinstance(old, QuantizedKernel):
-                    raise AdapterError(
-                        f"{name}: expected a plain kernel to merge into, found {old.kind} codes "
-                        "(road_jax.dequantize gives plain ones)"
-                    )
-                new = rotate_outputs(f"{name}.{leaf}", nn.meta.unbox(old), theta, alpha, config, axes, invert=invert)
-                leaves[(*path, leaf)] = old.replace_boxed(new) if isinstance(old, nn.meta.AxisMetadata) else new
-            elif leaf == kernel:
-                raise AdapterError(f"{name}: expected a {kernel} to merge into, found none")
-    return {**variables, "params": unflatten(leaves)}
+            check_invertible(name, theta, alpha, config, located[layout.kernel][1])
+        for leaf, array in arrays.items():
+            new = rotate_outputs(f"{name}.{leaf}", array, theta, alpha, config, *located[leaf], invert=invert)
+            old = leaves[*path, leaf]
+            leaves[*path, leaf] = old.replace_boxed(new) if isinstance(old, nn.meta.AxisMetadata) else new
+    return replace_leaves(variables, {("params", *path): leaf for path, leaf in leaves.items()})
 
 
 def rotate_outputs(
@@ -66,29 +64,30 @@ def rotate_outputs(
     theta: jax.Array,
     alpha: jax.Array,
     config: RoadConfig,
-    axes: tuple[int, ...] | None,
+    outputs: tuple[int, ...],
+    stack: Stack,
     *,
     invert: bool,
 ) -> jax.Array:
-    """Rotates a kernel or bias along its outputs, which are ``axes`` of one layer's, or its last ones."""
-    stack = _stack_axes(path, array.shape, theta.shape, config.variant, axes)
+    """Rotates a kernel or bias that θ fits; ``outputs`` are axes of one layer's, counted from its end."""
+    own = _without(array.shape, [axis for axis, _ in stack])
+    check_group_size(math.prod(own[axis] for axis in outputs), config.group_size, path)
 
     def rotate_one(array: jax.Array, theta: jax.Array, alpha: jax.Array) -> jax.Array:
-        out = output_size(config.variant, theta.shape[-1])
-        check_group_size(out, config.group_size, path)
-        found = _output_axes(array.shape, out, axes)
-        if axes is None and _is_open(array.shape, out):
-            raise AdapterError(f"{path}: {_NEEDS_INPUTS}, found none beside shape {list(array.shape)}")
-        return along(array, found, lambda flat: rotate(flat, theta, alpha, config, invert=invert))
+        return along(array, outputs, lambda flat: rotate(flat, theta, alpha, config, invert=invert))
 
     function = rotate_one
-    for kernel_axis, theta_axis in reversed(stack):
-        function = jax.vmap(function, in_axes=(kernel_axis, theta_axis, theta_axis), out_axes=kernel_axis)
+    # vmap removes the outermost first, so that later axes count what is left.
+    for done, (kernel_axis, theta_axis) in reversed(list(enumerate(stack))):
+        at = kernel_axis - done, theta_axis - done, theta_axis - done
+        function = jax.vmap(function, in_axes=at, out_axes=at[0])
     return function(array, theta, alpha)
 
 
 def rotate(array: jax.Array, theta: jax.Array, alpha: jax.Array, config: RoadConfig, *, invert: bool) -> jax.Array:
-    """Rotates an array along its last axis in float32 or wider, rounded once to its dtype."""
+    """Rotates an array along its last axis in float32, or its own dtype if that is wider; rounded once to its dtype."""
+    if jnp.finfo(array.dtype).bits > 32:
+        theta, alpha = theta.astype(array.dtype), alpha.astype(array.dtype)
     first, second = coefficients(
         theta, alpha, variant=config.variant, group_size=config.group_size, subspace=config.subspace
     )
@@ -97,49 +96,106 @@ def rotate(array: jax.Array, theta: jax.Array, alpha: jax.Array, config: RoadCon
     return rotate_blocks(array.astype(first.dtype), first, second).astype(array.dtype)
 
 
-def _output_axes(shape: Sequence[int], out: int, axes: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The axes of a layer's own array that are its outputs; none if their sizes don't give ``out``."""
-    if axes is None:
-        count = next((n for n in range(1, len(shape) + 1) if math.prod(shape[-n:]) == out), 0)
-        return tuple(range(-count, 0))
-    fits = all(axis >= -len(shape) for axis in axes) and math.prod(shape[axis] for axis in axes) == out
-    return axes if fits else ()
+def _array(path: str, leaf: str, value: Any) -> jax.Array:
+    """A param out of its box, if it is one that can be rotated."""
+    array = nn.meta.unbox(value)
+    if isinstance(array, QuantizedKernel):
+        raise AdapterError(
+            f"{path}: expected a plain kernel to merge into, found {array.kind} codes "
+            "(road_jax.dequantize gives plain ones)"
+        )
+    if not isinstance(array, jax.Array | np.ndarray):
+        found = f"a {type(array).__name__}"
+    elif not jnp.issubdtype(array.dtype, jnp.floating):
+        found = f"one of {array.dtype}"
+    else:
+        return jnp.asarray(array)
+    raise AdapterError(f"{path}.{leaf}: expected a floating-point array to merge into, found {found}")
 
 
-def _is_open(shape: Sequence[int], out: int) -> bool:
-    """True if the outputs of an array of more than two axes could be others than its last ones."""
-    wide = [axis for axis, size in enumerate(shape) if size > 1]
-    choices = itertools.chain.from_iterable(itertools.combinations(wide, n) for n in range(1, len(wide) + 1))
-    return len(shape) > 2 and sum(math.prod(shape[axis] for axis in axes) == out for axes in choices) > 1
+def _locate(
+    path: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    theta: tuple[int, ...],
+    config: RoadConfig,
+    place: Place | None,
+) -> dict[str, tuple[tuple[int, ...], Stack]]:
+    """Finds of a kernel and a bias which axes are outputs, and which a stack's."""
+    layout = place.layout if place else Layout()
+    kernel = shapes[layout.kernel]
+    if place and place.marks is not None:
+        of_theta = place.stack("road_theta")
+        stacks = {leaf: list(zip(place.stack(leaf), of_theta, strict=False)) for leaf in shapes}
+        outputs = {layout.kernel: layout.kernel_axes, layout.bias: layout.bias_axes}
+    else:
+        choices = list(_choices(kernel, theta, config.variant, layout.kernel_axes if place else None))
+        if len(choices) > 1 or (not place and not choices and len(kernel) > len(theta) + 1):
+            raise AdapterError(
+                f"{path}.{layout.kernel}: expected sample inputs of the model, to find which of the kernel's axes are "
+                f"outputs and which a stack's, found none beside shape {list(kernel)}"
+            )
+        if not choices:
+            raise AdapterError(f"{path}.{layout.kernel}: {_misfit(kernel, theta)}")
+        axes, stack = choices[0]
+        stacks = dict.fromkeys(shapes, stack)
+        # All that a bias of an unknown layer has are outputs.
+        outputs = {layout.kernel: axes, layout.bias: layout.bias_axes if place else axes}
+    for leaf, shape in shapes.items():
+        if not _fits(shape, theta, config.variant, outputs[leaf], stacks[leaf]):
+            raise AdapterError(f"{path}.{leaf}: {_misfit(shape, theta)}")
+    return {leaf: (outputs[leaf], stacks[leaf]) for leaf in shapes}
 
 
-def _stack_axes(
-    path: str, shape: tuple[int, ...], theta: tuple[int, ...], variant: str, outputs: tuple[int, ...] | None
-) -> list[tuple[int, int]]:
-    """Finds the axes that ``nn.scan`` or ``nn.vmap`` added, as pairs (kernel's axis, θ's axis), outermost first.
+def _choices(
+    shape: tuple[int, ...], theta: tuple[int, ...], variant: str, outputs: tuple[int, ...] | None
+) -> Iterator[tuple[tuple[int, ...], Stack]]:
+    """Yields the outputs and stacks that a kernel's sizes allow.
 
-    Flax puts a stack axis at one index in every param of a layer, which is what is looked for. Index 0 is the usual
-    one and is preferred where sizes alone leave a choice.
+    Flax puts a stack axis at one index in every param of a layer, which is what is looked for. Outputs that aren't
+    known are the last axes, if they can't be others than them.
     """
-    extra = len(theta) - 1
-    for axes in itertools.combinations(range(len(theta)), extra):
-        size = next(n for axis, n in enumerate(theta) if axis not in axes)
-        rest = [n for axis, n in enumerate(shape) if axis not in axes]
-        fits = all(axis < len(shape) and shape[axis] == theta[axis] for axis in axes)
-        if fits and _output_axes(rest, output_size(variant, size), outputs):
-            # vmap removes the outermost first, so that later indices count what is left.
-            return [(axis - done, axis - done) for done, axis in enumerate(axes)]
-    if outputs is None and len(shape) - extra > 2:
-        raise AdapterError(f"{path}: {_NEEDS_INPUTS}, found none beside shape {list(shape)}")
-    raise AdapterError(f"{path}: expected a kernel that θ of shape {list(theta)} fits, found {list(shape)}")
+    for axes in itertools.combinations(range(len(theta)), len(theta) - 1):
+        stack = [(axis, axis) for axis in axes]
+        own, (size,) = _without(shape, axes), _without(theta, axes)
+        out = output_size(variant, size)
+        options = [outputs] if outputs is not None else _last_axes(own, out)
+        yield from ((option, stack) for option in options if _fits(shape, theta, variant, option, stack))
 
 
-def check_invertible(path: str, theta: jax.Array, alpha: jax.Array, config: RoadConfig) -> None:
+def _last_axes(shape: Sequence[int], out: int) -> list[tuple[int, ...]]:
+    """The axes of a layer's own kernel that can be its outputs; of a kernel ``[in, out]`` the last alone."""
+    count = next((n for n in range(1, len(shape) + 1) if math.prod(shape[-n:]) == out), 0)
+    last = tuple(range(-count, 0))
+    if not last or len(shape) <= 2:
+        return [last] if last else []
+    wide = [axis for axis in range(-len(shape), 0) if shape[axis] > 1]
+    several = itertools.chain.from_iterable(itertools.combinations(wide, n) for n in range(1, len(wide) + 1))
+    others = [axes for axes in several if math.prod(shape[axis] for axis in axes) == out]
+    return [last, *(axes for axes in others if set(axes) - set(last))]
+
+
+def _fits(shape: tuple[int, ...], theta: tuple[int, ...], variant: str, outputs: tuple[int, ...], stack: Stack) -> bool:
+    """True if θ has the stack's axes of an array and is made for its outputs."""
+    if len(theta) != len(stack) + 1 or any(axis >= len(shape) or shape[axis] != theta[at] for axis, at in stack):
+        return False
+    own, (size,) = _without(shape, [axis for axis, _ in stack]), _without(theta, [at for _, at in stack])
+    in_range = all(axis >= -len(own) for axis in outputs)
+    return in_range and math.prod(own[axis] for axis in outputs) == output_size(variant, size)
+
+
+def _without(shape: tuple[int, ...], axes: Collection[int]) -> tuple[int, ...]:
+    return tuple(size for axis, size in enumerate(shape) if axis not in axes)
+
+
+def _misfit(shape: tuple[int, ...], theta: tuple[int, ...]) -> str:
+    return f"expected a kernel that θ of shape {list(theta)} fits, found {list(shape)}"
+
+
+def check_invertible(path: str, theta: jax.Array, alpha: jax.Array, config: RoadConfig, stack: Stack) -> None:
     """Refuses blocks without an inverse, where the values are known."""
     if isinstance(theta, jax.core.Tracer) or isinstance(alpha, jax.core.Tracer):
         return
-    # Stack axes don't matter here where they lead; elsewhere θ's own axis must come last.
-    axis = next((a for a, n in reversed(list(enumerate(theta.shape))) if _divides(config, n)), -1)
+    (axis,) = set(range(theta.ndim)) - {at for _, at in stack}
     theta, alpha = (jnp.moveaxis(v, axis, -1) for v in (theta, alpha))
     first, second = coefficients(
         theta, alpha, variant=config.variant, group_size=config.group_size, subspace=config.subspace
@@ -147,7 +203,3 @@ def check_invertible(path: str, theta: jax.Array, alpha: jax.Array, config: Road
     determinant = determinants(first, second)
     if singular := int((np.asarray(determinant) == 0).sum()):
         raise AdapterError(f"{path}: expected 2x2 blocks that have an inverse, found {singular} with determinant 0")
-
-
-def _divides(config: RoadConfig, size: int) -> bool:
-    return output_size(config.variant, size) % config.group_size == 0

@@ -24,7 +24,7 @@ def polar(theta: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
     Form them once for a whole stack, outside the loop over its layers: XLA fuses what it finds beside a product into
     that product, and would take a cosine anew for every row of the batch.
     """
-    wide = jnp.promote_types(theta.dtype, jnp.float32)
+    wide = theta.dtype if jnp.finfo(theta.dtype).bits > 32 else jnp.float32
     theta, alpha = theta.astype(wide), alpha.astype(wide)
     return alpha * jnp.cos(theta), alpha * jnp.sin(theta)
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules, subspace_blocks
 from road_core._errors import listed
 from road_jax import _merge, _quantize
-from road_jax._layout import Layout, Layouts, along, einsum_layout, trailing
+from road_jax._layout import Layout, Layouts, Place, along, einsum_layout, mark_axes, marked_axes, trailing
 from road_jax._rotate import polar, rotate_polar
 from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unflatten
 
@@ -36,8 +36,8 @@ class Road:
     model: nn.Module
     config: RoadConfig
     layers: Layouts = dataclasses.field(default_factory=dict, hash=False)
-    # What init and apply learn of each adapted layer while they are traced, for merge.
-    _seen: dict[Path, Layout] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    # What init and apply learn of each linear layer while they are traced, for merge and shardings.
+    _seen: dict[Path, Place] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def init(self, rng: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tree:
         """Returns a fresh adapter; the model is only traced for its shapes, never run.
@@ -57,8 +57,7 @@ class Road:
             AdapterError: no layer matches, a match is no linear layer, the group size doesn't divide a layer's
                 outputs, two layers share one scope, or ``variables`` aren't the model's.
         """
-        outs: dict[Path, int] = {}
-        layouts: dict[Path, Layout] = {}
+        places: dict[Path, Place] = {}
         # Every module's name and type.
         names: dict[str, str] = {}
         mixed: dict[str, str] = {}
@@ -71,16 +70,17 @@ class Road:
             layout = _layout(context, self.layers, args, kwargs)
             # A model may call a layer on arrays of its own choice (`layer.apply`), as tied heads do: no params of it.
             if layout is not None and module.scope.is_mutable_collection("params"):
-                first = layouts.setdefault(module.path, layout)
+                sizes = tuple(result.shape[axis] for axis in layout.result)
+                first = places.setdefault(module.path, Place(layout, sizes)).layout
                 if (first.kernel, first.kernel_axes) != (layout.kernel, layout.kernel_axes):
                     mixed[dotted(module.path)] = " and ".join(
                         f"{one.kernel} with outputs at {list(one.kernel_axes)}" for one in (first, layout)
                     )
                     return result
-                out = outs[module.path] = math.prod(result.shape[axis] for axis in layout.result)
-                size = parameter_size(self.config.variant, out)
+                size = parameter_size(self.config.variant, math.prod(sizes))
                 for leaf, fill in (("road_theta", jnp.zeros), ("road_alpha", jnp.ones)):
                     module.scope.param(leaf, lambda _, fill=fill: fill((size,), jnp.float32))
+                mark_axes(module.scope, layout)
             return result
 
         def shapes(rng: jax.Array, args: Any, kwargs: Any) -> Any:
@@ -88,7 +88,8 @@ class Road:
                 return self.model.init(rng, *args, **kwargs)
 
         traced = trace(shapes, rng, args, kwargs)
-        leaves = {p: leaf for p, leaf in flatten(nn.meta.unbox(traced["params"])).items() if p[-1] in _FILL}
+        declared = flatten(nn.meta.unbox(traced["params"]))
+        leaves = {path: leaf for path, leaf in declared.items() if path[-1] in _FILL}
         base = flatten(nn.meta.unbox(variables["params"]))
         paths = {dotted(path[:-1]): path[:-1] for path in leaves}
         linear = list(paths)
@@ -109,11 +110,13 @@ class Road:
                 raise AdapterError(f"{name}: expected one kernel that is always used alike, found {mixed[name]}")
             # A name may have dots in it, so it isn't to be split.
             path = paths[name]
-            check_group_size(outs[path], self.config.group_size, name)
-            subspace_blocks(outs[path], self.config.subspace, name)
-            if (*path, layouts[path].kernel) not in base:
-                raise AdapterError(f"{name}: expected a {layouts[path].kernel} in variables['params'], found none")
-            self._seen[path] = layouts[path]
+            out, kernel = math.prod(places[path].sizes), places[path].layout.kernel
+            check_group_size(out, self.config.group_size, name)
+            subspace_blocks(out, self.config.subspace, name)
+            if (*path, kernel) not in base:
+                raise AdapterError(f"{name}: expected a {kernel} in variables['params'], found none")
+        for path, place in places.items():
+            self._seen[path] = dataclasses.replace(place, marks=marked_axes(declared, path, place.layout))
         adapter = {
             path: _FILL[path[-1]](rng, dotted(path), leaf.shape, self.config.init_weights)
             for path, leaf in sorted(leaves.items())
@@ -167,7 +170,8 @@ class Road:
             if not module.scope.has_variable("params", "road_theta"):
                 return result
             used.add(module.path)
-            self._seen[module.path] = layout
+            sizes = tuple(result.shape[axis] for axis in layout.result)
+            self._seen.setdefault(module.path, Place(layout, sizes))
             cosines, sines = (module.scope.get_variable("params", name) for name in ROAD_LEAVES)
             if adapter_ids is not None:
                 # [size, adapters] -> [batch, size]
@@ -215,17 +219,18 @@ class Road:
         Args:
             variables: the model's variables.
             adapter: as `init` gives it.
-            *args: sample inputs of the model. They are only needed where neither `init` nor `apply` was called before
-                and a kernel doesn't show by its shape which of its axes are outputs: without them its last are taken.
+            *args: sample inputs of the model, as for `init`. They are only needed where `init` wasn't called before,
+                and a kernel doesn't show by its shape which of its axes are outputs and which a stack's. Without
+                them a kernel of two axes is taken as ``[in, out]``, one of more if its last axes alone can be outputs.
             **kwargs: more of them.
 
         Returns:
-            Plain variables.
+            Plain variables, of the structure that they had.
 
         Raises:
             AdapterError: a part of the adapter has no layer or another layer's shape, or sample inputs are needed.
         """
-        return _merge.merge(variables, adapter, self.config, self._layouts(variables, adapter, args, kwargs))
+        return _merge.merge(variables, adapter, self.config, self._places(variables, adapter, args, kwargs))
 
     def unmerge(self, variables: Mapping[str, Any], adapter: Tree, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Undoes `merge` by the inverse of each 2x2 block, in float32, rounded once.
@@ -244,16 +249,19 @@ class Road:
                 another layer's shape.
         """
         return _merge.merge(
-            variables, adapter, self.config, self._layouts(variables, adapter, args, kwargs), invert=True
+            variables, adapter, self.config, self._places(variables, adapter, args, kwargs), invert=True
         )
 
-    def _layouts(self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any) -> dict[Path, Layout]:
+    def _places(self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any) -> dict[Path, Place]:
         """Of the adapter's layers, those that are known."""
         paths = adapted_paths(adapter)
         if args or kwargs:
-            flat = {path: leaf for path, leaf in flatten(adapter).items() if path[-1] in ROAD_LEAVES}
-            trace(lambda _, args, kwargs: self.apply(variables, unflatten(flat), *args, **kwargs), None, args, kwargs)
-        elif self.layers and (unknown := [path for path in paths if path not in self._seen]):
+            kwargs = {name: value for name, value in kwargs.items() if name != "rngs"}
+            jax.eval_shape(lambda: self.init(jax.random.key(0), variables, *args, **kwargs))
+        unknown = [path for path in paths if path not in self._seen]
+        if unknown and (args or kwargs):
+            raise AdapterError(f"{dotted(unknown[0])}: expected a linear layer of the model, found none")
+        if unknown and self.layers:
             raise AdapterError(
                 f"{dotted(unknown[0])}: expected sample inputs, to find the kernel of a declared layer type, found none"
             )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax import traverse_util
+from flax.core import FrozenDict
 
 from road_core import AdapterError
 from road_core._errors import listed
@@ -28,6 +29,17 @@ def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
 def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     """Inverts `flatten`."""
     return traverse_util.unflatten_dict(dict(leaves))
+
+
+def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[Path, Any], path: Path = ()) -> Any:
+    """Returns a tree of the same structure, with a FrozenDict where one was, and other leaves at the given paths."""
+    items = {
+        name: replace_leaves(node, leaves, (*path, name))
+        if isinstance(node, Mapping)
+        else leaves.get((*path, name), node)
+        for name, node in tree.items()
+    }
+    return FrozenDict(items) if isinstance(tree, FrozenDict) else items
 
 
 def adapted_paths(adapter: Mapping[str, Any]) -> list[Path]:

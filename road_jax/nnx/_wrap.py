@@ -314,12 +314,12 @@ def _merge_in_place(model: nnx.Module, *, invert: bool) -> None:
                     f"{dotted(path)}: expected params of its own to merge into, found {others} share one"
                 )
         if invert:
-            _merge.check_invertible(dotted(path), theta, alpha, _config(layer))
+            _merge.check_invertible(dotted(path), theta, alpha, _config(layer), _stack(theta))
     for path, layer in layers.items():
         theta, alpha = layer.road_theta[...], layer.road_alpha[...]
         for variable, axes in _arrays(layer):
             rotated = _merge.rotate_outputs(
-                dotted(path), variable[...], theta, alpha, _config(layer), axes, invert=invert
+                dotted(path), variable[...], theta, alpha, _config(layer), axes, _stack(theta), invert=invert
             )
             variable.set_value(rotated)
         layer.merged = not invert
@@ -332,6 +332,11 @@ def _expect_unmerged(layers: dict[tuple[str, ...], RoadLayer]) -> None:
 
 def _config(layer: RoadLayer) -> RoadConfig:
     return RoadConfig(variant=layer.variant, group_size=layer.group_size, subspace=layer.subspace)
+
+
+def _stack(theta: jax.Array) -> list[tuple[int, int]]:
+    """A stack's axes, which stand first in every array."""
+    return [(axis, axis) for axis in range(theta.ndim - 1)]
 
 
 def _arrays(layer: RoadLayer) -> list[tuple[nnx.Variable, tuple[int, ...]]]:
