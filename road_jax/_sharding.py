@@ -1,12 +1,15 @@
 """Where θ and α stand on a mesh: along the outputs that they rotate."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from road_core import AdapterError, RoadConfig, output_size
+from road_jax._layout import Place
 from road_jax._quantize import QuantizedKernel
 from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, unflatten
 
@@ -20,18 +23,22 @@ def shardings(
     inputs (FSDP) they are replicated. With outputs in whole groups the rotation then adds no collective to a compiled
     program, forward or backward, but the sum of its own gradients over the data axis.
 
+    No layer is known here: each is taken to have a ``kernel`` ``[*stack, in, *out]``, with θ's stack axes in front and
+    one axis of inputs. `Road.shardings` knows how a model's kernels lie; take that one for others.
+
     Args:
         adapter: as ``Road.init`` gives it; shapes are enough (``jax.eval_shape``).
-        variables_shardings: a tree of ``NamedSharding`` laid out like the model's variables, ``{"params": …}``.
+        variables_shardings: a tree of ``NamedSharding`` laid out like the model's variables, ``{"params": …}``; what
+            lies on a single device may have its ``SingleDeviceSharding``.
         config: of the adapter. With it, shards that cut a group of ``config.group_size`` outputs are refused.
         allow_cut: don't refuse them. Each such layer then pays two all-gathers, a permutation and all-to-alls of its
             output, in every pass.
 
     Returns:
-        A tree of ``NamedSharding`` laid out like the adapter.
+        A tree of shardings laid out like the adapter.
 
     Raises:
-        AdapterError: a module has no kernel among the shardings, or a group is cut.
+        AdapterError: a module has no kernel among the shardings, one of another kind, or a group is cut.
 
     Example:
         >>> import jax, numpy as np, road_jax
@@ -42,16 +49,40 @@ def shardings(
         >>> tuple(road_jax.shardings(adapter, kernel)["proj"]["road_theta"].spec)
         ('model',)
     """
+    return along_kernels(adapter, variables_shardings, {}, config=config, allow_cut=allow_cut)
+
+
+def along_kernels(
+    adapter: Tree,
+    variables_shardings: Tree,
+    places: Mapping[Path, Place],
+    *,
+    config: RoadConfig | None,
+    allow_cut: bool,
+) -> Tree:
+    """`shardings`, with the places of layers that are known."""
     given = flatten(variables_shardings["params"])
     found = {}
     for path, leaf in flatten(adapter).items():
         if path[-1] not in ROAD_LEAVES:
             found[path] = _at(given, path)
             continue
-        kernel = _plain(_at(given, (*path[:-1], "kernel")), len(leaf.shape))
-        found[path] = _along_outputs(kernel, len(leaf.shape))
+        place, name = places.get(path[:-1]), dotted(path[:-1])
+        kernel = _at(given, (*path[:-1], place.layout.kernel if place else "kernel"))
+        if isinstance(kernel, QuantizedKernel):
+            kernel = _plain(kernel, len(place.marks["kernel"]) if place and place.marks else len(leaf.shape) + 1)
+        if isinstance(kernel, SingleDeviceSharding):
+            found[path] = kernel
+            continue
+        if not isinstance(kernel, NamedSharding):
+            raise AdapterError(f"{name}: expected a NamedSharding of its kernel, found a {type(kernel).__name__}")
+        lie = _known(kernel.spec, place) if place else _assumed(kernel.spec, len(leaf.shape))
         if config is not None and not allow_cut:
-            _check_whole(dotted(path[:-1]), kernel.mesh, found[path].spec, leaf.shape[-1], config)
+            _check_whole(name, kernel, leaf.shape[lie.own], lie, config)
+        entries = lie.stack | {lie.own: lie.outputs[0]}
+        # Where groups are cut, shares may not come out even.
+        even = {axis: entry for axis, entry in entries.items() if leaf.shape[axis] % _shares(kernel.mesh, entry) == 0}
+        found[path] = NamedSharding(kernel.mesh, _spec(even))
     return unflatten(found)
 
 
@@ -78,43 +109,75 @@ def quantized_shardings(path: str, kernel: QuantizedKernel, where: NamedSharding
     return jax.tree.unflatten(jax.tree.structure(kernel), [NamedSharding(where.mesh, each) for each in specs])
 
 
-def _at(given: dict[Path, Any], path: Path) -> NamedSharding:
+def _at(given: dict[Path, Any], path: Path) -> Any:
     if path not in given:
         raise AdapterError(f"{dotted(path)}: expected a sharding for it in variables_shardings['params'], found none")
     return given[path]
 
 
-def _plain(kernel: Any, axes: int) -> NamedSharding:
-    """A kernel's sharding; of a quantised one, whose codes stand as ``[*stack, out, in]``, as if it were plain."""
-    if not isinstance(kernel, QuantizedKernel):
-        return kernel
+def _plain(kernel: QuantizedKernel, axes: int) -> Any:
+    """Where a quantised kernel of so many axes, with codes ``[*stack, out, in]``, would stand as a plain one."""
     codes: Any = kernel.codes
-    spec: list[Any] = [*codes.spec, *[None] * (axes + 1 - len(codes.spec))]
+    if not isinstance(codes, NamedSharding):
+        return codes
+    spec: list[Any] = [*codes.spec, *[None] * (axes - len(codes.spec))]
     *stack, outputs, inputs = spec
     return NamedSharding(codes.mesh, PartitionSpec(*stack, inputs, outputs))
 
 
-def _along_outputs(kernel: NamedSharding, axes: int) -> NamedSharding:
-    """Of a kernel ``[*stack, *in, *out]``, for θ ``[*stack, size]`` of so many axes."""
-    spec = tuple(kernel.spec)
-    stack, rest = spec[: axes - 1], spec[axes - 1 :]
-    # Outputs are flattened in order, so the first of their axes that is sharded lies along θ.
-    outputs = next((entry for entry in rest[1:] if entry is not None), None)
-    entries = [*stack, *[None] * (axes - 1 - len(stack)), outputs]
-    while entries and entries[-1] is None:
-        entries.pop()
-    return NamedSharding(kernel.mesh, PartitionSpec(*entries))
+@dataclasses.dataclass(frozen=True)
+class _Lie:
+    """What a kernel's spec says of θ: the entry of each of its outputs, and of the stack axes by their place in θ."""
+
+    own: int
+    stack: dict[int, Any]
+    outputs: list[Any]
 
 
-def _check_whole(path: str, mesh: Any, spec: PartitionSpec, size: int, config: RoadConfig) -> None:
-    entry = spec[-1] if len(spec) else None
-    shards = _shares(mesh, entry)
-    out = output_size(config.variant, size)
+def _known(spec: PartitionSpec, place: Place) -> _Lie:
+    marks = place.marks or {}
+    kernel, of_theta = marks[place.layout.kernel], marks["road_theta"]
+    entries = [*spec, *[None] * (len(kernel) - len(spec))]
+    axes = [axis for axis, size in enumerate(kernel) if not size]
+    # An axis of one element is never cut, and what comes behind it is as if it came first.
+    outputs = [
+        entries[axes[axis]]
+        for axis, size in zip(place.layout.kernel_axes, place.sizes, strict=True)
+        if size > 1 or len(place.sizes) == 1
+    ]
+    stack = dict(
+        zip(place.stack("road_theta"), (entries[axis] for axis in place.stack(place.layout.kernel)), strict=True)
+    )
+    return _Lie(of_theta.index(0), stack, outputs or [None])
+
+
+def _assumed(spec: PartitionSpec, axes: int) -> _Lie:
+    """Of a kernel ``[*stack, in, *out]``, for θ of so many axes."""
+    own = axes - 1
+    entries = [*spec, *[None] * (own + 2 - len(spec))]
+    return _Lie(own, dict(enumerate(entries[:own])), entries[own + 1 :])
+
+
+def _spec(entries: Mapping[int, Any]) -> PartitionSpec:
+    sharded = {axis: entry for axis, entry in entries.items() if entry is not None}
+    return PartitionSpec(*(sharded.get(axis) for axis in range(max(sharded, default=-1) + 1)))
+
+
+def _check_whole(path: str, kernel: NamedSharding, size: int, lie: _Lie, config: RoadConfig) -> None:
+    cost = (
+        "cut groups cost two all-gathers, a permutation and all-to-alls a pass (a smaller group_size avoids them, "
+        "allow_cut pays for them)"
+    )
+    if any(_shares(kernel.mesh, entry) > 1 for entry in lie.outputs[1:]):
+        raise AdapterError(
+            f"{path}: expected a kernel whose outputs are sharded by the first of their axes alone, found "
+            f"{kernel.spec}; {cost}; Road.shardings knows kernels that aren't [in, *out]"
+        )
+    shards, out = _shares(kernel.mesh, lie.outputs[0]), output_size(config.variant, size)
     if out % (shards * config.group_size):
         raise AdapterError(
-            f"{path}: expected {shards} shards of whole groups of {config.group_size} outputs, found {out} outputs; "
-            "cut groups cost two all-gathers, a permutation and all-to-alls a pass (a smaller group_size avoids them, "
-            "allow_cut pays for them)"
+            f"{path}: expected {shards} shards of whole groups of {config.group_size} outputs, "
+            f"found {out} outputs; {cost}"
         )
 
 

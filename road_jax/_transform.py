@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules, subspace_blocks
 from road_core._errors import listed
-from road_jax import _merge, _quantize
+from road_jax import _merge, _quantize, _sharding
 from road_jax._layout import Layout, Layouts, Place, along, einsum_layout, mark_axes, marked_axes, trailing
 from road_jax._rotate import polar, rotate_polar
 from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unflatten
@@ -251,6 +251,30 @@ class Road:
         return _merge.merge(
             variables, adapter, self.config, self._places(variables, adapter, args, kwargs), invert=True
         )
+
+    def shardings(self, adapter: Tree, variables_shardings: Tree, *, allow_cut: bool = False) -> Tree:
+        """Returns shardings for an adapter that follow those of its layers' kernels, wherever these have their outputs.
+
+        As `road_jax.shardings`, with what `init` saw of the model: θ and α are sharded as the first output axis of
+        their kernel, and shards of a later one cut groups as well.
+
+        Args:
+            adapter: as `init` gives it, or `road_jax.stack_adapters`; shapes are enough.
+            variables_shardings: as for `road_jax.shardings`.
+            allow_cut: don't refuse shards that cut a group.
+
+        Returns:
+            A tree of shardings laid out like the adapter.
+
+        Raises:
+            AdapterError: as for `road_jax.shardings`; or `init` wasn't called before (``jax.eval_shape`` of it is
+                enough).
+        """
+        known = {path: self._seen[path] for path in adapted_paths(adapter) if path in self._seen}
+        for path in adapted_paths(adapter):
+            if path not in known or known[path].marks is None:
+                raise AdapterError(f"{dotted(path)}: expected a layer that Road.init has seen before, found none")
+        return _sharding.along_kernels(adapter, variables_shardings, known, config=self.config, allow_cut=allow_cut)
 
     def _places(self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any) -> dict[Path, Place]:
         """Of the adapter's layers, those that are known."""

@@ -147,3 +147,116 @@ def test_a_module_without_a_sharding_is_named(mesh):
     adapter = {"proj": {"road_theta": np.zeros(64), "road_alpha": np.ones(64)}}
     with pytest.raises(AdapterError, match=r"proj\.kernel: expected a sharding for it"):
         road_jax.shardings(adapter, {"params": {"other": {"kernel": NamedSharding(mesh, P())}}})
+
+
+class Heads(nn.Module):
+    """Kernels with outputs and inputs of several axes, and outputs first."""
+
+    @nn.compact
+    def __call__(self, x):
+        q = nn.DenseGeneral((4, 64), use_bias=False, name="q")(x)
+        k = nn.Einsum((4, 64, 64), "btd,hdk->bthk", use_bias=False, name="k")(x)
+        one = nn.DenseGeneral((1, 256), use_bias=False, name="one")(x)
+        y = nn.DenseGeneral(64, axis=(-2, -1), use_bias=False, name="o")(q * k + one.reshape(q.shape))
+        return nn.Einsum((64, 64), "btd,ed->bte", use_bias=False, name="e")(y)
+
+
+PLACES = {
+    # kernel: spec, θ's spec (None: groups are cut)
+    "heads": ("q", P(None, "model", None), P("model")),
+    "head_dim": ("q", P(None, None, "model"), None),
+    "both": ("q", P(None, "data", "model"), None),
+    "one head": ("one", P(None, None, "model"), P("model")),
+    "inputs first": ("q", P("data", None, None), P()),
+    "outputs around the inputs": ("k", P("model", None, None), P("model")),
+    "inputs between": ("k", P(None, "model", None), P()),
+    "one of two inputs": ("o", P(None, "model", None), P()),
+    "outputs behind two inputs": ("o", P("data", None, "model"), P("model")),
+    "outputs first": ("e", P("model", None), P("model")),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_layouts_that_init_saw_decide(name, mesh):
+    layer, spec, expected = PLACES[name]
+    x = jnp.asarray(named_values("x", 4, 8, 64))
+    model = Heads()
+    variables = model.init(jax.random.key(0), x)
+    group = 16 if layer in "oe" else 64
+    road, adapter = adapted(model, variables, x, target_modules=[layer], group_size=group)
+    where = jax.tree.map(lambda _: NamedSharding(mesh, P()), variables)
+    where["params"][layer]["kernel"] = NamedSharding(mesh, spec)
+    if expected is None:
+        with pytest.raises(AdapterError, match=f"{layer}: expected a kernel whose outputs are sharded by the first"):
+            road.shardings(adapter, where)
+        # Taken as [in, *out], which it is.
+        with pytest.raises(AdapterError, match=f"{layer}: expected a kernel whose outputs are sharded by the first"):
+            road_jax.shardings(adapter, where, config=road.config)
+    along = road.shardings(adapter, where, allow_cut=expected is None)
+    placed = [jax.device_put(v, s) for v, s in ((variables, where), (adapter, along))]
+    turned = jax.jit(road.apply)
+    if expected is not None:
+        assert along[layer]["road_theta"].spec == expected
+        assert collectives(turned, *placed, x) == collectives(jax.jit(model.apply), placed[0], x)
+    assert_close(turned(*placed, x), road.apply(variables, adapter, x), "float32", moved_from=model.apply(variables, x))
+
+    several = road_jax.stack_adapters([adapter, adapter])
+    spec = road.shardings(several, where, allow_cut=True)[layer]["road_theta"].spec
+    assert spec == along[layer]["road_theta"].spec
+
+
+def test_a_stack_on_another_axis(mesh):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(Block, variable_axes={"params": 1}, split_rngs={"params": True}, length=4)
+            return scan(name="blocks")(x, None)[0]
+
+    x = jnp.asarray(named_values("x", 4, 8, 64))
+    model = Model()
+    variables = model.init(jax.random.key(0), x)
+    road, adapter = adapted(model, variables, x)
+    assert adapter["blocks"]["up"]["road_theta"].shape == (256, 4)
+    where = jax.tree.map(lambda _: NamedSharding(mesh, P()), variables)
+    where["params"]["blocks"]["up"]["kernel"] = NamedSharding(mesh, P(None, "data", "model"))
+    along = road.shardings(adapter, where)
+    assert along["blocks"]["up"]["road_theta"].spec == P("model", "data")
+    assert along["blocks"]["down"]["road_theta"].spec == P()
+    jax.device_put(adapter, along)
+
+
+def test_where_no_layer_is_known(mesh):
+    adapter = {"proj": {"road_theta": jnp.zeros(64), "road_alpha": jnp.ones(64)}}
+
+    def found(spec, adapter=adapter):
+        kernel = {"params": {"proj": {"kernel": NamedSharding(mesh, spec)}}}
+        return road_jax.shardings(adapter, kernel)["proj"]["road_theta"].spec
+
+    assert found(P(None, "data", "model")) == P("data")
+    assert found(P(None, None, "model")) == P()
+    # Not even shares: a stack of 3 on another axis, or several adapters.
+    assert found(P(None, None, "model"), {"proj": dict.fromkeys(adapter["proj"], jnp.ones((64, 3)))}) == P()
+
+    kernel = {"params": {"proj": {"kernel": jnp.ones((64, 128)).sharding}}}
+    assert road_jax.shardings(adapter, kernel)["proj"]["road_theta"] == kernel["params"]["proj"]["kernel"]
+    with pytest.raises(AdapterError, match="proj: expected a NamedSharding of its kernel, found a P"):
+        road_jax.shardings(adapter, {"params": {"proj": {"kernel": P(None, "model")}}})
+    road = road_jax.transform(Heads(), RoadConfig(target_modules=["q"]))
+    with pytest.raises(AdapterError, match=r"proj: expected a layer that Road\.init has seen before, found none"):
+        road.shardings(adapter, kernel)
+
+
+def test_a_declared_kernel_by_another_name(mesh):
+    class Custom(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w", nn.initializers.normal(), (64, x.shape[-1])).T
+
+    x = jnp.ones((2, 64))
+    model = nn.Sequential([Custom()])
+    variables = model.init(jax.random.key(0), x)
+    layers = {Custom: lambda *_: road_jax.Layout(kernel_axes=(0,), kernel="w")}
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=16), layers=layers)
+    adapter = jax.eval_shape(road.init, jax.random.key(1), variables, x)
+    where = {"params": {"layers_0": {"w": NamedSharding(mesh, P("model", None))}}}
+    assert road.shardings(adapter, where)["layers_0"]["road_alpha"].spec == P("model")
