@@ -50,11 +50,13 @@ class Place:
         sizes: of its output axes, in the layout's order.
         marks: by name, the shapes of its kernel, bias and θ with 0 for the layer's own axes: what isn't 0 is a stack's.
             None if the trace was none of ``model.init``, which alone shows it.
+        dense: whether the layer is an ``nn.Dense``.
     """
 
     layout: Layout
     sizes: tuple[int, ...]
     marks: Mapping[str, tuple[int, ...]] | None = None
+    dense: bool = False
 
     def stack(self, leaf: str) -> tuple[int, ...]:
         """The axes of a whole array that ``nn.scan`` or ``nn.vmap`` added; only with marks."""

@@ -5,29 +5,37 @@ it wrote is taken as it stands. NF4: Dettmers et al., "QLoRA" (arXiv 2305.14314)
 "LLM.int8()" (arXiv 2208.07339); activations are not quantised here.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping
+import functools
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from road_core import AdapterError
 from road_core._bitsandbytes import NF4
-from road_jax._tree import dotted, flatten, unflatten
+from road_jax._tree import Path, dotted, flatten, replace_leaves
 
 Kind = Literal["nf4", "int8"]
 
 # One absmax for so many neighbours in a row of the weight.
 BLOCK = 64
 
+_REMEDY = "(quantize's exclude leaves a layer's kernel as it is; Road.quantize takes those of nn.Dense alone)"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedKernel:
     """A Dense kernel ``[in, out]`` in 4 or 8 bits; stands in ``params`` where the kernel stood.
+
+    Where the kernel was boxed, codes and scales are.
 
     Attributes:
         codes: ``nf4``: uint8 ``[*stack, out, in / 2]``, two codes a byte, the first one high; ``int8``: int8
@@ -49,7 +57,7 @@ class QuantizedKernel:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def dequantize(self) -> jax.Array:
         """Returns the kernel ``[*stack, in, out]`` in its dtype: bit for bit what bitsandbytes computes with."""
@@ -59,11 +67,15 @@ class QuantizedKernel:
 def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[str] = ("lm_head",)) -> dict[str, Any]:
     """Quantises the kernels of Dense layers, plain or stacked, as bitsandbytes quantises a model's linear layers.
 
-    Works on the host, one kernel at a time. `Road.apply` computes with the result, also with an empty adapter;
-    embeddings, norms and biases stay as they are.
+    Works on the host, one kernel at a time; codes lie where the kernel lay, and in boxes if it had one. `Road.apply`
+    computes with the result, also with an empty adapter; embeddings, norms and biases stay as they are.
+
+    Kernels alone don't tell whether they are a Dense layer's. Taken for one is a kernel ``[*stack, in, out]`` with a
+    bias ``[*stack, out]`` beside it, or one of two axes, or three with a stack's in front, without a bias. For models
+    with other layers of such kernels there is `Road.quantize`, which knows the model.
 
     Args:
-        variables: a model's; kernels ``[in, out]`` or ``[layers, in, out]``.
+        variables: a model's.
         kind: ``"nf4"`` (blocks of 64; absmax in float32, not quantised a second time) or ``"int8"`` (a scale an
             output).
         exclude: names of layers whose kernels stay.
@@ -72,8 +84,8 @@ def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[st
         Variables with a `QuantizedKernel` for each such kernel.
 
     Raises:
-        AdapterError: an unknown kind, a kernel that isn't finite or whose inputs 64 doesn't divide (nf4), or nothing to
-            quantise.
+        AdapterError: an unknown kind, a kernel that isn't finite, whose inputs 64 doesn't divide (nf4) or whose shards
+            would cut codes, or nothing to quantise.
 
     Example:
         >>> import jax, jax.numpy as jnp, road_jax
@@ -81,26 +93,30 @@ def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[st
         >>> road_jax.quantize(variables, "nf4")["params"]["proj"]["kernel"].codes.shape
         (128, 32)
     """
+    leaves = flatten(variables["params"])
+    return quantize_kernels(variables, kind, [path for path in leaves if _looks_dense(leaves, path)], exclude)
+
+
+def quantize_kernels(
+    variables: Mapping[str, Any], kind: Kind, paths: Collection[Path], exclude: Collection[str]
+) -> dict[str, Any]:
+    """As `quantize`, for the kernels at given paths, with stack axes in front."""
     if kind not in ("nf4", "int8"):
         raise AdapterError(f"quantize: expected nf4 or int8, found {kind!r}")
     leaves = flatten(variables["params"])
-    found = 0
-    for path, leaf in leaves.items():
-        if path[-1] != "kernel" or path[-2] in exclude or isinstance(leaf, QuantizedKernel | nn.meta.AxisMetadata):
-            continue
-        if leaf.ndim in (2, 3) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaves[path] = _quantized(dotted(path[:-1]), np.asarray(jax.device_get(leaf)), kind)
-            found += 1
+    found = {
+        path: _quantized(dotted(path[:-1]), leaves[path], kind) for path in paths if not set(path[-2:-1]) & set(exclude)
+    }
     if not found:
-        raise AdapterError("quantize: expected kernels of two axes, or three with a stack's, found none")
-    return {**variables, "params": unflatten(leaves)}
+        raise AdapterError("quantize: expected kernels of Dense layers, found none")
+    return replace_leaves(variables, {("params", *path): leaf for path, leaf in found.items()})
 
 
 def dequantize(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns variables with plain kernels in place of quantised ones, in the dtype that they had."""
     leaves = flatten(variables["params"])
-    plain = {p: leaf.dequantize() if isinstance(leaf, QuantizedKernel) else leaf for p, leaf in leaves.items()}
-    return {**variables, "params": unflatten(plain)}
+    plain = {path: _dequantized(leaf) for path, leaf in leaves.items() if isinstance(leaf, QuantizedKernel)}
+    return replace_leaves(variables, {("params", *path): leaf for path, leaf in plain.items()})
 
 
 def from_codes(
@@ -113,49 +129,106 @@ def from_codes(
     return QuantizedKernel(jnp.asarray(codes), jnp.asarray(scales, jnp.float32), kind, shape, jnp.dtype(dtype).name)
 
 
-def dense(module: nn.Dense, kernel: QuantizedKernel, bias: jax.Array | None, x: jax.Array) -> jax.Array:
+def dense(module: nn.Dense, kernel: QuantizedKernel, bias: jax.Array | None, inputs: jax.Array) -> jax.Array:
     """What ``nn.Dense`` computes, with a quantised kernel.
 
     Raises:
         AdapterError: the kernel is another layer's.
     """
-    path = dotted(module.path)
-    if kernel.codes.ndim != 2 or kernel.shape != (x.shape[-1], module.features):
+    if not isinstance(module, nn.Dense):
+        raise not_dense(module)
+    if kernel.codes.ndim != 2 or kernel.shape != (inputs.shape[-1], module.features):
         raise AdapterError(
-            f"{path}: expected a quantised kernel [{x.shape[-1]}, {module.features}], found {list(kernel.shape)} "
-            f"with codes {list(kernel.codes.shape)}"
+            f"{dotted(module.path)}: expected a quantised kernel [{inputs.shape[-1]}, {module.features}], found "
+            f"{list(kernel.shape)} with codes {list(kernel.codes.shape)} {_REMEDY}"
         )
-    dtype = module.dtype or jnp.promote_types(x.dtype, kernel.dtype)
-    y = matmul(x.astype(dtype), kernel)
+    dtype = module.dtype or jnp.promote_types(inputs.dtype, kernel.dtype)
+    dot_general = module.dot_general_cls() if module.dot_general_cls is not None else module.dot_general
+    x = inputs.astype(dtype)
+    if dot_general is None:
+        y = matmul(x, kernel, module.precision)
+    else:
+        plain = kernel.dequantize().astype(dtype)
+        y = dot_general(x, plain, (((x.ndim - 1,), (0,)), ((), ())), precision=module.precision)
     return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
+def not_dense(module: nn.Module) -> AdapterError:
+    """The error of a layer that can't compute with codes."""
+    return AdapterError(
+        f"{dotted(module.path)}: expected a Dense layer for a quantised kernel, found {type(module).__name__} {_REMEDY}"
+    )
+
+
+@contextlib.contextmanager
+def explained(module: nn.Module) -> Iterator[None]:
+    """Says what is wrong where another layer fails with codes: its own error prints them all."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except Exception as error:
+        kernel = module.scope and module.scope.get_variable("params", "kernel")
+        if isinstance(kernel, QuantizedKernel) and not isinstance(module, nn.Dense):
+            raise not_dense(module) from error
+        raise
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, kernel: QuantizedKernel, precision: Any = None) -> jax.Array:
     """Returns ``x @ kernel`` in the dtype of ``x``.
 
     The kernel gets no gradient, and the backward pass dequantises anew: under ``nn.scan`` the dequantised kernels of
     all layers would otherwise be kept.
     """
-    return _product(x, kernel)
+    return _product(x, kernel, precision)
 
 
-def _product(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
+def _product(x: jax.Array, kernel: QuantizedKernel, precision: Any) -> jax.Array:
     weight = _weight(kernel).astype(x.dtype)
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
 
 
-def _forward(x: jax.Array, kernel: QuantizedKernel) -> tuple[jax.Array, QuantizedKernel]:
+def _forward(x: jax.Array, kernel: QuantizedKernel, precision: Any) -> tuple[jax.Array, QuantizedKernel]:
     # Not `matmul`, within which a policy of checkpointing wouldn't find the product that it keeps.
-    return _product(x, kernel), kernel
+    return _product(x, kernel, precision), kernel
 
 
-def _backward(kernel: QuantizedKernel, d: jax.Array) -> tuple[jax.Array, None]:
+def _backward(precision: Any, kernel: QuantizedKernel, d: jax.Array) -> tuple[jax.Array, None]:
     weight = _weight(kernel).astype(d.dtype)
-    return jax.lax.dot_general(d, weight, (((d.ndim - 1,), (0,)), ((), ()))), None
+    return jax.lax.dot_general(d, weight, (((d.ndim - 1,), (0,)), ((), ())), precision=precision), None
 
 
 matmul.defvjp(_forward, _backward)
+
+
+def quantized_shardings(path: str, kernel: QuantizedKernel, where: NamedSharding) -> QuantizedKernel:
+    """Returns where codes and scales stand, for a kernel ``[*stack, in, out]`` that is to stand at ``where``.
+
+    Scales lie with their codes; where a cut through the inputs would leave no whole blocks, each share has a row's all.
+    Shapes are enough.
+
+    Raises:
+        AdapterError: the codes can't be divided so.
+    """
+    spec: list[Any] = [*where.spec, *[None] * (len(kernel.codes.shape) - len(where.spec))]
+    *stack, inputs, outputs = spec
+    cuts = shares(where.mesh, outputs), shares(where.mesh, inputs)
+    sizes = kernel.codes.shape[-2:]
+    if sizes[0] % cuts[0] or sizes[1] % cuts[1]:
+        raise AdapterError(
+            f"{path}: expected {kernel.kind} codes that a mesh of {cuts[0]} x {cuts[1]} shares divides, "
+            f"found {sizes[0]} x {sizes[1]}"
+        )
+    blocks = None if kernel.scales.shape[-1] % cuts[1] else inputs
+    specs = PartitionSpec(*stack, outputs, inputs), PartitionSpec(*stack, outputs, blocks)
+    return jax.tree.unflatten(jax.tree.structure(kernel), [NamedSharding(where.mesh, each) for each in specs])
+
+
+def shares(mesh: Any, entry: Any) -> int:
+    """Returns into how many shares an entry of a ``PartitionSpec`` cuts an axis."""
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _weight(kernel: QuantizedKernel) -> jax.Array:
@@ -170,7 +243,44 @@ def _weight(kernel: QuantizedKernel) -> jax.Array:
     return (values * scales).astype(kernel.dtype).reshape(*stack, *reversed(kernel.shape))
 
 
-def _quantized(path: str, kernel: np.ndarray, kind: str) -> QuantizedKernel:
+def _looks_dense(leaves: Mapping[Path, Any], path: Path) -> bool:
+    kernel, bias = (nn.meta.unbox(leaves.get((*path[:-1], name))) for name in ("kernel", "bias"))
+    if path[-1] != "kernel" or not isinstance(kernel, jax.Array | np.ndarray):
+        return False
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        return False
+    if bias is None:
+        return kernel.ndim in (2, 3)
+    return kernel.ndim >= 2 and bias.shape == (*kernel.shape[:-2], kernel.shape[-1])
+
+
+def _quantized(path: str, leaf: Any, kind: str) -> QuantizedKernel:
+    array = nn.meta.unbox(leaf)
+    kernel = _encoded(path, np.asarray(jax.device_get(array)), kind)
+    where = getattr(array, "sharding", None)
+    if isinstance(where, NamedSharding):
+        kernel = jax.device_put(kernel, quantized_shardings(path, kernel, where))
+    elif isinstance(where, SingleDeviceSharding):
+        kernel = jax.device_put(kernel, where)
+    if not isinstance(leaf, nn.Partitioned):
+        return kernel
+    # Boxes lie within, since codes have other axes than the kernel.
+    names = [*leaf.names, *[None] * (array.ndim - len(leaf.names))]
+    *stack, inputs, outputs = names
+    codes = leaf.replace(value=kernel.codes, names=(*stack, outputs, inputs))
+    scales = leaf.replace(value=kernel.scales, names=(*stack, outputs, None))
+    return dataclasses.replace(kernel, codes=codes, scales=scales)
+
+
+def _dequantized(kernel: QuantizedKernel) -> Any:
+    plain = nn.meta.unbox(kernel).dequantize()
+    if not isinstance(kernel.codes, nn.Partitioned):
+        return plain
+    *stack, outputs, inputs = kernel.codes.names
+    return kernel.codes.replace(value=plain, names=(*stack, inputs, outputs))
+
+
+def _encoded(path: str, kernel: np.ndarray, kind: str) -> QuantizedKernel:
     *stack, inputs, out = kernel.shape
     layout: Any = {"kind": kind, "stack": tuple(stack), "shape": (inputs, out), "dtype": kernel.dtype}
     weight = np.ascontiguousarray(np.swapaxes(kernel, -1, -2))
@@ -185,7 +295,7 @@ def _quantized(path: str, kernel: np.ndarray, kind: str) -> QuantizedKernel:
         codes = np.round(weight * scale[..., None]).astype(np.int8)
         return from_codes(codes, absmax, **layout)
     if inputs % BLOCK:
-        raise AdapterError(f"{path}: expected inputs that blocks of {BLOCK} divide, found {inputs}")
+        raise AdapterError(f"{path}: expected inputs that blocks of {BLOCK} divide, found {inputs} {_REMEDY}")
     blocks = weight.astype(np.float32).reshape(*weight.shape[:-1], -1, BLOCK)
     absmax = np.abs(blocks).max(axis=-1)
     scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[..., None]

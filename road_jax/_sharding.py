@@ -1,16 +1,14 @@
 """Where θ and α stand on a mesh: along the outputs that they rotate."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from road_core import AdapterError, RoadConfig, output_size
 from road_jax._layout import Place
-from road_jax._quantize import QuantizedKernel
+from road_jax._quantize import QuantizedKernel, shares
 from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, unflatten
 
 
@@ -81,32 +79,9 @@ def along_kernels(
             _check_whole(name, kernel, leaf.shape[lie.own], lie, config)
         entries = lie.stack | {lie.own: lie.outputs[0]}
         # Where groups are cut, shares may not come out even.
-        even = {axis: entry for axis, entry in entries.items() if leaf.shape[axis] % _shares(kernel.mesh, entry) == 0}
+        even = {axis: entry for axis, entry in entries.items() if leaf.shape[axis] % shares(kernel.mesh, entry) == 0}
         found[path] = NamedSharding(kernel.mesh, _spec(even))
     return unflatten(found)
-
-
-def quantized_shardings(path: str, kernel: QuantizedKernel, where: NamedSharding) -> QuantizedKernel:
-    """Returns where codes and scales stand, for a kernel ``[*stack, in, out]`` that is to stand at ``where``.
-
-    Scales lie with their codes; where a cut through the inputs would leave no whole blocks, each share has a row's all.
-    Shapes are enough.
-
-    Raises:
-        AdapterError: the codes can't be divided so.
-    """
-    spec: list[Any] = [*where.spec, *[None] * (len(kernel.codes.shape) - len(where.spec))]
-    *stack, inputs, outputs = spec
-    shares = _shares(where.mesh, outputs), _shares(where.mesh, inputs)
-    sizes = kernel.codes.shape[-2:]
-    if sizes[0] % shares[0] or sizes[1] % shares[1]:
-        raise AdapterError(
-            f"{path}: expected {kernel.kind} codes that a mesh of {shares[0]} x {shares[1]} shares divides, "
-            f"found {sizes[0]} x {sizes[1]}"
-        )
-    blocks = None if kernel.scales.shape[-1] % shares[1] else inputs
-    specs = PartitionSpec(*stack, outputs, inputs), PartitionSpec(*stack, outputs, blocks)
-    return jax.tree.unflatten(jax.tree.structure(kernel), [NamedSharding(where.mesh, each) for each in specs])
 
 
 def _at(given: dict[Path, Any], path: Path) -> Any:
@@ -168,19 +143,14 @@ def _check_whole(path: str, kernel: NamedSharding, size: int, lie: _Lie, config:
         "cut groups cost two all-gathers, a permutation and all-to-alls a pass (a smaller group_size avoids them, "
         "allow_cut pays for them)"
     )
-    if any(_shares(kernel.mesh, entry) > 1 for entry in lie.outputs[1:]):
+    if any(shares(kernel.mesh, entry) > 1 for entry in lie.outputs[1:]):
         raise AdapterError(
             f"{path}: expected a kernel whose outputs are sharded by the first of their axes alone, found "
             f"{kernel.spec}; {cost}; Road.shardings knows kernels that aren't [in, *out]"
         )
-    shards, out = _shares(kernel.mesh, lie.outputs[0]), output_size(config.variant, size)
+    shards, out = shares(kernel.mesh, lie.outputs[0]), output_size(config.variant, size)
     if out % (shards * config.group_size):
         raise AdapterError(
             f"{path}: expected {shards} shards of whole groups of {config.group_size} outputs, "
             f"found {out} outputs; {cost}"
         )
-
-
-def _shares(mesh: Any, entry: Any) -> int:
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return math.prod(mesh.shape[name] for name in names)

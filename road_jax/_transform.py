@@ -71,7 +71,7 @@ class Road:
             # A model may call a layer on arrays of its own choice (`layer.apply`), as tied heads do: no params of it.
             if layout is not None and module.scope.is_mutable_collection("params"):
                 sizes = tuple(result.shape[axis] for axis in layout.result)
-                first = places.setdefault(module.path, Place(layout, sizes)).layout
+                first = places.setdefault(module.path, Place(layout, sizes, dense=isinstance(module, nn.Dense))).layout
                 if (first.kernel, first.kernel_axes) != (layout.kernel, layout.kernel_axes):
                     mixed[dotted(module.path)] = " and ".join(
                         f"{one.kernel} with outputs at {list(one.kernel_axes)}" for one in (first, layout)
@@ -159,12 +159,12 @@ class Road:
             module = context.module
             layout = _layout(context, self.layers, args, kwargs)
             if layout is None:
-                return next_fn(*args, **kwargs)
+                with _quantize.explained(module):
+                    return next_fn(*args, **kwargs)
             kernel = module.scope.get_variable("params", layout.kernel)
             if isinstance(kernel, _quantize.QuantizedKernel):
-                if not isinstance(module, nn.Dense):
-                    raise AdapterError(f"{dotted(module.path)}: expected a Dense layer for a quantised kernel")
-                result = _quantize.dense(module, kernel, module.scope.get_variable("params", "bias"), *args, **kwargs)
+                kernel, bias = nn.meta.unbox((kernel, module.scope.get_variable("params", "bias")))
+                result = _quantize.dense(module, kernel, bias, *args, **kwargs)
             else:
                 result = next_fn(*args, **kwargs)
             if not module.scope.has_variable("params", "road_theta"):
@@ -251,6 +251,52 @@ class Road:
         return _merge.merge(
             variables, adapter, self.config, self._places(variables, adapter, args, kwargs), invert=True
         )
+
+    def quantize(
+        self,
+        variables: Mapping[str, Any],
+        kind: _quantize.Kind,
+        *args: Any,
+        exclude: Collection[str] = ("lm_head",),
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Quantises the kernels of the model's ``nn.Dense`` layers alone, as `road_jax.quantize` does.
+
+        Args:
+            variables: the model's variables.
+            kind: ``"nf4"`` or ``"int8"``.
+            *args: sample inputs of the model, as for `init`; not needed after it.
+            exclude: names of layers whose kernels stay.
+            **kwargs: more of them.
+
+        Returns:
+            Variables with a `QuantizedKernel` for each such kernel; those of other layers stay.
+
+        Raises:
+            AdapterError: as for `road_jax.quantize`; or a stack's axis isn't the first of a kernel.
+        """
+        self._places(variables, {}, args, kwargs)
+        places = {path: place for path, place in self._seen.items() if place.marks is not None}
+        if not places:
+            raise AdapterError("quantize: expected sample inputs of the model, or Road.init before, found none")
+        leaves = flatten(variables["params"])
+        paths = []
+        for path, place in places.items():
+            kernel = leaves.get((*path, place.layout.kernel))
+            if not place.dense or isinstance(kernel, _quantize.QuantizedKernel):
+                continue
+            if kernel is None:
+                raise AdapterError(
+                    f"{dotted(path)}: expected a {place.layout.kernel} in variables['params'], found none"
+                )
+            stack = place.stack(place.layout.kernel)
+            if stack != tuple(range(len(stack))) and not (path and path[-1] in exclude):
+                raise AdapterError(
+                    f"{dotted(path)}: expected a stack's axes before the kernel's own to quantise it, found them at "
+                    f"{list(stack)} (exclude leaves it as it is)"
+                )
+            paths.append((*path, place.layout.kernel))
+        return _quantize.quantize_kernels(variables, kind, paths, exclude)
 
     def shardings(self, adapter: Tree, variables_shardings: Tree, *, allow_cut: bool = False) -> Tree:
         """Returns shardings for an adapter that follow those of its layers' kernels, wherever these have their outputs.

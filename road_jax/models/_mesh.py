@@ -10,8 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from road_core import AdapterError
-from road_jax._quantize import QuantizedKernel
-from road_jax._sharding import quantized_shardings
+from road_jax._quantize import QuantizedKernel, quantized_shardings
 from road_jax._tree import Path, Tree, dotted, flatten, unflatten
 from road_jax.models._config import DecoderConfig
 

@@ -12,6 +12,7 @@ import transformers
 from _compare import assert_close, named_values
 from _models import small_checkpoint
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 import road_jax
 from road_core import AdapterError, RoadConfig
@@ -45,7 +46,8 @@ def theirs(weight, kind):
 def test_codes_scales_and_values_are_bitsandbytes(kind, dtype):
     for stack in ((), (3,)):
         kernel, weights = kernels(dtype, *stack)
-        variables = {"params": {"proj": {"kernel": kernel, "bias": jnp.ones(128)}, "lm_head": {"kernel": kernel}}}
+        bias = jnp.ones((*stack, 128))
+        variables = {"params": {"proj": {"kernel": kernel, "bias": bias}, "lm_head": {"kernel": kernel}}}
         quantized = road_jax.quantize(variables, kind)["params"]
         assert quantized["lm_head"]["kernel"] is kernel
         found = quantized["proj"]["kernel"]
@@ -187,6 +189,144 @@ def test_a_checkpoint_of_bitsandbytes_is_taken_as_it_stands(kind, scan, tmp_path
     assert [len(row) for row in said] == [4, 4]
 
 
+class Mixed(nn.Module):
+    """Dense layers beside others whose kernels look like theirs."""
+
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.MultiHeadDotProductAttention(4, use_bias=self.bias, name="attention")(x)
+        x = nn.Conv(64, (3,), use_bias=self.bias, name="conv")(x)
+        return nn.Dense(64, use_bias=self.bias, precision="highest", name="dense")(inputs=x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_dense_kernels_are_taken(kind, bias):
+    x = jnp.asarray(named_values("x", 2, 5, 64))
+    model = Mixed(bias)
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    with pytest.raises(AdapterError, match=r"quantize: expected sample inputs of the model, or Road\.init before"):
+        road.quantize(variables, kind)
+    quantized = road.quantize(variables, kind, x)
+    kept = {name: params for name, params in quantized["params"].items() if name != "dense"}
+    assert kept == {name: variables["params"][name] for name in kept}
+    assert isinstance(quantized["params"]["dense"]["kernel"], road_jax.QuantizedKernel)
+    adapter = road.init(jax.random.key(1), variables, x)
+    expected = road.apply(road_jax.dequantize(quantized), adapter, x)
+    moved_from = model.apply(variables, x)
+    assert_close(road.apply(quantized, adapter, x), expected, "float32", moved_from=moved_from)
+    assert str(jax.make_jaxpr(road.apply)(quantized, adapter, x)).count("HIGHEST") == 2
+
+    if bias:
+        # The biases' shapes tell as much.
+        assert jax.tree.structure(road_jax.quantize(variables, kind)) == jax.tree.structure(quantized)
+    elif kind == "nf4":
+        with pytest.raises(AdapterError, match=r"attention\.\w+: expected inputs that blocks of 64 divide.*exclude"):
+            road_jax.quantize(variables, kind)
+    else:
+        for exclude, error in (
+            ((), "attention.query: expected a Dense layer for a quantised kernel, found DenseGeneral"),
+            (("query", "key", "value", "out"), "conv: expected a Dense layer for a quantised kernel, found Conv"),
+        ):
+            with pytest.raises(AdapterError, match=error):
+                road.apply(road_jax.quantize(variables, kind, exclude=exclude), adapter, x)
+
+
+def test_a_product_of_the_layers_own_is_kept():
+    def doubled(*operands, **options):
+        return 2 * jax.lax.dot_general(*operands, **options)
+
+    x = jnp.asarray(named_values("x", 2, 64))
+    model = nn.Sequential([nn.Dense(64, dot_general=doubled)])
+    variables = road_jax.quantize(model.init(jax.random.key(0), x), "int8")
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    assert_close(road.apply(variables, {}, x), model.apply(road_jax.dequantize(variables), x), "float32")
+
+
+class Nested(nn.Module):
+    """A scan in a scan; the inner stack's axis stands where it is told."""
+
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        class Inner(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return jnp.tanh(nn.Dense(64, name="up")(x)), None
+
+        inner = nn.scan(Inner, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3)
+
+        class Outer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return inner(name="inner")(x, None)
+
+        outer = nn.scan(Outer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return outer(name="outer")(x, None)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacks_within_stacks(kind):
+    x = jnp.asarray(named_values("x", 2, 64))
+    model = Nested()
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    quantized = road.quantize(variables, kind, x)
+    assert quantized["params"]["outer"]["inner"]["up"]["kernel"].codes.shape[:3] == (2, 3, 64)
+    assert jax.tree.structure(road_jax.quantize(variables, kind)) == jax.tree.structure(quantized)
+    expected = model.apply(road_jax.dequantize(quantized), x)
+    assert_close(road.apply(quantized, {}, x), expected, "float32", moved_from=model.apply(variables, x))
+
+
+def test_a_stack_behind_is_refused():
+    x = jnp.ones((2, 64))
+    model = Nested(1)
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    with pytest.raises(
+        AdapterError, match=r"outer\.inner\.up: expected a stack's axes before .* found them at \[0, 2\]"
+    ):
+        road.quantize(variables, "int8", x)
+    with pytest.raises(AdapterError, match="quantize: expected kernels of Dense layers, found none"):
+        road.quantize(variables, "int8", exclude=("up",))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_and_places_are_kept(kind):
+    class Boxed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("data", "model"))
+            bias = nn.with_partitioning(nn.initializers.ones, ("model",))
+            return nn.Dense(64, kernel_init=kernel, bias_init=bias, name="dense")(x)
+
+    x = jnp.asarray(named_values("x", 2, 128))
+    model, mesh = Boxed(), jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    variables = model.init(jax.random.key(0), x)
+    plain = nn.meta.unbox(variables)
+    variables = jax.device_put(variables, nn.get_sharding(variables, mesh))
+    quantized = road_jax.quantize(variables, kind)
+    kernel = quantized["params"]["dense"]["kernel"]
+    assert kernel.codes.names == ("model", "data")
+    assert kernel.codes.value.sharding.spec == P("model", "data")
+    assert nn.get_partition_spec(quantized)["params"]["dense"]["kernel"].codes == P("model", "data")
+    back = road_jax.dequantize(quantized)
+    assert jax.tree.structure(back) == jax.tree.structure(variables)
+    expected = road_jax.quantize(plain, kind)["params"]["dense"]["kernel"]
+    np.testing.assert_array_equal(kernel.codes.value, expected.codes)
+    np.testing.assert_array_equal(kernel.scales.value, expected.scales)
+    assert kernel.nbytes == expected.nbytes
+    road = road_jax.transform(model, RoadConfig(target_modules=["dense"], group_size=8))
+    found = jax.jit(road.apply)(quantized, road.init(jax.random.key(1), plain, x), x)
+    assert_close(found, model.apply(back, x), "float32", moved_from=model.apply(variables, x))
+    with pytest.raises(AdapterError, match=rf"dense: expected a plain kernel to merge into, found {kind} codes"):
+        road.merge(quantized, road.init(jax.random.key(1), plain, x))
+
+
 def test_what_cannot_be_is_refused(tmp_path):
     kernel = jnp.ones((64, 64))
     with pytest.raises(AdapterError, match="quantize: expected nf4 or int8, found 'fp3'"):
@@ -205,10 +345,10 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(AdapterError, match=r"blocks\.down: expected a plain kernel to merge into, found nf4 codes"):
         road.merge(road_jax.quantize(variables, "nf4"), adapter)
 
-    general = nn.Sequential([nn.DenseGeneral((2, 32))])
+    general = nn.Sequential([nn.DenseGeneral((2, 32), use_bias=False)])
     variables = road_jax.quantize(general.init(jax.random.key(0), x), "int8")
     road = road_jax.transform(general, RoadConfig(target_modules=".*", group_size=8))
-    with pytest.raises(AdapterError, match="layers_0: expected a Dense layer for a quantised kernel"):
+    with pytest.raises(AdapterError, match=r"layers_0: expected a Dense .* found DenseGeneral .*exclude"):
         road.apply(variables, {}, x)
 
     base, saved = small_checkpoint(tmp_path / "base"), tmp_path / "saved"
