@@ -109,8 +109,8 @@ class RoadModel(nn.Module):
     ``merge_and_unload`` and ``unload`` give it back.
 
     Args:
-        model: any ``nn.Module``; for ``generate`` a Hugging Face model.
-        peft_config: of a first adapter, which is made new, active and trainable. Without one there is no adapter yet.
+        base: any ``nn.Module``; for ``generate`` a Hugging Face model.
+        config: of a first adapter, which is made new, active and trainable. Without one there is no adapter yet.
         adapter_name: its name.
         max_loaded: how many adapters may have their coefficients on the layers' devices at once. With it θ and α of
             those that were loaded for inference stay on the CPU, and the least recently used make room for those that
@@ -135,8 +135,8 @@ class RoadModel(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
-        peft_config: RoadConfig | None = None,
+        base: nn.Module,
+        config: RoadConfig | None = None,
         adapter_name: str = "default",
         *,
         max_loaded: int | None = None,
@@ -145,18 +145,18 @@ class RoadModel(nn.Module):
         super().__init__()
         if max_loaded is not None and (not isinstance(max_loaded, int) or max_loaded < 1):
             raise AdapterError(f"max_loaded: expected a number from 1 up, found {max_loaded!r}")
-        if isinstance(model, RoadModel) or next(layers(model), None) is not None:
+        if isinstance(base, RoadModel) or next(layers(base), None) is not None:
             raise AdapterError(
-                f"RoadModel: expected a base model without RoAd layers, found {type(model).__name__} with some; "
+                f"RoadModel: expected a base model without RoAd layers, found {type(base).__name__} with some; "
                 "add adapters to the RoadModel that wraps it"
             )
         self._shared = Shared(max_loaded, _kernels.check(kernel))
         # The names of the base's weights that came with an adapter, and go with it when it is saved.
         self._base_weights: dict[str, tuple[str, ...]] = {}
-        self.base_model = model
-        self.training = model.training
-        if peft_config is not None:
-            self.add_adapter(adapter_name, peft_config)
+        self.base_model = base
+        self.training = base.training
+        if config is not None:
+            self.add_adapter(adapter_name, config)
 
     @classmethod
     def from_pretrained(

@@ -205,7 +205,6 @@ def test_weights_of_the_base_go_with_what_is_composed_and_not_merged(tied, tmp_p
 
 
 PEFT_CALLS = {
-    "__init__": peft.PeftModel.__init__,
     "from_pretrained": peft.PeftModel.from_pretrained,
     "hotswap_adapter": hotswap_adapter,
     **{
@@ -243,7 +242,7 @@ def test_arguments_have_peft_s_names_and_places(name):
 
 
 def test_calls_as_to_peft(tmp_path):
-    model = RoadModel(small_model(), peft_config=RoadConfig(target_modules=["q_proj"], group_size=8))
+    model = RoadModel(small_model(), config=RoadConfig(target_modules=["q_proj"], group_size=8))
     model.add_adapter(adapter_name="b", peft_config=RoadConfig(target_modules=["v_proj"], group_size=8))
     assert list(model.peft_config) == ["default", "b"]
     model.set_adapter(adapter_name="b")
