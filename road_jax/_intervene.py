@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,14 +24,11 @@ from road_core import (
 )
 from road_jax._io import from_tensors
 from road_jax._rotate import blocks, polar, rotate_blocks, rotate_rows, within
-from road_jax._transform import Road, trace
+from road_jax._transform import Road, new_names, trace, traced_anew, without
 from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, to_dict, unflatten
 from road_jax.models._decoder import Block
 
 Blocks = type[nn.Module] | Callable[[nn.Module], bool]
-
-# Beside the params of a block: the coefficients that its output is rotated with.
-_LEAVES = ("road_first", "road_second")
 
 
 class _Place(NamedTuple):
@@ -127,29 +125,34 @@ class Intervened:
             return _plain(self.model).apply(variables, {}, *args, **kwargs)
         places = self._find(args, kwargs)
         added = self._coefficients(intervention, places, adapter_ids)
+        # Beside the params of a block: the coefficients that its output is rotated with.
+        laid = {path: new_names("road_first", "road_second") for path in added}
         used: set[Path] = set()
 
         def turn(module: nn.Module, result: Any) -> Any:
-            if not module.scope.has_variable("params", _LEAVES[0]):
+            leaves = laid.get(module.path)
+            if leaves is None or not module.scope.has_variable("params", leaves[0]):
                 return result
             used.add(module.path)
-            first, second = (module.scope.get_variable("params", name) for name in _LEAVES)
+            first, second = (module.scope.get_variable("params", name) for name in leaves)
             rotate = rotate_blocks if adapter_ids is None else rotate_rows
             where = dotted(module.path)
             return at_prompt(where, result, lambda h: rotate(h, first, second), self.config, mask)
 
-        params = {**flatten(variables["params"]), **added}
+        params = flatten(variables["params"])
+        for path, leaves in laid.items():
+            params.update(zip(((*path, name) for name in leaves), added[path], strict=True))
         with nn.intercept_methods(self._on_blocks(turn)):
             # Also runs quantised kernels, which model.apply can't.
             result = _plain(self.model).apply({**to_dict(variables), "params": unflatten(params)}, {}, *args, **kwargs)
-        if unused := sorted({dotted(path[:-1]) for path in added} - set(map(dotted, used))):
+        if unused := sorted(map(dotted, laid.keys() - used)):
             raise AdapterError(f"intervention: expected every block to be called, found unused {', '.join(unused[:5])}")
-        return result
+        return without(result, set(itertools.chain(*laid.values())), kwargs.get("mutable", False))
 
     def _coefficients(
         self, intervention: Tree, places: list[_Place], adapter_ids: jax.Array | None
-    ) -> dict[Path, jax.Array]:
-        """Returns what is laid beside the blocks' params; blocks of a stack that aren't chosen get the identity."""
+    ) -> dict[Path, list[jax.Array]]:
+        """Returns what is laid beside each block's params; blocks of a stack that aren't chosen get the identity."""
         config = self.config
         theta, alpha = parameters(intervention, config, places[0].hidden)
         if (adapter_ids is None) != (theta.ndim == 2):
@@ -165,19 +168,20 @@ class Intervened:
         # Each [layers of the config, groups, 1 or 2, half], or [layers, batch, …].
         tables = blocks(*polar(theta, alpha), **how)
         row = {i: k for k, i in enumerate(config.layers)}
-        added: dict[Path, jax.Array] = {}
+        added: dict[Path, list[jax.Array]] = {}
         for place in places:
             here = [i for i in config.layers if place.start <= i < place.start + place.layers]
-            for name, table, identity in zip(_LEAVES, tables, (jnp.ones, jnp.zeros), strict=True):
-                if not here:
-                    continue
+            if not here:
+                continue
+            added[place.path] = []
+            for table, identity in zip(tables, (jnp.ones, jnp.zeros), strict=True):
                 chosen = table[np.array([row[i] for i in here])]
                 if place.axis is None:
-                    added[*place.path, name] = chosen[0]
+                    added[place.path].append(chosen[0])
                 else:
                     stack = identity((place.layers, *table.shape[1:]), table.dtype)
                     stack = stack.at[np.array(here) - place.start].set(chosen)
-                    added[*place.path, name] = jnp.moveaxis(stack, 0, place.axis)
+                    added[place.path].append(jnp.moveaxis(stack, 0, place.axis))
         return added
 
     def _find(self, args: Any, kwargs: Any) -> list[_Place]:
@@ -199,7 +203,7 @@ class Intervened:
         def shapes(rng: jax.Array, args: Any, kwargs: Any) -> Any:
             # What only apply knows.
             kwargs = {name: value for name, value in kwargs.items() if name not in ("mutable", "rngs")}
-            with nn.intercept_methods(self._on_blocks(declare)):
+            with traced_anew() as forget, nn.intercept_methods(self._on_blocks(declare, forget)):
                 return self.model.init(rng, *args, **kwargs)
 
         params = flatten(nn.meta.unbox(trace(shapes, jax.random.key(0), args, kwargs)["params"]))
@@ -217,20 +221,25 @@ class Intervened:
         check_blocks(self.model, self.config, total, {dotted(place.path): place.hidden for place in places})
         return places
 
-    def _on_blocks(self, act: Callable[[nn.Module, Any], Any]) -> Callable:
-        """Returns an interceptor that passes what each block gives through ``act``."""
+    def _on_blocks(
+        self,
+        act: Callable[[nn.Module, Any], Any],
+        before: Callable[[], None] = lambda: None,
+    ) -> Callable:
+        """Returns an interceptor that passes what each block gives through ``act``, ``before`` being called first."""
         calls: dict[Path, int] = {}
 
         def intercept(next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             module = context.module
+            before()
             if context.method_name != "__call__" or not self._is_block(module):
                 return next_fn(*args, **kwargs)
-            before = calls.get(module.path, 0)
+            count = calls.get(module.path, 0)
             result = next_fn(*args, **kwargs)
             # scan and remat call the block itself within a module of the same path; that one sees one layer's params.
-            if calls.get(module.path, 0) > before:
+            if calls.get(module.path, 0) > count:
                 return result
-            calls[module.path] = before + 1
+            calls[module.path] = count + 1
             return act(module, result)
 
         return intercept

@@ -84,7 +84,8 @@ def rotate(
     """Rotates and scales the pairs of a linear layer's output: for models that are functions of params.
 
     A model that is no Flax module calls it after each product that it wants adapted, and takes θ and α as it takes its
-    other params; ``y * first + rotate_half(y) * second``, see `road_core.rotate`.
+    other params; ``y * first + rotate_half(y) * second``, see `road_core.rotate`. Differentiable in reverse mode only:
+    there is no ``jax.jvp``.
 
     Args:
         y: ``[..., out]``, any floating dtype.
@@ -117,7 +118,6 @@ def rotate(
     return rotate_blocks(y, *coefficients(theta, alpha, variant=variant, group_size=group_size, subspace=subspace))
 
 
-@jax.custom_vjp
 def rotate_blocks(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
     """The rotation with coefficients laid out by `blocks`.
 
@@ -133,9 +133,25 @@ def rotate_blocks(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Arra
     Returns:
         The shape and dtype of ``y``; the coefficients are rounded to it once.
     """
+    # Within shard_map a replicated operand's gradient is a sum over the devices that differ: the cast's transpose.
+    varying = frozenset().union(*(_varying(v) for v in (y, first, second)))
+    y, first, second = (
+        jax.lax.pcast(v, tuple(missing), to="varying") if (missing := varying - _varying(v)) else v
+        for v in (y, first, second)
+    )
+    return _rotate_blocks(y, first, second)
+
+
+@jax.custom_vjp
+def _rotate_blocks(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
     # Leading axes of one: the caller may have made rank promotion an error.
     shape = (1,) * (y.ndim - 1) + first.shape
     return _turn(y, first.reshape(shape), second.reshape(shape))
+
+
+def _varying(array: jax.Array) -> frozenset:
+    """The axes of a mesh along which ``shard_map`` knows an array to differ."""
+    return jax.typeof(array).manual_axis_type.varying
 
 
 def rotate_rows(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
@@ -206,15 +222,17 @@ _unfused_formula = _unfused(_formula)
 
 
 def _forward(y: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return rotate_blocks(y, first, second), (y, first, second)
+    return _rotate_blocks(y, first, second), (y, first, second)
 
 
 def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     y, first, second = residuals
     # The transpose of [[f0, −s0], [s1, f1]] is the rotation with f and the other half's s, turned back.
-    dy = rotate_blocks(d, first, -second[..., ::-1, :])
-    sums = jax.lax.platform_dependent(d, y, first, cpu=_folded_sums, default=_plain_sums)
-    return dy, *sums
+    dy = _rotate_blocks(d, first, -second[..., ::-1, :])
+    # All branches are traced on any platform, and folding joins axes, which mustn't be where they are sharded by type.
+    if any(axis is not None for axis in jax.typeof(d).sharding.spec) or not d.size:
+        return dy, *_plain_sums(d, y, first)
+    return dy, *jax.lax.platform_dependent(d, y, first, cpu=_folded_sums, default=_plain_sums)
 
 
 def _products(d: jax.Array, y: jax.Array, first: jax.Array) -> list[jax.Array]:
@@ -249,7 +267,7 @@ def _by_coefficient(sums: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(sums[:half], axis=-2), jnp.stack(sums[half:], axis=-2)
 
 
-rotate_blocks.defvjp(_forward, _backward)
+_rotate_blocks.defvjp(_forward, _backward)
 
 
 def _halves(y: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:

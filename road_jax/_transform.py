@@ -1,11 +1,13 @@
 """`transform`: RoAd on any Linen model, without a change to the model."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +23,38 @@ from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatt
 
 # The usual names of the layer that "all-linear" leaves out: PEFT asks the model for it, a Linen module can't be asked.
 OUTPUT_HEADS = ("lm_head", "output_head", "embed_out", "logits_dense", "classifier", "score")
+
+# `nn.jit` keeps what it traced, by its arguments' structure alone: without or with an interceptor, of whichever module.
+# So nothing is given to it twice: what is laid over params has new names in each call, and where there are no params yet
+# each module is traced in a new context, which is a part of jit's key.
+_numbers = itertools.count()
+_context = jax.make_user_context()
+
+
+@contextlib.contextmanager
+def traced_anew() -> Iterator[Callable[[], Any]]:
+    """Gives a function after whose call nothing is used again that was traced before."""
+    with contextlib.ExitStack() as stack:
+        # The lifted call itself isn't intercepted, only the module within. So a context lasts beyond the module's call.
+        def forget() -> None:
+            stack.enter_context(_context(next(_numbers)))
+
+        forget()
+        yield forget
+
+
+def new_names(*names: str) -> tuple[str, ...]:
+    """Returns the names with a number that none had before."""
+    number = next(_numbers)
+    return tuple(f"{name}_{number}" for name in names)
+
+
+def without(result: Any, names: Collection[str], mutable: Any) -> Any:
+    """Returns what a model's ``apply`` gave, with the names taken out of the params that it may hold."""
+    if mutable is False or "params" not in result[1]:
+        return result
+    params = {path: leaf for path, leaf in flatten(result[1]["params"]).items() if path[-1] not in names}
+    return result[0], {**result[1], "params": unflatten(params)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +96,13 @@ class Road:
         names: dict[str, str] = {}
         mixed: dict[str, str] = {}
 
-        def declare(next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        def declare(
+            forget: Callable, next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        ) -> Any:
             module = context.module
             if module.scope is not None and module.path:
                 names[dotted(module.path)] = type(module).__name__
+            forget()
             result = next_fn(*args, **kwargs)
             layout = _layout(context, self.layers, args, kwargs)
             # A model may call a layer on arrays of its own choice (`layer.apply`), as tied heads do: no params of it.
@@ -84,7 +121,7 @@ class Road:
             return result
 
         def shapes(rng: jax.Array, args: Any, kwargs: Any) -> Any:
-            with nn.intercept_methods(declare):
+            with traced_anew() as forget, nn.intercept_methods(functools.partial(declare, forget)):
                 return self.model.init(rng, *args, **kwargs)
 
         traced = trace(shapes, rng, args, kwargs)
@@ -152,7 +189,7 @@ class Road:
             AdapterError: a part of the adapter has no layer, was used by no layer, or has another layer's shape;
                 or there are ``adapter_ids`` and a layer whose output doesn't have the batch's rows first.
         """
-        expected = set(adapted_paths(adapter))
+        laid = {path: new_names(*ROAD_LEAVES) for path in adapted_paths(adapter)}
         used: set[Path] = set()
 
         def turn(next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -167,12 +204,13 @@ class Road:
                 result = _quantize.dense(module, kernel, bias, *args, **kwargs)
             else:
                 result = next_fn(*args, **kwargs)
-            if not module.scope.has_variable("params", "road_theta"):
+            leaves = laid.get(module.path)
+            if leaves is None or not module.scope.has_variable("params", leaves[0]):
                 return result
             used.add(module.path)
             sizes = tuple(result.shape[axis] for axis in layout.result)
             self._seen.setdefault(module.path, Place(layout, sizes))
-            cosines, sines = (module.scope.get_variable("params", name) for name in ROAD_LEAVES)
+            cosines, sines = (module.scope.get_variable("params", name) for name in leaves)
             if adapter_ids is not None:
                 # [size, adapters] -> [batch, size]
                 cosines, sines = (jnp.take(table, adapter_ids, axis=-1).T for table in (cosines, sines))
@@ -198,18 +236,18 @@ class Road:
             return along(result, layout.result, rotate)
 
         params = flatten(overlay(variables["params"], adapter))
-        for path in expected:
-            theta, alpha = ((*path, name) for name in ROAD_LEAVES)
-            # From here on the two names hold α cos θ and α sin θ, formed once for all layers of a stack.
-            params[theta], params[alpha] = polar(params[theta], params[alpha])
+        for path, leaves in laid.items():
+            # Formed once for all layers of a stack.
+            turned = polar(*(params.pop((*path, name)) for name in ROAD_LEAVES))
+            params.update(zip(((*path, name) for name in leaves), turned, strict=True))
         merged = {**to_dict(variables), "params": unflatten(params)}
         # The context stands inside whatever jits this call: a function that was first traced within it from outside
         # would stay adapted.
         with nn.intercept_methods(turn):
             result = self.model.apply(merged, *args, **kwargs)
-        if unused := sorted(map(dotted, expected - used)):
+        if unused := sorted(map(dotted, laid.keys() - used)):
             raise AdapterError(f"adapter: expected every module to be used by a layer, found unused {listed(unused)}")
-        return result
+        return without(result, set(itertools.chain(*laid.values())), kwargs.get("mutable", False))
 
     def merge(self, variables: Mapping[str, Any], adapter: Tree, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Rotates kernels and biases themselves, so that the plain model gives what `apply` gave.

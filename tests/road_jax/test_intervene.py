@@ -218,6 +218,34 @@ def test_bfloat16_stays_and_is_rounded_once(x):
     assert_close(actual, expected, "bfloat16", moved_from=h)
 
 
+KeptBlock = nn.jit(Block)
+
+
+class KeptStack(nn.Module):
+    """The same blocks, jitted where they are defined."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(LAYERS):
+            x, _ = KeptBlock(name=f"blocks_{i}")(x)
+        return x
+
+
+def test_a_program_that_jit_kept_is_not_taken_for_another(x):
+    config = InterventionConfig(layers=(0, 2), positions="last", group_size=8)
+    model, variables = KeptStack(), variables_of("loop")
+    plain = model.apply(variables, x)
+    intervened = road_jax.intervene(model, config, blocks=Block)
+    loop = road_jax.intervene(Stack("loop"), config, blocks=Block)
+    tree = with_values(intervened.init(x))
+    for mask in (PROMPT, np.ones_like(PROMPT)):
+        expected = loop.apply(variables, tree, x, prompt_mask=jnp.asarray(mask))
+        for _ in range(2):
+            found = intervened.apply(variables, tree, x, prompt_mask=jnp.asarray(mask))
+            assert_close(found, expected, "float32", moved_from=plain)
+    np.testing.assert_array_equal(model.apply(variables, x), plain)
+
+
 def test_what_does_not_fit_is_refused(x, base, tmp_path):
     model, variables = Stack("scan"), variables_of("scan")
 

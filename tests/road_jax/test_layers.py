@@ -165,6 +165,66 @@ def test_a_jitted_module(x):
     assert_close(road.apply(variables, adapter, x), found, "float32", moved_from=plain)
 
 
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(32, name="dense")(jnp.tanh(x))
+
+
+KeptBlock = nn.jit(Plain)
+
+
+class KeptMethod(nn.Module):
+    """As `Plain`, with a method that is jitted once for all."""
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(32, name="dense")(jnp.tanh(x))
+
+
+class Scannable(nn.Module):
+    block: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x, _):
+        return self.block(name="block")(x), None
+
+
+class Blocks(nn.Module):
+    """Blocks of one structure, which are one program to `nn.jit`."""
+
+    block: type[nn.Module]
+    scan: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        if self.scan:
+            stack = nn.scan(Scannable, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            return stack(self.block, name="blocks")(x, None)[0]
+        return self.block(name="b")(self.block(name="a")(x))
+
+
+@pytest.mark.parametrize(("block", "scan"), [(KeptBlock, False), (KeptMethod, True)])
+def test_a_program_that_jit_kept_is_not_taken_for_another(block, scan, x):
+    """Jitted where the module is defined: what it keeps outlives every call, also the plain one before `init`."""
+    model = Blocks(block, scan)
+    variables = model.init(jax.random.key(0), x)
+    plain = model.apply(variables, x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=GROUP))
+    bare = road_jax.transform(Blocks(Plain, scan), road.config)
+    adapter = road.init(jax.random.key(1), variables, x)
+    assert jax.tree.structure(adapter) == jax.tree.structure(bare.init(jax.random.key(1), variables, x))
+    adapter = filled(adapter)
+    for twice in (adapter, jax.tree.map(jnp.sin, adapter)):
+        expected = bare.apply(variables, twice, x)
+        for apply in (road.apply, jax.jit(road.apply)):
+            assert_close(apply(variables, twice, x), expected, "float32", moved_from=plain)
+    np.testing.assert_array_equal(model.apply(variables, x), plain)
+    np.testing.assert_array_equal(model.init(jax.random.key(0), x)["params"].keys(), variables["params"].keys())
+    check_merge(road, variables, adapter, x)
+
+
 class Halved(nn.Module):
     """A layer that sees its kernel through a function, as weight norm does."""
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from _compare import assert_close, named_values
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 import road_core
 import road_jax
@@ -170,6 +171,59 @@ def test_gradients_are_those_of_the_reference(x):
         arguments = [jnp.asarray(v, jnp.float32) for v in (y, theta, alpha)]
         found = jax.grad(ours, argnums=(0, 1, 2))(*arguments)
         assert_close(np.concatenate([np.ravel(g) for g in found]), expected, "float32", moved_from=np.zeros(point.size))
+
+
+@pytest.mark.parametrize("how", ["explicit", "shard_map around", "shard_map within"])
+def test_gradients_on_a_mesh_are_those_without(how):
+    """Rows dealt to eight devices: axes in the arrays' types, and ``shard_map`` with its check of what differs where."""
+    x = jnp.asarray(named_values("x", 8, 3, WIDTH))
+    model = nn.Sequential([nn.Dense(32), nn.gelu, nn.Dense(16)])
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    adapter = with_values(road.init(jax.random.key(1), variables, x))
+
+    def loss(adapter, variables, x):
+        return jnp.mean(jnp.sin(road.apply(variables, adapter, x)))
+
+    def mean(*args):
+        return jax.lax.pmean(loss(*args), "data")
+
+    expected = jax.grad(loss)(adapter, variables, x)
+    mesh = jax.make_mesh((8,), ("data",))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((adapter, variables), P()), jax.device_put(x, P("data"))
+        specs = {"in_specs": (P(), P(), P("data")), "out_specs": P()}
+        if how == "explicit":
+            gradient = jax.grad(loss)
+        elif how == "shard_map around":
+            gradient = jax.grad(jax.shard_map(mean, **specs))
+        else:
+            gradient = jax.shard_map(jax.grad(mean), **specs)
+        found = jax.jit(gradient)(*placed[0], placed[1])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(np.asarray(a), b, "float32", moved_from=np.zeros_like(b))
+
+
+def test_outputs_sharded_by_type_have_gradients():
+    y, theta = jnp.asarray(named_values("y", 4, 6, 64)), jnp.asarray(named_values("theta", 32))
+
+    def loss(theta, y):
+        return jnp.sum(jnp.square(road_jax.rotate(y, theta, theta + 1, variant="road_1", group_size=8)))
+
+    expected = jax.grad(loss)(theta, y)
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"))):
+        placed = jax.device_put(theta, P("model")), jax.device_put(y, P("data", None, "model"))
+        found = jax.jit(jax.grad(loss))(*placed)
+    assert found.sharding.spec == P("model")
+    assert_close(np.asarray(found), expected, "float32", moved_from=np.zeros(32))
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16)])
+def test_no_rows_have_no_gradient(shape):
+    def loss(theta):
+        return jnp.sum(road_jax.rotate(jnp.ones(shape), theta, theta, variant="road_1", group_size=8))
+
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.ones(8)), 0)
 
 
 def test_a_rotation_that_does_not_fit_is_refused():
