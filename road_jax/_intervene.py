@@ -24,11 +24,15 @@ from road_core import (
 )
 from road_jax._io import from_tensors
 from road_jax._rotate import blocks, polar, rotate_blocks, rotate_rows, within
+from road_jax._stack import check_ids
 from road_jax._transform import Road, new_names, trace, traced_anew, without
-from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, to_dict, unflatten
+from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, to_dict, unbox, unflatten
 from road_jax.models._decoder import Block
 
 Blocks = type[nn.Module] | Callable[[nn.Module], bool]
+
+# What `nn.Module.apply` takes for itself.
+_OF_APPLY = ("rngs", "method", "mutable", "capture_intermediates")
 
 
 class _Place(NamedTuple):
@@ -161,6 +165,7 @@ class Intervened:
                 f"found θ {list(theta.shape[1:])} and {'no' if adapter_ids is None else len(adapter_ids)} adapter_ids"
             )
         if adapter_ids is not None:
+            check_ids(adapter_ids, theta.shape[-1] - 1)
             # [layers, size, interventions] -> [layers, batch, size]
             theta, alpha = (jnp.moveaxis(jnp.take(leaf, adapter_ids, axis=-1), -1, 1) for leaf in (theta, alpha))
         how: Any = {"variant": config.variant, "group_size": config.group_size}
@@ -201,12 +206,11 @@ class Intervened:
             return result
 
         def shapes(rng: jax.Array, args: Any, kwargs: Any) -> Any:
-            # What only apply knows.
             kwargs = {name: value for name, value in kwargs.items() if name not in ("mutable", "rngs")}
             with traced_anew() as forget, nn.intercept_methods(self._on_blocks(declare, forget)):
                 return self.model.init(rng, *args, **kwargs)
 
-        params = flatten(nn.meta.unbox(trace(shapes, jax.random.key(0), args, kwargs)["params"]))
+        params = flatten(unbox(trace(shapes, jax.random.key(0), args, kwargs)["params"]))
         places: list[_Place] = []
         for path, size in hidden.items():
             # The axes on which two params of different sizes agree are those of stacks.
@@ -325,14 +329,22 @@ def _plain(model: nn.Module) -> Road:
 
 
 def prompt_of(model: Any, prompt_mask: jax.Array | None, args: Any, kwargs: Any) -> jax.Array | int | None:
-    """Returns the prompt mask of a model's call, 1 where all tokens are the prompt, None where none is."""
+    """Returns the prompt mask of a model's call, 1 where all tokens are the prompt, None where none is.
+
+    Raises:
+        AdapterError: the model isn't called like that.
+    """
     if prompt_mask is not None:
         return prompt_mask
+    method = type(model).__call__
+    if isinstance(model, nn.Module):
+        method = kwargs.get("method") or method
+        method = getattr(type(model), method) if isinstance(method, str) else getattr(method, "__func__", method)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_APPLY}
     try:
-        given = inspect.signature(type(model).__call__).bind_partial(model, *args, **kwargs).arguments
-    except TypeError:
-        # Arguments of apply, such as rngs.
-        given = kwargs
+        given = {**inspect.signature(method).bind_partial(model, *args, **kwargs).arguments, **kwargs}
+    except TypeError as error:
+        raise AdapterError(f"intervene: expected the arguments of {type(model).__name__}, found {error}") from None
     if given.get("cache") is not None:
         return None
     mask = given.get("attention_mask")

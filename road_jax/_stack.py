@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from road_core import AdapterError
 from road_jax._tree import ROAD_LEAVES, Tree, dotted, flatten, unflatten
@@ -47,3 +49,16 @@ def stack_adapters(adapters: Sequence[Tree]) -> Tree:
         rows = [identity, *(jnp.asarray(tree.get(path, identity), jnp.float32) for tree in trees)]
         stacked[path] = jnp.stack(rows, axis=-1)
     return unflatten(stacked)
+
+
+def check_ids(adapter_ids: jax.Array, count: int) -> None:
+    """Refuses ids beyond ``count`` adapters, where the values are known.
+
+    Raises:
+        AdapterError: one isn't from 0 to ``count``.
+    """
+    if isinstance(adapter_ids, jax.core.Tracer) or not getattr(adapter_ids, "is_fully_addressable", True):
+        return
+    ids = np.asarray(adapter_ids)
+    if wrong := ids[(ids < 0) | (ids > count)].tolist():
+        raise AdapterError(f"adapter_ids: expected numbers from 0 to {count}, found {wrong[0]}")

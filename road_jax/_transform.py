@@ -19,14 +19,15 @@ from road_core._errors import listed
 from road_jax import _merge, _quantize, _sharding
 from road_jax._layout import Layout, Layouts, Place, along, einsum_layout, mark_axes, marked_axes, trailing
 from road_jax._rotate import polar, rotate_polar
-from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unflatten
+from road_jax._stack import check_ids
+from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unbox, unflatten
 
 # The usual names of the layer that "all-linear" leaves out: PEFT asks the model for it, a Linen module can't be asked.
 OUTPUT_HEADS = ("lm_head", "output_head", "embed_out", "logits_dense", "classifier", "score")
 
 # `nn.jit` keeps what it traced, by its arguments' structure alone: without or with an interceptor, of whichever module.
-# So nothing is given to it twice: what is laid over params has new names in each call, and where there are no params yet
-# each module is traced in a new context, which is a part of jit's key.
+# So nothing is given to it twice: what is laid over params has new names in each call, and where there are no params
+# yet each module is traced in a new context, which is a part of jit's key.
 _numbers = itertools.count()
 _context = jax.make_user_context()
 
@@ -125,23 +126,32 @@ class Road:
                 return self.model.init(rng, *args, **kwargs)
 
         traced = trace(shapes, rng, args, kwargs)
-        declared = flatten(nn.meta.unbox(traced["params"]))
+        declared = flatten(unbox(traced["params"]))
         leaves = {path: leaf for path, leaf in declared.items() if path[-1] in _FILL}
-        base = flatten(nn.meta.unbox(variables["params"]))
+        base = flatten(unbox(variables["params"]))
         paths = {dotted(path[:-1]): path[:-1] for path in leaves}
         linear = list(paths)
-        chosen = select_modules(
-            self.config,
-            list(dict.fromkeys([*names, *linear])),
-            linear=linear,
-            output_head=[name for name in linear if name.rpartition(".")[2] in OUTPUT_HEADS],
-            model_type=getattr(getattr(self.model, "config", None), "model_type", None),
-        )
+        try:
+            chosen = select_modules(
+                self.config,
+                list(dict.fromkeys([*names, *linear])),
+                linear=linear,
+                output_head=[name for name in linear if name.rpartition(".")[2] in OUTPUT_HEADS],
+                model_type=getattr(getattr(self.model, "config", None), "model_type", None),
+            )
+        except AdapterError:
+            stacks = [dotted(path[:-1]) for path, leaf in leaves.items() if leaf.ndim > 1]
+            if self.config.layers_to_transform is None or not stacks:
+                raise
+            raise AdapterError(
+                f"RoadConfig.layers_to_transform: expected layers with their index in their names, found {stacks[0]}, "
+                "a stack, of which none can be chosen alone"
+            ) from None
         for name in chosen:
             if name not in linear:
                 raise AdapterError(
-                    f"{name}: expected a Dense, DenseGeneral or Einsum layer, or a type that transform's layers "
-                    f"declare, found {names[name]}"
+                    f"{name}: expected a Dense, DenseGeneral (without batch_dims) or Einsum layer, or a type that "
+                    f"transform's layers declare, found {names[name]}"
                 )
             if name in mixed:
                 raise AdapterError(f"{name}: expected one kernel that is always used alike, found {mixed[name]}")
@@ -211,7 +221,13 @@ class Road:
             sizes = tuple(result.shape[axis] for axis in layout.result)
             self._seen.setdefault(module.path, Place(layout, sizes))
             cosines, sines = (module.scope.get_variable("params", name) for name in leaves)
+            if cosines.ndim != (1 if adapter_ids is None else 2):
+                raise AdapterError(
+                    f"{dotted(module.path)}.road_theta: expected [size, adapters] (stack_adapters) with adapter_ids, "
+                    f"[size] without, found {list(cosines.shape)}"
+                )
             if adapter_ids is not None:
+                check_ids(adapter_ids, cosines.shape[-1] - 1)
                 # [size, adapters] -> [batch, size]
                 cosines, sines = (jnp.take(table, adapter_ids, axis=-1).T for table in (cosines, sines))
 
@@ -444,7 +460,7 @@ def _of_dense_general(module: nn.DenseGeneral, *_: Any, **__: Any) -> Layout | N
     return None if module.batch_dims else trailing(outputs, outputs + len(_as_tuple(module.axis)))
 
 
-def _of_einsum(module: nn.Einsum, _: Any, einsum_str: str | None = None) -> Layout | None:
+def _of_einsum(module: nn.Einsum, inputs: Any = None, einsum_str: str | None = None) -> Layout | None:
     return einsum_layout(einsum_str or module.einsum_str or "")
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+from flax import linen as nn
 from flax import traverse_util
 from flax.core import FrozenDict
 
@@ -58,10 +60,10 @@ def adapted_paths(adapter: Mapping[str, Any]) -> list[Path]:
 
 
 def overlay(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Lays an adapter over params: θ and α beside their kernels, saved modules in place of the base's.
+    """Lays an adapter over params: θ and α beside their kernels, saved modules in place of the base's, boxed as those.
 
     Raises:
-        AdapterError: the adapter has a module that params hasn't; every such module is listed.
+        AdapterError: the adapter has a module that params hasn't; both sides' difference is listed.
     """
     base, leaves = flatten(params), flatten(adapter)
     folders = {path[:n] for path in base for n in range(len(path))}
@@ -73,8 +75,28 @@ def overlay(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, 
         }
     )
     if lost:
-        raise AdapterError(f"adapter: expected modules of the model's params, found besides {listed(lost)}")
-    return unflatten({**base, **leaves})
+        rest = sorted({dotted(path[:-1]) for path in base} - {dotted(path[:-1]) for path in leaves})
+        raise AdapterError(
+            f"adapter: expected modules of the model's params, found besides {listed(lost)}, "
+            f"where params have besides {listed(rest) if rest else 'none'}"
+        )
+    boxed = {
+        path: base[path].replace_boxed(leaf)
+        for path, leaf in leaves.items()
+        if isinstance(base.get(path), nn.meta.AxisMetadata) and not isinstance(leaf, nn.meta.AxisMetadata)
+    }
+    return unflatten({**base, **leaves, **boxed})
+
+
+def unbox(tree: Tree) -> Tree:
+    """Returns the tree without Flax's boxes. No sharding is constrained: the boxes may hold shapes alone."""
+
+    def content(leaf: Any) -> Any:
+        if isinstance(leaf, nn.Partitioned):
+            return leaf.unbox(apply_constraint=False)
+        return leaf.unbox() if isinstance(leaf, nn.meta.AxisMetadata) else leaf
+
+    return jax.tree.map(content, tree, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
 
 
 def dotted(path: Path) -> str:

@@ -246,6 +246,32 @@ def test_a_program_that_jit_kept_is_not_taken_for_another(x):
     np.testing.assert_array_equal(model.apply(variables, x), plain)
 
 
+class Masked(nn.Module):
+    """A model with a mask that its blocks don't need, and what only `apply` takes: rngs, mutable collections."""
+
+    @nn.compact
+    def __call__(self, x, attention_mask=None):
+        self.sow("intermediates", "mask", attention_mask)
+        return Stack("loop")(nn.Dropout(0.5, deterministic=False)(x))
+
+
+def test_a_mask_by_position_is_the_mask_by_name(x):
+    config = InterventionConfig(layers=(1,), positions="last", group_size=8)
+    intervened = road_jax.intervene(Masked(), config, blocks=Block)
+    tree = with_values(intervened.init(x))
+    variables = {"params": {"Stack_0": variables_of("loop")["params"]}}
+    options = {"rngs": {"dropout": jax.random.key(0)}, "mutable": True}
+    mask = jnp.asarray(PROMPT)
+    found, state = intervened.apply(variables, tree, x, mask, **options)
+    expected, _ = intervened.apply(variables, tree, x, attention_mask=mask, **options)
+    np.testing.assert_array_equal(found, expected)
+    jax.tree.map(np.testing.assert_array_equal, state["params"], variables["params"])
+    everywhere, _ = intervened.apply(variables, tree, x, **options)
+    assert (found != everywhere).any()
+    with pytest.raises(AdapterError, match="intervene: expected the arguments of Masked, found too many positional"):
+        intervened.apply(variables, tree, x, mask, mask, **options)
+
+
 def test_what_does_not_fit_is_refused(x, base, tmp_path):
     model, variables = Stack("scan"), variables_of("scan")
 

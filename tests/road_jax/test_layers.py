@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from _compare import assert_close, named_values
 from flax import linen as nn
+from jax.sharding import Mesh
 
 import road_core
 import road_jax
@@ -268,6 +269,25 @@ def test_boxed_params_stay_boxed(x):
     assert_close(found, turn(y, adapter["dense"]), "float32")
 
 
+def test_boxed_params_under_a_mesh(x):
+    """Where boxes constrain what they hold; and saved modules, which are merged into boxes."""
+    config = RoadConfig(target_modules=["dense"], group_size=GROUP)
+    rules = nn.logical_axis_rules([("embed", None), ("mlp", "model")])
+    mesh = Mesh(np.asarray(jax.devices()[:4]), ("model",))
+    with jax.set_mesh(mesh), rules:
+        variables = jax.jit(Boxed().init)(jax.random.key(0), x)
+        road = road_jax.transform(Boxed(), config)
+        adapter = filled(road.init(jax.random.key(1), variables, x))
+        found = jax.jit(road.apply)(variables, adapter, x)
+    assert_close(np.asarray(found), road.apply(jax.device_get(variables), adapter, x), "float32")
+
+    model = nn.Sequential([nn.Dense(32), Boxed()])
+    road, variables, adapter = adapt(model, x, target_modules=["layers_0"], modules_to_save=["layers_1"])
+    merged = road.merge(variables, adapter)
+    assert jax.tree.structure(merged) == jax.tree.structure(variables)
+    check_merge(road, variables, adapter, x)
+
+
 class Tied(nn.Module):
     """An embedding that is the output head as well: no linear layer, so nothing of it turns."""
 
@@ -299,7 +319,7 @@ class Mixed(nn.Module):
     def __call__(self, x):
         heads = nn.Einsum((4, 32, 8), "btd,hdk->bthk", name="heads")(x)
         pair = nn.Einsum((2, 4, 32, 8), "btd,chdk->cbthk", name="pair")(x)
-        return nn.Einsum((32, 32), "...d,od->...o", name="out")((heads + pair[0] * pair[1]).reshape(x.shape))
+        return nn.Einsum((32, 32), "...d,od->...o", name="out")(inputs=(heads + pair[0] * pair[1]).reshape(x.shape))
 
 
 def test_einsums_with_outputs_anywhere(x):

@@ -104,5 +104,12 @@ def test_what_does_not_fit_is_refused(mixed):
         road_jax.stack_adapters([{**adapters[0], "lm_head": {"kernel": jnp.ones((2, 2))}}])
     with pytest.raises(AdapterError, match="expected an output with the 3 rows of adapter_ids first"):
         road.apply(variables, stacked, TOKENS, adapter_ids=IDS[:3])
-    with pytest.raises(AdapterError, match="road_theta: expected"):
+    with pytest.raises(AdapterError, match=r"road_theta: expected .* \[size\] without, found \[\d+, 4\]"):
         road.apply(variables, stacked, TOKENS)
+    with pytest.raises(
+        AdapterError, match=r"road_theta: expected \[size, adapters\] \(stack_adapters\) with adapter_ids"
+    ):
+        road.apply(variables, adapters[0], TOKENS, adapter_ids=IDS % 2)
+    for wrong in (4, -1):
+        with pytest.raises(AdapterError, match=rf"adapter_ids: expected numbers from 0 to 3, found {wrong}"):
+            road.apply(variables, stacked, TOKENS, adapter_ids=np.full(5, wrong, np.int32))

@@ -175,7 +175,7 @@ def test_gradients_are_those_of_the_reference(x):
 
 @pytest.mark.parametrize("how", ["explicit", "shard_map around", "shard_map within"])
 def test_gradients_on_a_mesh_are_those_without(how):
-    """Rows dealt to eight devices: axes in the arrays' types, and ``shard_map`` with its check of what differs where."""
+    """Rows dealt to eight devices: axes in the arrays' types, and ``shard_map`` with its check of what differs."""
     x = jnp.asarray(named_values("x", 8, 3, WIDTH))
     model = nn.Sequential([nn.Dense(32), nn.gelu, nn.Dense(16)])
     variables = model.init(jax.random.key(0), x)
@@ -312,6 +312,13 @@ def test_layers_with_several_output_axes_are_flattened(x):
     assert_close(model.apply(road.merge(variables, adapter), x), turn(o, "o"), "float32")
 
 
+def test_params_that_come_back_are_the_models_own(x, loop):
+    road, variables, adapter = loop
+    output, back = road.apply(variables, adapter, x, mutable=True)
+    np.testing.assert_array_equal(output, road.apply(variables, adapter, x))
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
 def test_modules_to_save_ride_along(x, loop):
     road, variables, _ = loop
     config = RoadConfig(target_modules=["up"], group_size=8, modules_to_save=["lm_head"])
@@ -405,7 +412,16 @@ def test_what_does_not_fit_is_refused(x, loop):
     with pytest.raises(AdapterError, match="no 'tail'"):
         init(target_modules=["up"], group_size=8, modules_to_save=["tail"])
 
-    with pytest.raises(AdapterError, match="found besides blocks_7"):
+    scanned = road_jax.transform(Stack("scan"), RoadConfig(target_modules=["up"], layers_to_transform=[0]))
+    with pytest.raises(AdapterError, match=r"layers_to_transform: expected .* found blocks\.\w+, a stack"):
+        scanned.init(jax.random.key(0), scanned.model.init(jax.random.key(0), x), x)
+    rows = nn.Sequential([nn.DenseGeneral(8, batch_dims=(0,))])
+    with pytest.raises(AdapterError, match=r"DenseGeneral \(without batch_dims\) .* found DenseGeneral"):
+        road_jax.transform(rows, RoadConfig(target_modules=["layers_0"])).init(
+            jax.random.key(0), rows.init(jax.random.key(0), x), x
+        )
+
+    with pytest.raises(AdapterError, match=r"found besides blocks_7\.down, blocks_7\.up, where params .* lm_head"):
         road.apply(variables, {**adapter, "blocks_7": adapter["blocks_0"]}, x)
     half = {"blocks_0": {"up": {"road_theta": adapter["blocks_0"]["up"]["road_theta"]}}}
     with pytest.raises(AdapterError, match=r"blocks_0\.up: expected road_theta and road_alpha, found no road_alpha"):
