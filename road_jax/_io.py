@@ -44,8 +44,9 @@ def load_adapter(directory: str | os.PathLike) -> tuple[Tree, RoadConfig]:
 def to_record(adapter: Tree, config: RoadConfig) -> Adapter:
     """Returns the framework-free record of an adapter; arrays are fetched to the host."""
     leaves = {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten(adapter).items()}
-    if bad := [path for path in leaves if any("." in name for name in path)]:
-        raise AdapterError(f"{bad[0]}: expected module names without dots, found one with a dot")
+    # Such names come back as several, which `Road.apply` takes for the one.
+    if len(set(map(dotted, leaves))) < len(leaves):
+        raise AdapterError("adapter: expected modules whose names joined by dots differ, found some alike")
     modules = {dotted(p): (leaves[(*p, "road_theta")], leaves[(*p, "road_alpha")]) for p in adapted_paths(adapter)}
     saved = {dotted(path): leaf for path, leaf in leaves.items() if path[-1] not in ROAD_LEAVES}
     return Adapter(config, modules, saved)

@@ -20,7 +20,19 @@ from road_jax import _merge, _quantize, _sharding
 from road_jax._layout import Layout, Layouts, Place, along, einsum_layout, mark_axes, marked_axes, trailing
 from road_jax._rotate import polar, rotate_polar
 from road_jax._stack import check_ids
-from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, to_dict, unbox, unflatten
+from road_jax._tree import (
+    ROAD_LEAVES,
+    Path,
+    Tree,
+    adapted_paths,
+    as_params,
+    dotted,
+    flatten,
+    overlay,
+    to_dict,
+    unbox,
+    unflatten,
+)
 
 # The usual names of the layer that "all-linear" leaves out: PEFT asks the model for it, a Linen module can't be asked.
 OUTPUT_HEADS = ("lm_head", "output_head", "embed_out", "logits_dense", "classifier", "score")
@@ -197,8 +209,10 @@ class Road:
 
         Raises:
             AdapterError: a part of the adapter has no layer, was used by no layer, or has another layer's shape;
-                or there are ``adapter_ids`` and a layer whose output doesn't have the batch's rows first.
+                or there are ``adapter_ids`` and no stacked adapters, one beyond them (not found under ``jit``), or a
+                layer whose output doesn't have the batch's rows first.
         """
+        adapter = as_params(adapter, variables["params"])
         laid = {path: new_names(*ROAD_LEAVES) for path in adapted_paths(adapter)}
         used: set[Path] = set()
 
@@ -284,6 +298,7 @@ class Road:
         Raises:
             AdapterError: a part of the adapter has no layer or another layer's shape, or sample inputs are needed.
         """
+        adapter = as_params(adapter, variables["params"])
         return _merge.merge(variables, adapter, self.config, self._places(variables, adapter, args, kwargs))
 
     def unmerge(self, variables: Mapping[str, Any], adapter: Tree, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -302,6 +317,7 @@ class Road:
             AdapterError: a block is singular (not found under ``jit``), the adapter holds whole modules, or it has
                 another layer's shape.
         """
+        adapter = as_params(adapter, variables["params"])
         return _merge.merge(
             variables, adapter, self.config, self._places(variables, adapter, args, kwargs), invert=True
         )
@@ -370,6 +386,7 @@ class Road:
             AdapterError: as for `road_jax.shardings`; or `init` wasn't called before (``jax.eval_shape`` of it is
                 enough).
         """
+        adapter = as_params(adapter, variables_shardings["params"])
         known = {path: self._seen[path] for path in adapted_paths(adapter) if path in self._seen}
         for path in adapted_paths(adapter):
             if path not in known or known[path].marks is None:

@@ -88,6 +88,13 @@ def overlay(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, 
     return unflatten({**base, **leaves, **boxed})
 
 
+def as_params(adapter: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the adapter with paths as params have them: from a file, a name with a dot in it comes as two."""
+    folders = {dotted(path[:n]): path[:n] for path in flatten(params) for n in range(len(path))}
+    leaves = flatten(adapter).items()
+    return unflatten({(*folders.get(dotted(path[:-1]), path[:-1]), path[-1]): leaf for path, leaf in leaves})
+
+
 def unbox(tree: Tree) -> Tree:
     """Returns the tree without Flax's boxes. No sharding is constrained: the boxes may hold shapes alone."""
 

@@ -38,8 +38,8 @@ def test_what_can_not_be_kept_is_refused(tmp_path):
     broken["layers"]["q"]["road_theta"] = broken["layers"]["q"]["road_theta"].at[1, 2].set(jnp.nan)
     with pytest.raises(AdapterError, match=r"layers\.q\.road_theta: expected finite values, found 1"):
         road_jax.save_adapter(tmp_path / "a", broken, config)
-    with pytest.raises(AdapterError, match="without dots"):
-        road_jax.save_adapter(tmp_path / "a", {"a.b": make()["layers"]}, config)
+    with pytest.raises(AdapterError, match="names joined by dots differ, found some alike"):
+        road_jax.save_adapter(tmp_path / "a", {"a.b": make()["layers"], "a": {"b": make()["layers"]}}, config)
     assert list(tmp_path.iterdir()) == []
     road_jax.save_adapter(tmp_path / "a", make(), config)
     with pytest.raises(AdapterError, match="already holds something"):

@@ -400,7 +400,7 @@ class Own(nn.Module):
         return nn.Dense(16, use_bias=False, parent=None).apply({"params": {"kernel": table}}, y)
 
 
-def test_what_libraries_do(x):
+def test_what_libraries_do(x, tmp_path):
     """Decorated calls, dots in names, layers called by `apply`."""
     config = RoadConfig(target_modules="all-linear", group_size=GROUP)
     layers = {Decorated: lambda *_: road_jax.Layout(kernel="w")}
@@ -411,6 +411,9 @@ def test_what_libraries_do(x):
     found = check_merge(road, variables, adapter, x)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
     assert_close(found, turn(np.asarray(x) @ p["up.0"]["w"], adapter["up.0"]) @ p["table"], "float32")
+    road_jax.save_adapter(tmp_path / "a", adapter, config)
+    loaded, _ = road_jax.load_adapter(tmp_path / "a")
+    np.testing.assert_array_equal(check_merge(road, variables, loaded, x), found)
 
 
 class Stacked(nn.Module):
