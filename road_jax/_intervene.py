@@ -228,14 +228,14 @@ class Intervened:
     def _on_blocks(
         self,
         act: Callable[[nn.Module, Any], Any],
-        before: Callable[[], None] = lambda: None,
+        before: Callable[[nn.Module], None] = lambda _: None,
     ) -> Callable:
         """Returns an interceptor that passes what each block gives through ``act``, ``before`` being called first."""
         calls: dict[Path, int] = {}
 
         def intercept(next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             module = context.module
-            before()
+            before(module)
             if context.method_name != "__call__" or not self._is_block(module):
                 return next_fn(*args, **kwargs)
             count = calls.get(module.path, 0)

@@ -39,20 +39,22 @@ OUTPUT_HEADS = ("lm_head", "output_head", "embed_out", "logits_dense", "classifi
 
 # `nn.jit` keeps what it traced, by its arguments' structure alone: without or with an interceptor, of whichever module.
 # So nothing is given to it twice: what is laid over params has new names in each call, and where there are no params
-# yet each module is traced in a new context, which is a part of jit's key.
+# yet each call is traced in a new context, which is a part of jit's key.
 _numbers = itertools.count()
 _context = jax.make_user_context()
 
 
 @contextlib.contextmanager
-def traced_anew() -> Iterator[Callable[[], Any]]:
-    """Gives a function after whose call nothing is used again that was traced before."""
+def traced_anew() -> Iterator[Callable[[nn.Module], None]]:
+    """Lets nothing be used that was traced before, and gives a function that does so again within a jitted module."""
     with contextlib.ExitStack() as stack:
-        # The lifted call itself isn't intercepted, only the module within. So a context lasts beyond the module's call.
-        def forget() -> None:
-            stack.enter_context(_context(next(_numbers)))
+        stack.enter_context(_context(next(_numbers)))
 
-        forget()
+        def forget(module: nn.Module) -> None:
+            # The jitted call itself isn't intercepted, only the module within. So this lasts beyond the module's call.
+            if module.scope is not None and any("jit(" in name for name in module.scope.debug_path):
+                stack.enter_context(_context(next(_numbers)))
+
         yield forget
 
 
@@ -115,7 +117,7 @@ class Road:
             module = context.module
             if module.scope is not None and module.path:
                 names[dotted(module.path)] = type(module).__name__
-            forget()
+            forget(module)
             result = next_fn(*args, **kwargs)
             layout = _layout(context, self.layers, args, kwargs)
             # A model may call a layer on arrays of its own choice (`layer.apply`), as tied heads do: no params of it.
