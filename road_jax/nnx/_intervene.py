@@ -1,34 +1,35 @@
 """`intervene`: RoAd on the outputs of whole blocks of an NNX model."""
 
-import contextvars
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from road_core import AdapterError, InterventionConfig, output_size, parameter_size
 from road_jax._intervene import at_prompt, check_blocks, hidden_states, parameters, prompt_of
 from road_jax._transform import trace
 from road_jax._tree import ROAD_LEAVES, Tree
-from road_jax.nnx._wrap import Around, RoadParam, modules_of, rotate
-
-# What the call under way of an `Intervened` model has as its prompt, as `prompt_of` tells it, in a tuple.
-_PROMPT: contextvars.ContextVar[tuple[Any] | None] = contextvars.ContextVar("prompt", default=None)
+from road_jax.nnx._wrap import Around, CallInput, RoadParam, Rotated, during_call, modules_of, rotate
 
 
-class RoadBlock(Around):
+class RoadBlock(Rotated):
     """A block, or a stack of blocks, whose hidden states are rotated; made by `intervene`.
 
     Attributes:
         base: the block, which keeps its own Variables.
         road_theta: float32 ``[parameter_size]``, or ``[blocks, parameter_size]`` for a stack.
         road_alpha: of the same shape.
-        chosen: bool ``[]`` or ``[blocks]``: which of a stack are rotated and trained.
         config: where `intervene` acts, and how.
         start: index of the first of its blocks.
+        stack: how many they are; None for a block on its own.
         name: the block's path in the model.
+        road_ids: which intervention each row gets, while `apply` calls the model.
+        road_chosen: bool ``[blocks]``: which of a stack are rotated and trained, while the model is called.
+        road_prompt: the prompt mask, while the model is called with one.
+        road_call: while the model is called, what the prompt is: "mask", "all" or "none".
     """
 
     def __init__(
@@ -39,26 +40,46 @@ class RoadBlock(Around):
         self.base = base
         self.road_theta = RoadParam(jnp.zeros(shape, jnp.float32))
         self.road_alpha = RoadParam(jnp.ones(shape, jnp.float32))
-        indices = start + jnp.arange(stack or 1).reshape(lead)
-        self.chosen = nnx.Variable(jnp.isin(indices, jnp.array(config.layers)))
         self.config = config
         self.start = start
+        self.stack = stack
         self.name = name
+        self.road_ids = nnx.data(None)
+        self.road_chosen = nnx.data(None)
+        self.road_prompt = nnx.data(None)
+        self.road_call: str | None = None
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return () if self.stack is None else (self.stack,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the block and rotates its hidden states at the chosen tokens; the dtype stays."""
         result = self.base(*args, **kwargs)
-        prompt = _PROMPT.get()
-        if prompt is None:
+        if self.road_call is None:
             raise AdapterError(f"{self.name}: expected a call of the model that intervene gave, found one of the block")
         hidden_states(self.name, result)
-        return at_prompt(self.name, result, self._rotate, self.config, *prompt)
+        prompt = 1 if self.road_call == "all" else None if self.road_prompt is None else self.road_prompt[...]
+        return at_prompt(self.name, result, self._rotate, self.config, prompt)
 
     def _rotate(self, h: jax.Array) -> jax.Array:
         how = self.config
-        theta = jnp.where(self.chosen[...], self.road_theta[...], 0)
-        alpha = jnp.where(self.chosen[...], self.road_alpha[...], 1)
-        return rotate(h, theta, alpha, how.variant, how.group_size, how.subspace)
+        theta, alpha = self.road_theta[...], self.road_alpha[...]
+        if self.road_chosen is not None:
+            theta, alpha = (jnp.where(self.road_chosen[...], leaf, i) for i, leaf in enumerate((theta, alpha)))
+        return rotate(h, theta, alpha, self.road_ids, how.variant, how.group_size, how.subspace)
+
+    def inputs(self, prompt: jax.Array | int | None) -> dict[str, Any]:
+        """What it needs for a call with this prompt, as `prompt_of` tells it."""
+        if prompt is None or isinstance(prompt, int):
+            values: dict[str, Any] = {"road_call": "none" if prompt is None else "all"}
+        else:
+            mask = jnp.asarray(prompt)
+            values = {"road_call": "mask", "road_prompt": CallInput(jnp.broadcast_to(mask, (*self.lead, *mask.shape)))}
+        if self.stack is not None:
+            chosen = np.isin(self.start + np.arange(self.stack), self.config.layers)
+            values["road_chosen"] = CallInput(jnp.asarray(chosen))
+        return values
 
 
 class Intervened(Around):
@@ -75,11 +96,10 @@ class Intervened(Around):
 
     def __call__(self, *args: Any, prompt_mask: jax.Array | None = None, **kwargs: Any) -> Any:
         """Calls the model; ``prompt_mask`` is that of ``apply`` of `road_jax.intervene`."""
-        token = _PROMPT.set((prompt_of(self.base, prompt_mask, args, kwargs),))
-        try:
+        prompt = prompt_of(self.base, prompt_mask, args, kwargs)
+        blocks = [node for _, node in nnx.iter_graph(self.base) if isinstance(node, RoadBlock)]
+        with during_call([(block, block.inputs(prompt)) for block in blocks]):
             return self.base(*args, **kwargs)
-        finally:
-            _PROMPT.reset(token)
 
 
 class _Probe(Around):
@@ -192,7 +212,7 @@ def get_intervention(model: nnx.Module) -> Tree:
     """
     layers = {}
     for i, block in _blocks(model).items():
-        at = i - block.start if block.chosen.ndim else ...
+        at = ... if block.stack is None else i - block.start
         layers[str(i)] = {name: getattr(block, name)[...][at] for name in ROAD_LEAVES}
     return {"layers": layers}
 
@@ -211,13 +231,13 @@ def set_intervention(model: nnx.Module, intervention: Tree) -> None:
     held = _blocks(model)
     block = next(iter(held.values()))
     config = block.config
-    hidden = output_size(config.variant, block.road_theta.shape[block.chosen.ndim])
+    hidden = output_size(config.variant, block.road_theta.shape[len(block.lead)])
     for name, leaves in zip(ROAD_LEAVES, parameters(intervention, config, hidden), strict=True):
         for block in {id(block): block for block in held.values()}.values():
             mine = {i - block.start: leaf for i, leaf in zip(config.layers, leaves, strict=True) if held[i] is block}
-            if block.chosen.ndim:
+            if block.stack is not None:
                 rest = jnp.full_like(leaves[0], name == "road_alpha")
-                value = jnp.stack([mine.get(at, rest) for at in range(len(block.chosen))])
+                value = jnp.stack([mine.get(at, rest) for at in range(block.stack)])
             else:
                 value = mine[0]
             getattr(block, name).set_value(value)
@@ -230,7 +250,7 @@ def _blocks(model: nnx.Module) -> dict[int, RoadBlock]:
         i: block
         for block in found.values()
         for i in block.config.layers
-        if block.start <= i < block.start + (len(block.chosen) if block.chosen.ndim else 1)
+        if block.start <= i < block.start + (block.stack or 1)
     }
     if not blocks:
         raise AdapterError("model: expected blocks that intervene has adapted, found none")

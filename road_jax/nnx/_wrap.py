@@ -1,9 +1,9 @@
 """`wrap`: the rotation on the linear layers of an NNX model."""
 
-import contextvars
+import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,6 @@ from road_jax._rotate import polar, rotate_polar
 from road_jax._transform import OUTPUT_HEADS
 from road_jax._tree import ROAD_LEAVES, Tree, dotted, flatten, unflatten
 
-# Which adapter each row of the call under way gets; see `apply`.
-_ADAPTER_IDS: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("adapter_ids", default=None)
-
 
 class RoadParam(nnx.Variable):
     """θ or α: what is trained.
@@ -41,6 +38,32 @@ class SavedParam(RoadParam):
     """A param of ``config.modules_to_save``, trained whole beside θ and α."""
 
 
+class CallInput(RoadParam):
+    """What one call brings for its rows, laid beside θ so that every transform of the model passes it on.
+
+    It is a `RoadParam` and has θ's stack axes, so that it goes wherever a model's scan takes θ.
+    """
+
+
+@contextlib.contextmanager
+def during_call(inputs: Sequence[tuple[nnx.Module, dict[str, Any]]]) -> Iterator[None]:
+    """Sets attributes of modules for the time of a call; before it and behind it they are None.
+
+    Raises:
+        AdapterError: another call has set them, which only a second thread can do.
+    """
+    if any(vars(module)[name] is not None for module, values in inputs for name in values):
+        raise AdapterError("model: expected one call at a time outside of nnx.jit, found another one under way")
+    # Around nnx's setattr, which refuses a model that stands outside of the function being traced.
+    try:
+        for module, values in inputs:
+            vars(module).update(values)
+        yield
+    finally:
+        for module, values in inputs:
+            vars(module).update(dict.fromkeys(values))
+
+
 class Around(nnx.Module):
     """Stands in the place of a module, whose attributes it has too: a model may ask its layer for in_features."""
 
@@ -52,7 +75,16 @@ class Around(nnx.Module):
         return getattr(self.base, name)
 
 
-class RoadLayer(Around):
+class Rotated(Around):
+    """What `apply` tells the rows' ids: a layer or a block."""
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The stack axes of θ in the model."""
+        raise NotImplementedError
+
+
+class RoadLayer(Rotated):
     """A linear layer whose output is rotated; made by `wrap`.
 
     Attributes:
@@ -64,6 +96,7 @@ class RoadLayer(Around):
         layout: where the base's outputs stand.
         subspace: which of the layer's blocks are rotated and trained; None is all of them.
         merged: True while the rotation is in the base's kernel; see `merge`.
+        road_ids: which adapter each row gets, while `apply` calls the model.
     """
 
     def __init__(
@@ -85,6 +118,11 @@ class RoadLayer(Around):
         self.layout = layout
         self.subspace = subspace
         self.merged = False
+        self.road_ids = nnx.data(None)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return _one_shape(self)[:-1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Calls the base and rotates its output, flattened over its output axes; the dtype stays."""
@@ -92,20 +130,29 @@ class RoadLayer(Around):
         return y if self.merged else along(y, self.layout.result, self._rotate)
 
     def _rotate(self, y: jax.Array) -> jax.Array:
-        return rotate(y, self.road_theta[...], self.road_alpha[...], self.variant, self.group_size, self.subspace)
+        theta, alpha = self.road_theta[...], self.road_alpha[...]
+        return rotate(y, theta, alpha, self.road_ids, self.variant, self.group_size, self.subspace)
 
 
 def rotate(
     y: jax.Array,
     theta: jax.Array,
     alpha: jax.Array,
+    row_ids: CallInput | None,
     variant: str,
     group_size: int,
     subspace: tuple[float, float] | None,
 ) -> jax.Array:
-    """Rotates ``[..., out]`` by θ and α ``[size]``, or ``[size, adapters]`` by the ids of the call under way."""
+    """Rotates ``[..., out]`` by θ and α ``[size]``, or ``[size, adapters]`` by the rows' ids."""
+    size = parameter_size(variant, y.shape[-1])
+    axes = 1 if row_ids is None else 2
+    if theta.ndim > axes and theta.shape[-axes] == size != theta.shape[0]:
+        raise AdapterError(
+            f"road_theta: expected one layer's of size {size}, found shape {list(theta.shape)} of a whole stack; "
+            "StateAxes of the model's scan or vmap must name RoadParam beside nnx.Param (docs/jax.md)"
+        )
     cosines, sines = polar(theta, alpha)
-    ids = _ADAPTER_IDS.get()
+    ids = None if row_ids is None else row_ids[...]
     if ids is not None:
         if y.ndim < 2 or len(y) != len(ids) or cosines.ndim != 2:
             raise AdapterError(
@@ -209,8 +256,9 @@ def unwrap(model: nnx.Module) -> Any:
 def apply(model: nnx.Module, *args: Any, adapter_ids: jax.Array | None = None, **kwargs: Any) -> Any:
     """Calls a wrapped or intervened model that holds several adapters, each row of the batch with its own.
 
-    Call it inside ``nnx.jit`` with the ids as an argument: any mix is the same program. Scans and vmapped stacks of
-    layers pass the ids on; a ``nnx.vmap`` over the batch itself doesn't.
+    Call it inside ``nnx.jit`` with the ids as an argument: any mix is the same program. The ids stand in the rotated
+    layers while the call runs, so that the model's own ``nnx.jit``, ``nnx.remat``, ``nnx.scan`` and stacks pass them
+    on; a ``nnx.vmap`` over the batch itself doesn't.
 
     Args:
         model: as `wrap` gives it, with adapters that `set_adapter` laid in from `road_jax.stack_adapters`; or as
@@ -223,13 +271,18 @@ def apply(model: nnx.Module, *args: Any, adapter_ids: jax.Array | None = None, *
         What the model returns.
 
     Raises:
-        AdapterError: a layer's outputs don't have the batch's rows first, or the model holds one adapter.
+        AdapterError: a layer's outputs don't have the batch's rows first, the model holds one adapter, or another
+            thread calls the same model.
     """
-    token = _ADAPTER_IDS.set(adapter_ids)
-    try:
+    if adapter_ids is None:
         return model(*args, **kwargs)
-    finally:
-        _ADAPTER_IDS.reset(token)
+    ids = jnp.asarray(adapter_ids)
+    rotated = [node for _, node in nnx.iter_graph(model) if isinstance(node, Rotated)]
+    if not rotated:
+        raise AdapterError("adapter_ids: expected a model that wrap or intervene gave, found one without adapters")
+    inputs = [(node, {"road_ids": CallInput(jnp.broadcast_to(ids, (*node.lead, *ids.shape)))}) for node in rotated]
+    with during_call(inputs):
+        return model(*args, **kwargs)
 
 
 def get_adapter(model: nnx.Module) -> Tree:

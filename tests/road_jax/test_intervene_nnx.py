@@ -8,6 +8,7 @@ import pytest
 from _compare import assert_close, named_values
 from flax import nnx
 
+import road_core
 import road_jax
 from road_core import AdapterError
 from road_jax import InterventionConfig
@@ -106,6 +107,43 @@ def test_gradients_are_linens_and_reach_road_params_alone(how, x):
     nnx.update(adapted, found)
     for a, b in zip(*map(jax.tree.leaves, (get_intervention(adapted), expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+class RematBlock(Block):
+    @nnx.remat
+    def __call__(self, x):
+        return x + jnp.tanh(self.dense(x))
+
+
+class JittedNet(nnx.Module):
+    """Blocks that trace what is in them once."""
+
+    def __init__(self):
+        self.blocks = nnx.List([RematBlock(nnx.Rngs(i)) for i in range(2)])
+
+    @nnx.jit
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_second_mask_reaches_blocks_in_transforms_of_the_models_own(x):
+    model = JittedNet()
+    config = InterventionConfig(layers=(0,), positions="last", group_size=8)
+    adapted = road_jax.nnx.intervene(model, config, x, blocks=lambda module: isinstance(module, nnx.Linear))
+    tree = jax.tree.map(lambda leaf: leaf + 0.5, get_intervention(adapted))
+    set_intervention(adapted, road_jax.stack_adapters([tree]))
+    structure, state = nnx.split(adapted)
+    ids = jnp.ones(len(x), jnp.int32)
+    for mask in (PROMPT, jnp.ones(x.shape[:2], jnp.int32), None):
+        touched = np.abs(road_jax.nnx.apply(adapted, x, adapter_ids=ids, prompt_mask=mask) - model(x)).max(-1) > 1e-3
+        expected = road_core.position_mask(np.ones(x.shape[:2], int) if mask is None else np.asarray(mask), "last")
+        np.testing.assert_array_equal(touched, expected)
+    with pytest.raises(AdapterError, match="expected a prompt mask"):
+        road_jax.nnx.apply(adapted, x, adapter_ids=ids, prompt_mask=PROMPT[:, :2])
+    assert nnx.graphdef(adapted) == structure
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted), state)
 
 
 def test_what_is_decoded_is_no_prompt(x):

@@ -235,6 +235,68 @@ def test_rows_with_their_own_adapters(x):
     np.testing.assert_array_equal(adapted(x), with_a)
 
 
+class Plain(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(16, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.dense(x))
+
+
+class Jitted(Plain):
+    @nnx.jit
+    def __call__(self, x):
+        return jnp.tanh(self.dense(x))
+
+
+class Remat(Plain):
+    @nnx.remat
+    def __call__(self, x):
+        return jnp.tanh(self.dense(x))
+
+
+@pytest.mark.parametrize("kind", [Plain, Jitted, Remat])
+def test_ids_reach_layers_in_transforms_of_the_models_own(kind, x):
+    model = nnx.Sequential(kind(nnx.Rngs(0)), kind(nnx.Rngs(1)))
+    adapted = set_values(wrap(model, RoadConfig(target_modules=["dense"], group_size=8)))
+    a = road_jax.nnx.get_adapter(adapted)
+    b = jax.tree.map(lambda leaf: 1.5 * leaf - 0.2, a)
+    alone = [model(x), adapted(x)]
+    road_jax.nnx.set_adapter(adapted, b)
+    alone.append(adapted(x))
+    road_jax.nnx.set_adapter(adapted, road_jax.stack_adapters([a, b]))
+    structure, state = nnx.split(adapted)
+
+    def mixed(model, x, ids):
+        return road_jax.nnx.apply(model, x, adapter_ids=ids)
+
+    def loss(model, x, ids):
+        return jnp.sum(jnp.square(mixed(model, x, ids)))
+
+    gradient = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, RoadParam)))
+    run = nnx.jit(mixed)
+    merged = jax.jit(lambda state, x, ids: mixed(nnx.merge(structure, state), x, ids))
+    calls = [
+        lambda x, ids: mixed(adapted, x, ids),
+        lambda x, ids: run(adapted, x, ids),
+        lambda x, ids: merged(state, x, ids),
+    ]
+    if kind is Plain:
+        # A function that closes over the model, which Flax refuses where the model has transforms of its own.
+        calls.append(jax.jit(calls[0]))
+    for ids in ([1, 2], [0, 1], [2, 2]):
+        expected = jnp.stack([alone[number][row] for row, number in enumerate(ids)])
+        for call in calls:
+            assert_close(call(x, jnp.asarray(ids)), expected, "float32", moved_from=alone[0])
+        # An adapter that no row has gets no gradient.
+        for leaf in jax.tree.leaves(gradient(adapted, x, jnp.asarray(ids))):
+            assert [bool(jnp.any(leaf[:, i] != 0)) for i in (1, 2)] == [1 in ids, 2 in ids]
+    with pytest.raises(AdapterError, match=r"found theta .* and outputs"):
+        mixed(adapted, x, jnp.asarray([1, 0, 0]))
+    assert nnx.graphdef(adapted) == structure
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted), state)
+
+
 def test_save_and_load(x, tmp_path):
     model, adapted, config = small(modules_to_save=["head"])
     adapter = road_jax.nnx.get_adapter(adapted)
