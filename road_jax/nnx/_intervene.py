@@ -12,7 +12,7 @@ from road_core import AdapterError, InterventionConfig, output_size, parameter_s
 from road_jax._intervene import at_prompt, check_blocks, hidden_states, parameters, prompt_of
 from road_jax._transform import trace
 from road_jax._tree import ROAD_LEAVES, Tree
-from road_jax.nnx._wrap import Around, CallInput, RoadParam, Rotated, during_call, modules_of, rotate
+from road_jax.nnx._wrap import Around, CallInput, RoadLayer, RoadParam, Rotated, during_call, modules_of, rotate
 
 
 class RoadBlock(Rotated):
@@ -138,7 +138,7 @@ def intervene(
         **kwargs: more sample inputs.
 
     Raises:
-        AdapterError: the model has no such blocks, or the group size doesn't divide their outputs.
+        AdapterError: the model has no such blocks or other interventions, or the group size doesn't divide the outputs.
 
     Example:
         >>> import jax.numpy as jnp
@@ -154,7 +154,18 @@ def intervene(
         (32,)
     """
     is_block = (lambda node: isinstance(node, blocks)) if isinstance(blocks, type) else blocks
-    found = {name: node for name, node in modules_of(model) if is_block(node)}
+    modules = list(modules_of(model))
+    if adapted := [name for name, node in modules if isinstance(node, RoadBlock)]:
+        raise AdapterError(
+            f"intervene: expected a model without interventions, found one at {adapted[0]} (unwrap first)"
+        )
+    # A layer that wrap rotates is one module, with what it stands around.
+    inside = {id(node) for _, layer in modules if isinstance(layer, RoadLayer) for _, node in modules_of(layer)}
+    found = {
+        name: node
+        for name, node in modules
+        if id(node) not in inside and is_block(node.base if isinstance(node, RoadLayer) else node)
+    }
     # By whichever of its names a block is met, it is one block.
     first = {id(node): name for name, node in reversed(found.items())}
     names = {name: first[id(node)] for name, node in found.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from road_core import (
@@ -194,7 +195,8 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
             before Flax's own types, and for a subclass of one whose ``__call__`` isn't its parent's.
 
     Raises:
-        AdapterError: no layer matches, a match is no linear layer or the group size doesn't divide its outputs.
+        AdapterError: no layer matches, a match is no linear layer, the group size doesn't divide its outputs, or the
+            model is adapted already.
 
     Example:
         >>> from flax import nnx
@@ -204,6 +206,12 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
         >>> nnx.state(adapted, road_jax.nnx.RoadParam)["layers"][0]["road_theta"].shape
         (32,)
     """
+    for path, node in nodes_of(model):
+        if isinstance(node, Around):
+            raise AdapterError(
+                f"wrap: expected a model that isn't adapted, found {type(node).__name__} at "
+                f"{dotted(path) or 'its top'} (unwrap first; wrap before intervene)"
+            )
     modules = dict(modules_of(model))
     known = {name: layout for name, node in modules.items() if (layout := _layout(node, layers or {})) is not None}
     linear = list(known)
@@ -331,8 +339,8 @@ def merge(model: nnx.Module) -> None:
     plain merged model. Whatever shares the base's Variables, such as the model that `wrap` was given, is merged too.
 
     Raises:
-        AdapterError: the model is merged or holds several adapters, or a kernel is also used by something else, which
-            would turn with it. Nothing is changed then.
+        AdapterError: the model is merged or holds several adapters, a kernel is quantised, or one is also used by
+            something else, which would turn with it. Nothing is changed then.
     """
     _merge_in_place(model, invert=False)
 
@@ -351,10 +359,10 @@ def _merge_in_place(model: nnx.Module, *, invert: bool) -> None:
     if not invert:
         _expect_unmerged(layers)
     users: dict[int, list[str]] = {}
-    for name, module in {id(module): (name, module) for name, module in modules_of(model)}.values():
-        for variable in vars(module).values():
+    for path, node in nodes_of(model):
+        for variable in vars(node).values() if isinstance(node, nnx.Module) else ():
             if isinstance(variable, nnx.Variable):
-                users.setdefault(id(variable), []).append(name.removesuffix(".base"))
+                users.setdefault(id(variable), []).append(dotted(path) or "the model")
     for path, layer in layers.items():
         theta, alpha = layer.road_theta[...], layer.road_alpha[...]
         if invert and not layer.merged:
@@ -362,6 +370,12 @@ def _merge_in_place(model: nnx.Module, *, invert: bool) -> None:
         if theta.shape != _one_shape(layer):
             raise AdapterError(f"{dotted(path)}: expected one adapter to merge, found theta {list(theta.shape)}")
         for variable in (variable for variable, _ in _arrays(layer)):
+            value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+            if not isinstance(variable, nnx.Variable) or not isinstance(value, jax.Array | np.ndarray):
+                raise AdapterError(
+                    f"{dotted(path)}: expected a plain {layer.layout.kernel} to merge into, "
+                    f"found {type(value).__name__}"
+                )
             if len(others := users[id(variable)]) > 1:
                 raise AdapterError(
                     f"{dotted(path)}: expected params of its own to merge into, found {others} share one"
@@ -409,13 +423,10 @@ def _one_shape(layer: RoadLayer) -> tuple[int, ...]:
 
 def _layers(model: nnx.Module) -> dict[tuple[str, ...], RoadLayer]:
     """A wrapped model's rotated layers, each by its first name."""
-    found: dict[int, tuple[str, RoadLayer]] = {}
-    for name, module in modules_of(model):
-        if isinstance(module, RoadLayer):
-            found.setdefault(id(module), (name, module))
+    found = {path: node for path, node in nodes_of(model) if isinstance(node, RoadLayer)}
     if not found:
         raise AdapterError("model: expected layers that wrap has adapted, found none")
-    return {tuple(name.split(".")): layer for name, layer in found.values()}
+    return found
 
 
 def _trained(model: nnx.Module) -> dict[tuple[str, ...], nnx.Variable]:
@@ -423,8 +434,7 @@ def _trained(model: nnx.Module) -> dict[tuple[str, ...], nnx.Variable]:
     found: dict[tuple[str, ...], nnx.Variable] = {}
     for path, layer in _layers(model).items():
         found |= {(*path, name): getattr(layer, name) for name in ROAD_LEAVES}
-    saved = ((path, v) for path, v in nnx.iter_graph(model) if isinstance(v, SavedParam))
-    return found | {tuple(map(str, path)): variable for path, variable in saved}
+    return found | {path: node for path, node in nodes_of(model) if isinstance(node, SavedParam)}
 
 
 def _saved(modules: dict[str, nnx.Module], config: RoadConfig) -> dict[int, SavedParam]:
@@ -494,6 +504,14 @@ _FLAX: Layouts = {
     nnx.LinearGeneral: _of_linear_general,
     nnx.Einsum: lambda layer: einsum_layout(layer.einsum_str),
 }
+
+
+def nodes_of(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields every module and Variable once, by its first path in the model before `wrap` and `intervene`."""
+    around = {path for path, node in nnx.iter_graph(model) if isinstance(node, Around)}
+    for path, node in nnx.iter_graph(model):
+        steps = (step for at, step in enumerate(path) if step != "base" or path[:at] not in around)
+        yield tuple(map(str, steps)), node
 
 
 def modules_of(model: nnx.Module, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, nnx.Module]]:

@@ -128,6 +128,98 @@ def test_a_stack_of_layers_gets_stacked_parameters(x):
     assert_close(adapted(x), expected, "float32", moved_from=model(x))
 
 
+class ByKind(nnx.Module):
+    """A scan that names the kinds of Variables that are stacked."""
+
+    def __init__(self, *kinds):
+        make = nnx.vmap(lambda rngs: nnx.Linear(16, 16, rngs=rngs), in_axes=0, out_axes=0)
+        self.layers = nnx.split_rngs(splits=3)(make)(nnx.Rngs(0))
+        self.kinds = kinds
+
+    def __call__(self, x):
+        axes = nnx.StateAxes({self.kinds: 0, ...: None})
+        return nnx.scan(lambda layer, x: jnp.tanh(layer(x)), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)(
+            self.layers, x
+        )
+
+
+def test_a_scan_that_names_kinds_of_variables_must_name_road_params():
+    config, x = RoadConfig(target_modules=["layers"], group_size=8), jnp.asarray(named_values("x", 2, 3, 16))
+    with pytest.raises(AdapterError, match=r"found shape \[3, 8\] of a whole stack; StateAxes .* must name RoadParam"):
+        wrap(ByKind(nnx.Param), config)(x)
+    model = ByKind(nnx.Param, RoadParam)
+    adapted = set_values(wrap(model, config))
+    loop = nnx.List([nnx.Linear(16, 16, rngs=nnx.Rngs(0)) for _ in range(3)])
+    for i, layer in enumerate(loop):
+        layer.kernel[...], layer.bias[...] = model.layers.kernel[i], model.layers.bias[i]
+    in_loop = wrap(nnx.Sequential(*loop), RoadConfig(target_modules=["0", "1", "2"], group_size=8))
+    for i, layer in enumerate(in_loop.layers):
+        for name in ("road_theta", "road_alpha"):
+            getattr(layer, name)[...] = getattr(adapted.layers, name)[i]
+    expected = x
+    for layer in in_loop.layers:
+        expected = jnp.tanh(layer(expected))
+    assert_close(adapted(x), expected, "float32", moved_from=model(x))
+    road_jax.nnx.set_adapter(adapted, road_jax.stack_adapters([road_jax.nnx.get_adapter(adapted)]))
+    mixed = road_jax.nnx.apply(adapted, x, adapter_ids=jnp.asarray([0, 1]))
+    assert_close(mixed, jnp.stack([model(x)[0], expected[1]]), "float32")
+    # In a block the ids ride along too, and so does which of the stack are chosen.
+    chosen = road_jax.InterventionConfig(layers=[1], positions="last", group_size=8)
+    intervened = road_jax.nnx.intervene(model, chosen, x, blocks=nnx.Linear)
+    tree = road_jax.nnx.get_intervention(intervened)
+    tree["layers"]["1"]["road_theta"] = jnp.asarray(named_values("theta", 8))
+    road_jax.nnx.set_intervention(intervened, tree)
+    listed = road_jax.nnx.intervene(
+        nnx.Sequential(*[f for layer in loop for f in (layer, jnp.tanh)]), chosen, x, blocks=nnx.Linear
+    )
+    road_jax.nnx.set_intervention(listed, tree)
+    assert_close(intervened(x), listed(x), "float32", moved_from=model(x))
+
+
+def test_an_intervention_on_a_wrapped_model_leaves_its_adapter(x):
+    model = nnx.Sequential(nnx.Linear(16, 64, rngs=nnx.Rngs(0)), nnx.Linear(64, 64, rngs=nnx.Rngs(1)))
+    wrapped = set_values(
+        wrap(model, RoadConfig(target_modules=["layers.0"], group_size=8, modules_to_save=["layers.1"]))
+    )
+    adapter = road_jax.nnx.get_adapter(wrapped)
+    config = road_jax.InterventionConfig(layers=[0], positions="all", group_size=8)
+    both = road_jax.nnx.intervene(wrapped, config, x, blocks=nnx.Linear)
+    intervention = jax.tree.map(lambda leaf: leaf + 0.5, road_jax.nnx.get_intervention(both))
+    road_jax.nnx.set_intervention(both, intervention)
+    assert jax.tree.structure(road_jax.nnx.get_adapter(both)) == jax.tree.structure(adapter)
+    road_jax.nnx.set_adapter(both, adapter)
+    # The layer's own rotation first, then the block's.
+    turned = road_core.rotate(
+        wrapped.layers[0](x),
+        *(intervention["layers"]["0"][name] for name in ("road_theta", "road_alpha")),
+        variant="road_1",
+        group_size=8,
+    )
+    assert_close(both(x), wrapped.layers[1](jnp.asarray(turned, x.dtype)), "float32", moved_from=wrapped(x))
+    assert nnx.graphdef(unwrap(both)) == nnx.graphdef(model)
+    for adapted in (wrapped, both):
+        with pytest.raises(
+            AdapterError, match=r"wrap: expected a model that isn't adapted, found RoadLayer at layers\.0"
+        ):
+            wrap(adapted, RoadConfig(target_modules="all-linear", group_size=8))
+    with pytest.raises(
+        AdapterError, match=r"intervene: expected a model without interventions, found one at base\.lay"
+    ):
+        road_jax.nnx.intervene(both, config, x, blocks=nnx.Linear)
+
+
+def test_a_kernel_that_qwix_quantised_is_not_merged():
+    import qwix
+
+    x = jnp.ones((2, 16))
+    rules = [qwix.QuantizationRule(module_path=".*", weight_qtype=jnp.int8)]
+    model = qwix.quantize_model(nnx.Sequential(nnx.Linear(16, 64, rngs=nnx.Rngs(0))), qwix.PtqProvider(rules), x)
+    adapted = wrap(model, RoadConfig(target_modules=["layers.0"], group_size=8))
+    np.testing.assert_array_equal(adapted(x), model(x))
+    with pytest.raises(AdapterError, match=r"layers\.0: expected a plain kernel to merge into, found WithAux"):
+        road_jax.nnx.merge(adapted)
+
+
 @pytest.mark.no_leaks
 def test_no_tracer_leaks():
     x = jnp.asarray(named_values("x", 2, 3, 16))
@@ -297,6 +389,20 @@ def test_ids_reach_layers_in_transforms_of_the_models_own(kind, x):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted), state)
 
 
+def test_two_calls_at_once_are_refused(x):
+    class Again(Plain):
+        def __call__(self, x):
+            return road_jax.nnx.apply(self, x, adapter_ids=jnp.asarray([1, 1]))
+
+    adapted = wrap(Again(nnx.Rngs(0)), RoadConfig(target_modules=["dense"], group_size=8))
+    structure = nnx.graphdef(adapted)
+    with pytest.raises(AdapterError, match="expected one call at a time outside"):
+        road_jax.nnx.apply(adapted, x, adapter_ids=jnp.asarray([1, 0]))
+    assert nnx.graphdef(adapted) == structure
+    with pytest.raises(AdapterError, match="adapter_ids: expected a model that wrap or intervene gave"):
+        road_jax.nnx.apply(unwrap(adapted), x, adapter_ids=jnp.asarray([1, 0]))
+
+
 def test_save_and_load(x, tmp_path):
     model, adapted, config = small(modules_to_save=["head"])
     adapter = road_jax.nnx.get_adapter(adapted)
@@ -338,6 +444,10 @@ def test_a_kernel_that_two_layers_share_is_not_merged(x):
     with pytest.raises(AdapterError, match=r"layers\.0: expected params of its own .* 'layers\.1'\] share one"):
         road_jax.nnx.merge(adapted)
     np.testing.assert_array_equal(model.first.kernel[...], before)
+    model.layers[1].kernel = nnx.Param(jnp.copy(model.layers[0].kernel[...]))
+    model.tied = model.layers[0].kernel
+    with pytest.raises(AdapterError, match=r"layers\.0: expected params of its own .* 'the model'\] share one"):
+        road_jax.nnx.merge(wrap(model, RoadConfig(target_modules=["layers.0"], group_size=8)))
     # One layer in two places has one kernel of its own.
     adapted = set_values(wrap(model, RoadConfig(target_modules=["first"], group_size=8)))
     turned = adapted(x)
