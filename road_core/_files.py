@@ -85,6 +85,28 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return fields
 
 
+def read_json_lines(path: str | os.PathLike) -> list[tuple[int, Any]]:
+    """Returns ``(line number, value)`` for each line of JSON; empty lines are passed over.
+
+    Raises:
+        AdapterError: the file can't be read or holds no lines, or a line isn't JSON (by its number).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: expected a file of JSON lines, found one that can't be read ({error})") from None
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                found.append((number, _parse_json(line)))
+            except (ValueError, RecursionError) as error:
+                raise AdapterError(f"{path}, line {number}: expected JSON, found {line[:40]!r} ({error})") from None
+    if not found:
+        raise AdapterError(f"{path}: expected at least one line, found none")
+    return found
+
+
 def _parse_json(text: str) -> Any:
     """Parses JSON, but takes no name twice in an object and no text that UTF-8 hasn't."""
 

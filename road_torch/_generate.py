@@ -1,10 +1,11 @@
 """Text from lines that each name their adapter, all in one mixed batch; and the ``road-generate`` command behind it."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from road_core import AdapterError
+from road_core._chat import Chat
 from road_core._errors import listed
-from road_core._files import inside, read_json, write_file
+from road_core._files import inside, read_json, read_json_lines, write_file
 from road_torch._model import RoadModel
 from road_torch._routing import BASE, parts, read_name
 
@@ -44,7 +46,8 @@ class GenerateOptions:
     max_new_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 128
     # Lines that are answered at once.
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32
-    # 0 takes the likeliest token; above, tokens are drawn.
+    # 0 takes the likeliest token; above, tokens are drawn, out of all of them. The checkpoint's own generation config
+    # gives its end tokens only.
     temperature: float = 0.0
     # Of what is drawn.
     seed: int = 0
@@ -70,7 +73,8 @@ def generate(
         max_new_tokens: of an answer, at most.
         batch_size: rows that are answered at once.
         console: where a progress bar is drawn; without it there is none.
-        **options: for the model's ``generate``; without any the likeliest token is taken each time.
+        **options: for the model's ``generate``; without any the likeliest token is taken each time. Of the model's own
+            generation config only the end tokens count.
 
     Returns:
         The rows' fields, with ``"adapter"`` and ``"completion"``.
@@ -100,7 +104,7 @@ def command(options: GenerateOptions) -> None:
         raise AdapterError(f"{options.out}: expected a new file, found one that is there already")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         raise AdapterError(f"{options.out}: expected a file in a folder that is there")
-    lines = _read_lines(options.prompts)
+    lines = read_json_lines(options.prompts)
     rows = [row for _, row in lines]
 
     def place(i: int) -> str:
@@ -116,7 +120,7 @@ def command(options: GenerateOptions) -> None:
     drawn: dict[str, Any] = {}
     if options.temperature > 0:
         torch.manual_seed(options.seed)
-        drawn = {"do_sample": True, "temperature": options.temperature}
+        drawn = {"do_sample": True, "temperature": options.temperature, "top_k": 0}
     answers = _generate(model, tokenizer, rows, options.max_new_tokens, options.batch_size, console, drawn, place)
     text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if options.out is None:
@@ -196,17 +200,19 @@ def _generate(
     place: Callable[[int], str],
 ) -> list[dict[str, Any]]:
     _check_rows(rows, model.adapter_names, place)
-    prompts = [_tokenize(tokenizer, row, place(i)) for i, row in enumerate(rows)]
-    ends = _end_tokens(model, tokenizer)
+    chat = Chat(tokenizer)
+    prompts = [_tokenize(tokenizer, chat, row, place(i)) for i, row in enumerate(rows)]
+    ends = _end_tokens(model, tokenizer, chat)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or None, "pad_token_id": pad}
-    if not options:
-        # A checkpoint's own generation config may ask for sampling.
-        settings |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     answers: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=console, disable=console is None) as bar, torch.inference_mode():
+    with (
+        Progress(*columns, *times, console=console, disable=console is None) as bar,
+        torch.inference_mode(),
+        _own_settings(model),
+    ):
         task = bar.add_task("Generating", total=len(rows))
         for start in range(0, len(rows), batch_size):
             batch, ids = rows[start : start + batch_size], prompts[start : start + batch_size]
@@ -239,6 +245,18 @@ def _generate(
                 answers.append({**row, "adapter": name, "completion": text})
             bar.update(task, completed=start + len(batch))
     return answers
+
+
+@contextlib.contextmanager
+def _own_settings(model: RoadModel) -> Iterator[None]:
+    """Lets only what is asked for decide: a checkpoint's own config may sample, search beams or punish repetition."""
+    base: Any = model.base_model
+    before = base.generation_config
+    base.generation_config = transformers.GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = before
 
 
 def _check_rows(rows: Sequence[Row], adapters: Any, place: Callable[[int], str]) -> None:
@@ -275,29 +293,22 @@ def _is_known(name: object, adapters: Any) -> bool:
         return False
 
 
-def _tokenize(tokenizer: Any, row: Row, where: str) -> list[int]:
+def _tokenize(tokenizer: Any, chat: Chat, row: Row, where: str) -> list[int]:
     """A prompt's token ids; one without chat template in the tokenizer stays the text that it is."""
-    if "messages" not in row and not tokenizer.chat_template:
-        ids = tokenizer(row["prompt"])["input_ids"]
-    else:
-        messages = list(row["messages"]) if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-        if not tokenizer.chat_template:
-            raise AdapterError(f"{where}: expected a field 'prompt', for the tokenizer has no chat template")
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like
-            raise AdapterError(f"{where}: expected messages that the chat template takes, found {error}") from None
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if "messages" in row and not tokenizer.chat_template:
+        raise AdapterError(f"{where}: expected a field 'prompt', for the tokenizer has no chat template")
+    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    ids = chat.ids(chat.render(messages, where, prompt=True))
     if not ids:
         raise AdapterError(f"{where}: expected a prompt of at least one token, found none")
     return ids
 
 
-def _end_tokens(model: RoadModel, tokenizer: Any) -> list[int]:
-    """What ends an answer: the model's end tokens and the tokenizer's, which may be the end of a turn."""
+def _end_tokens(model: RoadModel, tokenizer: Any, chat: Chat) -> list[int]:
+    """What ends an answer: the model's end tokens, the tokenizer's, and the chat template's end of turn."""
     configured = model.generation_config.eos_token_id
     ends = list(configured) if isinstance(configured, Sequence) else [configured]
-    return [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+    return [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id, chat.end]) if end is not None]
 
 
 def _adapters(arguments: Sequence[str]) -> dict[str, Path]:
@@ -311,24 +322,6 @@ def _adapters(arguments: Sequence[str]) -> dict[str, Path]:
         inside(directory, "adapter_config.json")
         adapters[name] = Path(directory)
     return adapters
-
-
-def _read_lines(path: Path) -> list[tuple[int, Any]]:
-    """Returns ``(line number, value)`` for each line that isn't empty."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: expected a file of JSON lines, found one that can't be read ({error})") from None
-    lines = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                lines.append((number, json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise AdapterError(f"{path}, line {number}: expected JSON, found {line[:40]!r} ({error})") from None
-    if not lines:
-        raise AdapterError(f"{path}: expected at least one line, found none")
-    return lines
 
 
 def _row_place(i: int) -> str:

@@ -4,32 +4,19 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import numpy as np
 
 from road_core import AdapterError
-
-
-class Tokenizer(Protocol):
-    """What is asked of a Hugging Face tokenizer."""
-
-    chat_template: Any
-    eos_token_id: int | None
-    eos_token: str | None
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
-        """Returns a mapping with ``input_ids``."""
-
-    def apply_chat_template(self, messages: list[dict], *, tokenize: bool, add_generation_prompt: bool) -> Any:
-        """Returns the conversation as text."""
+from road_core._chat import Chat, Tokenizer
+from road_core._files import read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One line, tokenised.
+    """One line, tokenised, or one of its turns.
 
     Attributes:
         line: its number in the file, from 1.
@@ -75,23 +62,10 @@ def read_lines(path: str | os.PathLike) -> list[tuple[int, list[dict[str, str]]]
     Raises:
         AdapterError: the file can't be read or holds no lines, or a line isn't of these forms (by its number).
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: expected a file of JSON lines, found one that can't be read ({error})") from None
-    found = [
-        (n, _conversation(line, f"{path}, line {n}")) for n, line in enumerate(text.split("\n"), 1) if line.strip()
-    ]
-    if not found:
-        raise AdapterError(f"{path}: expected at least one line, found none")
-    return found
+    return [(number, _conversation(fields, f"{path}, line {number}")) for number, fields in read_json_lines(path)]
 
 
-def _conversation(line: str, where: str) -> list[dict[str, str]]:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{where}: expected JSON, found {line[:40]!r} ({error})") from None
+def _conversation(fields: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(fields, dict):
         raise AdapterError(f"{where}: expected a JSON object, found {type(fields).__name__}")
     if "messages" in fields:
@@ -114,50 +88,64 @@ def _conversation(line: str, where: str) -> list[dict[str, str]]:
 
 
 def tokenize(lines: Sequence[tuple[int, list[dict[str, str]]]], tokenizer: Tokenizer, where: str) -> list[Example]:
-    """Tokenises conversations through the model's own chat template.
+    """Tokenises conversations through the model's own chat template, as they are when the model generates.
 
-    Every turn of the assistant is learned, up to and including its end token. A tokenizer without a chat template
-    gets the contents one after the other, and its end-of-text token after each of the assistant's.
+    Every turn of the assistant is learned, up to and including its end token. A conversation is one example, or several
+    where the template shows a turn otherwise once another one follows (without its thoughts, say): a turn is learned
+    behind the history that the model will see. A tokenizer without a chat template gets the contents one after the
+    other, its beginning of text before them and its end of text after each of the assistant's.
 
     Raises:
-        AdapterError: the template refuses a conversation, or doesn't extend what it gave for the turns before.
+        AdapterError: the template refuses a conversation, or doesn't extend its own prompt.
     """
-    return [_tokenize_one(number, messages, tokenizer, f"{where}, line {number}") for number, messages in lines]
+    chat = Chat(tokenizer)
+    return [e for number, messages in lines for e in _examples(number, messages, chat, f"{where}, line {number}")]
 
 
-def _tokenize_one(number: int, messages: list[dict[str, str]], tokenizer: Tokenizer, where: str) -> Example:
-    ids: list[int] = []
-    targets: list[int] = []
-    done = ""
+def _examples(number: int, messages: list[dict[str, str]], chat: Chat, where: str) -> list[Example]:
+    # Of each example its ids, and from where to where it is learned.
+    found: list[tuple[list[int], list[tuple[int, int]]]] = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(tokenizer, messages[:turn], where, prompt=True)
-        after = render(tokenizer, messages[: turn + 1], where, prompt=False)
-        if not (before.startswith(done) and after.startswith(before)):
+        before = chat.render(messages[:turn], where, prompt=True)
+        after = chat.render(messages[: turn + 1], where, prompt=False)
+        if not after.startswith(before):
             raise AdapterError(f"{where}: expected a chat template that extends its own prompt, found one that doesn't")
-        # Prompt and completion are tokenised apart, as they are when the model generates.
-        prompt = tokenizer(before[len(done) :], add_special_tokens=False)["input_ids"]
-        completion = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
+        ids, start = chat.continued(before, after)
         # What a template puts after the end token (a newline) isn't the model's to say.
-        ends = [i for i, token in enumerate(completion) if token == tokenizer.eos_token_id]
-        learned = ends[-1] + 1 if ends else len(completion)
-        ids += [*prompt, *completion]
-        targets += [0] * len(prompt) + [1] * learned + [0] * (len(completion) - learned)
-        done = after
-    return Example(number, np.asarray(ids, np.int32), np.asarray(targets, np.int32))
+        ends = [i for i in range(start, len(ids)) if ids[i] == chat.end]
+        spans = [(start, ends[-1] + 1 if ends else len(ids))]
+        if found:
+            earlier, learned = found[-1]
+            done = learned[-1][1]
+            if done <= start and ids[:done] == earlier[:done]:
+                found.pop()
+                spans = learned + spans
+        found.append((ids, spans))
+    return [_example(number, ids, spans) for ids, spans in found]
 
 
-def render(tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, *, prompt: bool) -> str:
-    """Returns a conversation as text, with ``prompt`` up to where the assistant answers."""
-    if not tokenizer.chat_template:
-        end = tokenizer.eos_token or ""
-        return "".join(m["content"] + (end if m["role"] == "assistant" else "") for m in messages)
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # templates raise whatever they like
-        reason = " ".join(str(error).split())
-        raise AdapterError(f"{where}: expected a conversation that the chat template takes, found {reason}") from None
+def _example(number: int, ids: list[int], spans: list[tuple[int, int]]) -> Example:
+    is_target = np.zeros(len(ids), np.int32)
+    for start, stop in spans:
+        is_target[start:stop] = 1
+    return Example(number, np.asarray(ids, np.int32), is_target)
+
+
+def check_ids(examples: Sequence[Example], vocab_size: int, tokenizer: Tokenizer, where: str) -> None:
+    """Refuses tokens that the model's embedding has no row for.
+
+    Raises:
+        AdapterError: there is one (by its line).
+    """
+    for example in examples:
+        token = int(example.input_ids.max(initial=0))
+        if token >= vocab_size:
+            raise AdapterError(
+                f"{where}, line {example.line}: expected tokens below the model's vocab_size {vocab_size}, "
+                f"found {token} ({tokenizer.convert_ids_to_tokens(token)!r})"
+            )
 
 
 def check_lengths(examples: list[Example], max_length: int, where: str, *, skip_long: bool) -> list[Example]:

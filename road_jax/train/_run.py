@@ -452,19 +452,22 @@ def _examples(options: TrainOptions, tokenizer: Any) -> tuple[list[_data.Example
 
     def read(path: Path) -> list[_data.Example]:
         examples = _data.tokenize(_data.read_lines(path), tokenizer, str(path))
+        _data.check_ids(examples, models.read_config(options.base).vocab_size, tokenizer, str(path))
         return _data.check_lengths(examples, options.max_length, str(path), skip_long=options.skip_long)
 
     examples = read(options.data)
     if options.eval_data:
         return examples, read(options.eval_data)
-    if options.eval_lines >= len(examples):
+    lines, of_line = np.unique([example.line for example in examples], return_inverse=True)
+    if options.eval_lines >= len(lines):
         raise AdapterError(
             f"{options.data}: expected more than the {options.eval_lines} lines that are held out, "
-            f"found {len(examples)} (see --eval-lines)"
+            f"found {len(lines)} (see --eval-lines)"
         )
-    order = np.random.default_rng(options.seed).permutation(len(examples))
-    held, kept = order[: options.eval_lines], order[options.eval_lines :]
-    return [examples[i] for i in sorted(kept)], [examples[i] for i in sorted(held)]
+    is_held = np.zeros(len(lines), bool)
+    is_held[np.random.default_rng(options.seed).permutation(len(lines))[: options.eval_lines]] = True
+    kept, held = ([examples[i] for i in np.flatnonzero(is_held[of_line] == held)] for held in (False, True))
+    return kept, held
 
 
 def _count_steps(options: TrainOptions, examples: list[_data.Example]) -> int:
@@ -480,19 +483,20 @@ def _evaluate(
 ) -> dict[str, float]:
     rows = options.batch_size
     loss = right_tokens = tokens = 0.0
-    all_right = np.ones(len(examples), bool)
+    lines, of_line = np.unique([example.line for example in examples], return_inverse=True)
+    all_right = np.ones(len(lines), bool)
     for element in _data.packed(examples, rows=rows, length=options.max_length, seed=None, epochs=1):
         batch = _data.to_batch(element, rows)
         total, right = program.evaluate(adapter, variables, batch)
         targets = batch.weights > 0
         loss, tokens = loss + total, tokens + float(targets.sum())
         right_tokens += float((right & targets).sum())
-        all_right[_data.examples_at(element, batch)[targets & ~right]] = False
+        all_right[of_line[_data.examples_at(element, batch)[targets & ~right]]] = False
     return {
         "eval_loss": loss / tokens,
         "eval_token_accuracy": right_tokens / tokens,
         "eval_exact": float(all_right.mean()),
-        "eval_lines": len(examples),
+        "eval_lines": len(lines),
     }
 
 

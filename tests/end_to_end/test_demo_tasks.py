@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from examples.demo import model as demo_model
 from examples.demo import packages, tasks
 from road_core import AdapterError
+from road_core._chat import Chat
+from road_jax.train import _data
 
 CACHE = Path(__file__).parents[2] / "runs" / "cache"
 
@@ -110,6 +112,19 @@ def test_lines_are_short(task, tokenizer):
     assert sum(lengths) / len(lengths) == pytest.approx(mean, abs=1)
     assert max(lengths) <= longest
     assert max(answers) <= task.answer_tokens
+
+
+def test_lines_are_tokenised_as_they_are_asked(task, tokenizer):
+    """And as before, prompt and answer apart: SmolLM2 breaks a text between the two."""
+    chat = Chat(tokenizer)
+    assert chat.end == tokenizer.eos_token_id
+    for line in task.train[:300]:
+        prompt = chat.ids(chat.render(task.prompt(line), "f", prompt=True))
+        answer = tokenizer(line.answer + tokenizer.eos_token + "\n", add_special_tokens=False)["input_ids"]
+        messages = [*task.prompt(line), {"role": "assistant", "content": line.answer}]
+        (example,) = _data.tokenize([(1, messages)], tokenizer, "f")
+        assert example.input_ids.tolist() == [*prompt, *answer]
+        assert example.is_target.tolist() == [0] * len(prompt) + [1] * (len(answer) - 1) + [0]
 
 
 def test_labels_are_single_tokens(tokenizer):

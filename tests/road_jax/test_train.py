@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -229,6 +230,11 @@ def test_few_compilations(options):
     assert len(traces) <= 3
 
 
+def smaller(folder):
+    """A checkpoint whose embedding has fewer rows than the tokenizer has tokens."""
+    return small_checkpoint(Path(tempfile.mkdtemp(dir=folder.parent)), vocab_size=8)
+
+
 BAD = {
     "no base": (lambda o, t: {"base": t / "none"}, "none: expected a folder with a checkpoint, found nothing"),
     "no data": (lambda o, t: {"data": t / "none.jsonl"}, r"none\.jsonl: expected a file of JSON lines"),
@@ -243,6 +249,10 @@ BAD = {
     "targets": (lambda o, t: {"target_modules": ("q_prj",)}, "q_prj.*nearest: q_proj"),
     "held out": (lambda o, t: {"eval_lines": 1000}, "expected more than the 1000 lines"),
     "long": (lambda o, t: {"max_length": 4}, "line 1: expected at most 4 tokens"),
+    "tokens": (
+        lambda o, t: {"base": smaller(t)},
+        r"train\.jsonl, line \d+: expected tokens below the model's vocab_size 8, found \d+ \('\w+'\)",
+    ),
     "nothing to resume": (lambda o, t: {"resume": True}, "expected a run to resume"),
 }
 

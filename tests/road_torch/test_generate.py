@@ -188,6 +188,18 @@ def test_generate_in_batches():
         road_torch.generate(model, tokenizer, [ROWS[0], {"prompt": "one", "adapter": "z"}])
 
 
+def test_the_likeliest_token_is_taken_whatever_the_checkpoint_prefers():
+    model, tokenizer = with_adapters(), word_tokenizer()
+    expected = road_torch.generate(model, tokenizer, ROWS, max_new_tokens=6)
+    preferred = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 2, "min_new_tokens": 6}
+    for name, value in {**preferred, "do_sample": True, "temperature": 9.0}.items():
+        setattr(model.generation_config, name, value)
+    assert road_torch.generate(model, tokenizer, ROWS, max_new_tokens=6) == expected
+    # Options are the caller's, and the model keeps its config.
+    assert road_torch.generate(model, tokenizer, ROWS, max_new_tokens=6, no_repeat_ngram_size=1) != expected
+    assert {name: getattr(model.generation_config, name) for name in preferred} == preferred
+
+
 def test_a_row_may_name_a_mix():
     model, tokenizer = with_adapters(), word_tokenizer()
     model.add_weighted_adapter(["b", "c"], [1, 1], "both")
