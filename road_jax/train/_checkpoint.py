@@ -36,15 +36,15 @@ class Checkpoints:
         self._manager.save(step, args=items)
         self._manager.wait_until_finished()
 
-    def restore(self, like: State) -> tuple[int, State, dict[str, Any]]:
-        """Returns the last checkpoint: its step, state and JSON.
+    def restore(self, like: State) -> tuple[int, State, dict[str, Any]] | None:
+        """Returns the last checkpoint: its step, state and JSON; None if there is none yet.
 
         Raises:
-            AdapterError: there is none, or it doesn't hold what ``like`` looks like.
+            AdapterError: it doesn't hold what ``like`` looks like.
         """
         step = self._manager.latest_step()
         if step is None:
-            raise AdapterError(f"{self._directory}: expected a checkpoint to resume from, found none")
+            return None
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()), meta=ocp.args.JsonRestore())
         try:
             found = self._manager.restore(step, args=items)

@@ -174,6 +174,9 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         tokenizer = load_tokenizer(options.base)
         examples, held_out = _examples(options, tokenizer)
         total = options.steps or _count_steps(options, examples)
+        tokens = _digest([*examples, *held_out])
+        if options.resume:
+            _check_begun(options, {"tokens_sha256": tokens})
     with console.status(f"loading {options.base}"):
         dtype = jnp.dtype(options.dtype)
         module, variables = models.load(options.base, dtype=dtype, scan=options.scan, remat=options.remat)
@@ -194,7 +197,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         )
         variables = program.place(variables)
 
-    run = _Run(options, examples, total)
+    run = _Run(options, examples, total, tokens)
     with run.open(state) as (checkpoints, state, step):
         state = program.place_state(state)
 
@@ -308,8 +311,8 @@ class _Profile:
 class _Run:
     """The folder of a run: its log, its place in the data, and what a resumption takes up again."""
 
-    def __init__(self, options: TrainOptions, examples: list[_data.Example], total: int) -> None:
-        self.options, self.total = options, total
+    def __init__(self, options: TrainOptions, examples: list[_data.Example], total: int, tokens: str) -> None:
+        self.options, self.total, self._tokens = options, total, tokens
         self.records: list[dict[str, Any]] = []
         epochs = None if options.steps else options.epochs
         self._batches = _data.packed(
@@ -325,16 +328,20 @@ class _Run:
         _processes.wait("checked")
         if not options.resume and _processes.is_first():
             options.out.mkdir(parents=True, exist_ok=True)
-            write_file(options.out / "options.json", dump_json(_fingerprint(options)))
+            write_file(
+                options.out / "options.json", dump_json({**_fingerprint(options), "tokens_sha256": self._tokens})
+            )
         _processes.wait("begun")
         with Checkpoints(options.out) as checkpoints:
             step = 0
             if options.resume:
-                step, state, meta = checkpoints.restore(state)
-                self._batches.set_state(meta["data"])
-                lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
-                # What was logged after the checkpoint is done again.
-                self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
+                # A run that was stopped before its first checkpoint begins anew.
+                found = checkpoints.restore(state)
+                if found is not None:
+                    step, state, meta = found
+                    self._batches.set_state(meta["data"])
+                    # What was logged after the checkpoint is done again.
+                    self.records = [record for record in _read_log(self._metrics) if record["step"] <= step]
                 _processes.wait("read")
                 if _processes.is_first():
                     write_file(self._metrics, b"".join(_line(record) for record in self.records))
@@ -380,6 +387,15 @@ class _Run:
         )
 
 
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Reads ``metrics.jsonl``; a last line that was cut off is left out, as what it tells is done again."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise AdapterError(f"{path}: expected a line of JSON a step, found others ({error})") from None
+
+
 def _line(record: dict[str, Any]) -> bytes:
     return (json.dumps(record) + "\n").encode()
 
@@ -414,15 +430,19 @@ def _check(options: TrainOptions) -> Mesh:
         return mesh
     if not (options.out / "options.json").is_file():
         raise AdapterError(f"{options.out}: expected a run to resume, found no options.json")
-    begun, now = read_json(options.out / "options.json"), _fingerprint(options)
-    changed = sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name))
-    if changed:
-        name = changed[0]
-        raise AdapterError(
-            f"{options.out}: expected the options that the run began with, "
-            f"found {name} {now.get(name)!r} instead of {begun.get(name)!r}"
-        )
+    _check_begun(options, _fingerprint(options))
     return mesh
+
+
+def _check_begun(options: TrainOptions, now: dict[str, Any]) -> None:
+    """Refuses to resume a run that was begun with other values than these."""
+    begun = read_json(options.out / "options.json")
+    for name in sorted(now):
+        if begun.get(name) != now[name]:
+            raise AdapterError(
+                f"{options.out}: expected the options that the run began with, "
+                f"found {name} {now[name]!r} instead of {begun.get(name)!r}"
+            )
 
 
 def _sizes(mesh: str) -> dict[str, int]:
@@ -445,6 +465,15 @@ def _fingerprint(options: TrainOptions) -> dict[str, Any]:
         if path is not None and Path(path).is_file():
             fields[f"{name}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return fields
+
+
+def _digest(examples: list[_data.Example]) -> str:
+    """Of all tokens: a chat template may write today's date."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.int64(len(example.input_ids)).tobytes())
+        digest.update(example.input_ids.tobytes() + example.is_target.tobytes())
+    return digest.hexdigest()
 
 
 def _examples(options: TrainOptions, tokenizer: Any) -> tuple[list[_data.Example], list[_data.Example]]:

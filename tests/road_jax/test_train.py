@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,8 +120,9 @@ def same_but_for_times(records):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
-def test_resuming_is_as_if_never_stopped(parallel, options, tmp_path, monkeypatch):
+# The first checkpoint is that of step 4.
+@pytest.mark.parametrize(("parallel", "stops"), [("jit", (2, 6)), ("pmap", (6,))])
+def test_resuming_is_as_if_never_stopped(parallel, stops, options, tmp_path, monkeypatch):
     options = dataclasses.replace(options, parallel=parallel)
     run(options)
     stopped = dataclasses.replace(options, out=tmp_path / "stopped")
@@ -128,18 +130,22 @@ def test_resuming_is_as_if_never_stopped(parallel, options, tmp_path, monkeypatc
     from road_jax.train import _run
 
     whole = _run._Run.next_batch
+    for stop in stops:
 
-    def failing(self):
-        if len([r for r in self.records if "loss" in r]) == 6:
-            raise RuntimeError("the power went")
-        return whole(self)
+        def failing(self, stop=stop):
+            if len([r for r in self.records if "loss" in r]) == stop:
+                raise RuntimeError("the power went")
+            return whole(self)
 
-    monkeypatch.setattr(_run._Run, "next_batch", failing)
-    with pytest.raises(RuntimeError, match="the power went"):
-        run(stopped)
-    assert log(stopped.out)[-1]["step"] == 6
+        monkeypatch.setattr(_run._Run, "next_batch", failing)
+        with pytest.raises(RuntimeError, match="the power went"):
+            run(stopped)
+        assert log(stopped.out)[-1]["step"] == stop
+        with open(stopped.out / "metrics.jsonl", "a") as file:
+            file.write('{"step": 7, "lo')
+        stopped = dataclasses.replace(stopped, resume=True)
     monkeypatch.undo()
-    run(dataclasses.replace(stopped, resume=True))
+    run(stopped)
     assert contents(stopped.out) == contents(options.out)
     assert same_but_for_times(log(stopped.out)) == same_but_for_times(log(options.out))
 
@@ -273,10 +279,15 @@ def test_a_full_folder_is_left_alone(options):
     assert [path.name for path in options.out.iterdir()] == ["mine"]
 
 
-def test_another_runs_options_are_not_resumed(options):
+def test_another_runs_options_are_not_resumed(options, tmp_path):
+    options = dataclasses.replace(options, base=shutil.copytree(options.base, tmp_path / "base"))
     run(dataclasses.replace(options, steps=2))
     with pytest.raises(AdapterError, match=r"found learning_rate 0\.5 instead of 0\.03"):
         run(dataclasses.replace(options, steps=2, resume=True, learning_rate=0.5))
+    template = options.base / "chat_template.jinja"
+    template.write_text("<system> {{ strftime_now('%Y') }} </s>" + template.read_text())
+    with pytest.raises(AdapterError, match="expected the options that the run began with, found tokens_sha256"):
+        run(dataclasses.replace(options, steps=2, resume=True))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(options):
