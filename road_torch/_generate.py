@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from road_core import AdapterError
+from road_core import AdapterError, read_peft
 from road_core._chat import Chat
 from road_core._errors import listed
 from road_core._files import inside, read_json, read_json_lines, write_file
@@ -36,7 +37,8 @@ class GenerateOptions:
     # JSONL: {"prompt": ...} or {"messages": [...]} a line, with "adapter": NAME, or NAME+NAME for several, one after
     # the other; without it the base model answers.
     prompts: Path
-    # JSONL with the lines' fields and "completion"; standard output if not given.
+    # JSONL with the lines' fields and "completion"; standard output if not given. Finished batches stand in OUT.part
+    # till then: the same command goes on behind them.
     out: Path | None = None
     # The base model's weights: 4 bits, 8 bits, or as they are.
     quantize: Literal["nf4", "int8", "none"] = "none"
@@ -82,14 +84,16 @@ def generate(
     Raises:
         AdapterError: a row isn't of this form or names an unknown adapter (by its number, from 1).
     """
-    return _generate(model, tokenizer, rows, max_new_tokens, batch_size, console, options, _row_place)
+    answers: list[dict[str, Any]] = []
+    _generate(model, tokenizer, rows, max_new_tokens, batch_size, console, options, _row_place, answers.extend)
+    return answers
 
 
 def command(options: GenerateOptions) -> None:
     """Runs ``road-generate``.
 
     Raises:
-        AdapterError: something that was given is wrong; nothing is written.
+        AdapterError: something that was given is wrong; nothing is written but, while it runs, ``OUT.part``.
     """
     # Everything that is quick to look at comes before the model is loaded.
     if options.max_new_tokens < 1 or options.batch_size < 1:
@@ -111,6 +115,8 @@ def command(options: GenerateOptions) -> None:
         return f"{options.prompts}, line {lines[i][0]}"
 
     _check_rows(rows, adapters, place)
+    part = None if options.out is None else _Part(options, rows, adapters)
+    done = part.lines if part else []
     console = Console(stderr=True)
     base, tokenizer = load(options.base, quantize=options.quantize, dtype=options.dtype)
     model = RoadModel(base)
@@ -119,15 +125,62 @@ def command(options: GenerateOptions) -> None:
     model.eval()
     drawn: dict[str, Any] = {}
     if options.temperature > 0:
-        torch.manual_seed(options.seed)
+        # What is left is not drawn as the beginning was.
+        torch.manual_seed(options.seed + len(done))
         drawn = {"do_sample": True, "temperature": options.temperature, "top_k": 0}
-    answers = _generate(model, tokenizer, rows, options.max_new_tokens, options.batch_size, console, drawn, place)
-    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-    if options.out is None:
-        print(text, end="")
+    left = rows[len(done) :]
+
+    def place_left(i: int) -> str:
+        return place(len(done) + i)
+
+    answers: list[dict[str, Any]] = []
+    keep = part.append if part else answers.extend
+    _generate(model, tokenizer, left, options.max_new_tokens, options.batch_size, console, drawn, place_left, keep)
+    if part is None:
+        print(b"".join(map(_line, answers)).decode(), end="")
     else:
-        write_file(options.out, text.encode())
-        console.print(f"{len(answers)} lines: {options.out}")
+        part.finish()
+        console.print(f"{len(rows)} lines: {options.out}")
+
+
+class _Part:
+    """The answers so far, beside the file that they are for. The first line says what they are answers to."""
+
+    def __init__(self, options: GenerateOptions, rows: Sequence[Row], adapters: Mapping[str, Path]) -> None:
+        assert options.out is not None
+        self._out = options.out
+        self._path = options.out.with_name(options.out.name + ".part")
+        digest = hashlib.sha256(json.dumps([dataclasses.asdict(options), rows], default=str).encode())
+        for directory in adapters.values():
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                digest.update((directory / name).read_bytes())
+        self._head = digest.hexdigest().encode() + b"\n"
+        self.lines: list[bytes] = []
+        if self._path.exists():
+            # Whole batches only, so that the next one begins where it would have; a last line may be cut off.
+            head, *lines = self._path.read_bytes().splitlines(keepends=True) or [b""]
+            if head != self._head:
+                raise AdapterError(
+                    f"{self._path}: expected what this very command left, found what another one did (remove it, or "
+                    "give another --out)"
+                )
+            whole = sum(line.endswith(b"\n") for line in lines)
+            self.lines = lines[: whole if whole == len(rows) else whole - whole % options.batch_size]
+            write_file(self._path, b"".join([head, *self.lines]))
+
+    def append(self, answers: Sequence[Mapping[str, Any]]) -> None:
+        lines = [_line(answer) for answer in answers]
+        with open(self._path, "ab") as file:
+            file.write(b"".join(lines if self.lines else [self._head, *lines]))
+        self.lines += lines
+
+    def finish(self) -> None:
+        write_file(self._out, b"".join(self.lines))
+        self._path.unlink()
+
+
+def _line(answer: Mapping[str, Any]) -> bytes:
+    return (json.dumps(answer, ensure_ascii=False) + "\n").encode()
 
 
 def load(directory: str | os.PathLike, *, quantize: str = "none", dtype: str = "auto") -> tuple[Any, Any]:
@@ -198,14 +251,14 @@ def _generate(
     console: Console | None,
     options: Mapping[str, Any],
     place: Callable[[int], str],
-) -> list[dict[str, Any]]:
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> None:
     _check_rows(rows, model.adapter_names, place)
     chat = Chat(tokenizer)
     prompts = [_tokenize(tokenizer, chat, row, place(i)) for i, row in enumerate(rows)]
     ends = _end_tokens(model, tokenizer, chat)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or None, "pad_token_id": pad}
-    answers: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with (
@@ -241,10 +294,13 @@ def _generate(
                 **{**settings, **options},
             )
             texts = tokenizer.batch_decode(given[:, longest:], skip_special_tokens=True)
-            for row, name, text in zip(batch, names, texts, strict=True):
-                answers.append({**row, "adapter": name, "completion": text})
+            keep(
+                [
+                    {**row, "adapter": name, "completion": text}
+                    for row, name, text in zip(batch, names, texts, strict=True)
+                ]
+            )
             bar.update(task, completed=start + len(batch))
-    return answers
 
 
 @contextlib.contextmanager
@@ -319,7 +375,7 @@ def _adapters(arguments: Sequence[str]) -> dict[str, Path]:
             raise AdapterError(f"--adapter: expected NAME=FOLDER, found {argument!r}")
         if name in adapters or name == BASE:
             raise AdapterError(f"--adapter: expected each name once and none to be {BASE}, found {name!r}")
-        inside(directory, "adapter_config.json")
+        read_peft(directory)
         adapters[name] = Path(directory)
     return adapters
 

@@ -118,6 +118,7 @@ def test_epochs_differ_in_order_and_the_place_can_be_taken_up_again():
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: expected messages.*assistant"),
         ('{"messages": [{"role": "assistant", "content": 1}]}', "line 2: expected messages"),
         ("[" * 99999, "line 2: expected JSON"),
+        (r'{"prompt": "a", "completion": "\ud83d"}', "line 2: expected JSON, .* surrogates not allowed"),
     ],
 )
 def test_bad_lines_are_named_by_their_number(line, message, tmp_path):

@@ -266,7 +266,51 @@ def test_the_command(quantize, checkpoint, adapter_folder, tmp_path, monkeypatch
     assert drawn != call(monkeypatch, capsys, *given, "--temperature", 2.0, "--seed", 4)[1]
 
 
+def test_an_interrupted_command_goes_on_behind_its_finished_batches(
+    checkpoint, adapter_folder, tmp_path, monkeypatch, capsys
+):
+    prompts, target, part = (tmp_path / name for name in ("prompts.jsonl", "out.jsonl", "out.jsonl.part"))
+    lines(prompts, ROWS)
+    names = [argument for name in "abc" for argument in ("--adapter", f"{name}={adapter_folder / name}")]
+    given = ["--base", checkpoint, "--prompts", prompts, "--max-new-tokens", 6, *names, "--out", target]
+    given += ["--batch-size", 2]
+    whole, calls = RoadModel.generate, []
+
+    def counted(self, *args, **kwargs):
+        calls.append(len(kwargs["adapter_names"]))
+        if sum(calls) > 4 and len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(RoadModel, "generate", counted)
+    assert call(monkeypatch, capsys, *given)[0] == 130
+    assert not target.exists()
+    assert len(part.read_text().splitlines()) == 1 + 4
+    with open(part, "a") as file:
+        file.write('{"prompt": "four f')
+    code, out, err = call(monkeypatch, capsys, *given, "--max-new-tokens", 7)
+    check_refused(code, out, err, r"out\.jsonl\.part: expected what this very command left")
+    code, _, err = call(monkeypatch, capsys, *given)
+    assert code == 0, err
+    assert calls == [2, 2, 1, 1]
+    assert not part.exists()
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert rows == road_torch.generate(with_adapters(), word_tokenizer(), ROWS, max_new_tokens=6)
+
+
+def test_an_adapter_is_read_before_the_base(checkpoint, adapter_folder, tmp_path, monkeypatch, capsys):
+    from road_torch import _generate
+
+    monkeypatch.setattr(_generate, "load", None)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_bytes((adapter_folder / "a" / "adapter_config.json").read_bytes())
+    prompts = lines(tmp_path / "prompts.jsonl", [{"prompt": "one", "adapter": "a"}])
+    given = ["--base", checkpoint, "--prompts", prompts, "--adapter", f"a={tmp_path / 'a'}"]
+    check_refused(*call(monkeypatch, capsys, *given), "expected a file adapter_model.safetensors, found none")
+
+
 BAD_LINES = {
+    "half a character": (r'{"prompt": "one", "id": "\ud83d"}', "line 3: expected JSON, .* surrogates not allowed"),
     "no json": ('{"prompt": "one"', "line 3: expected JSON"),
     "no object": ("[1]", "line 3: expected a JSON object, found list"),
     "no prompt": ('{"text": "one"}', "line 3: expected text in the field 'prompt' .* found no such field"),
