@@ -35,6 +35,10 @@ DTYPES: dict[str, np.dtype] = {
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
+# The output head in a checkpoint, and how the names of embeddings end that it may share.
+HEAD = "lm_head"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+
 # No config or index comes near this.
 _LARGEST_JSON = 1 << 27
 
@@ -172,8 +176,13 @@ class Entry:
 
     def map(self) -> Array:
         """Maps the tensor into memory, read-only; a dtype that NumPy hasn't is refused before, by its name."""
-        data = np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,)) if self.nbytes else np.empty(0, np.uint8)
-        return data.view(DTYPES[self.dtype]).reshape(self.shape)
+        return self.bytes().view(DTYPES[self.dtype]).reshape(self.shape)
+
+    def bytes(self) -> Array:
+        """Maps the tensor's bytes into memory, read-only."""
+        if not self.nbytes:
+            return np.empty(0, np.uint8)
+        return np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,))
 
 
 # Where each tensor lies, and the file's metadata.
@@ -229,6 +238,21 @@ def read_shards(directory: str | os.PathLike) -> tuple[dict[str, Header], dict[s
     if lost := sorted(key for key, name in places.items() if key not in headers[name][0]):
         raise AdapterError(f"{folder / INDEX}: expected tensors where the index says, found no {listed(lost)}")
     return headers, index
+
+
+def has_own_head(entries: Mapping[str, Entry]) -> bool:
+    """Tells whether a checkpoint holds a head that differs from the embedding.
+
+    Then they aren't one, whatever the config says: so transformers 5 decides it.
+    """
+    head = entries.get(f"{HEAD}.weight")
+    embedding = next((entry for name, entry in entries.items() if name.endswith(EMBEDDINGS)), None)
+    if head is None or embedding is None:
+        return False
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return True
+    first, second, step = head.bytes(), embedding.bytes(), 1 << 24
+    return any(not np.array_equal(first[at : at + step], second[at : at + step]) for at in range(0, head.nbytes, step))
 
 
 def _length(entry: Mapping[str, Any]) -> int:

@@ -102,10 +102,10 @@ class _Reader:
             raise AdapterError(f"{self.where}: expected a field {name}, found none")
         return default if value is None else value
 
-    def count(self, name: str, default: int | None = None) -> int:
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise AdapterError(f"{self.where}: expected {name} to be an integer from 1 up, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise AdapterError(f"{self.where}: expected {name} to be an integer from {least} up, found {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -141,9 +141,13 @@ def _windows(read: _Reader, kind: str, layers: int) -> tuple[int | None, tuple[b
     if kind == "mistral":
         return window, (True,) * layers
     if types is None:
-        first = read.fields.get("max_window_layers", 28)
+        first = read.count("max_window_layers", 28, least=0)
         windowed = tuple(layer >= first for layer in range(layers))
-    elif isinstance(types, list) and len(types) == layers and set(types) <= {"full_attention", "sliding_attention"}:
+    elif (
+        isinstance(types, list)
+        and len(types) == layers
+        and all(kind in ("full_attention", "sliding_attention") for kind in types)
+    ):
         windowed = tuple(kind == "sliding_attention" for kind in types)
     else:
         raise AdapterError(
@@ -155,13 +159,16 @@ def _windows(read: _Reader, kind: str, layers: int) -> tuple[int | None, tuple[b
 
 def _inverse_frequencies(read: _Reader, head_dim: int) -> np.ndarray:
     """Rotary frequencies, float64 ``[head_dim / 2]``: plain, or scaled as Llama 3 and linear scaling do it."""
-    # transformers 5 writes rope_parameters; before it, rope_theta stood beside rope_scaling.
-    fields = read.fields.get("rope_parameters") or {
-        "rope_theta": read.fields.get("rope_theta"),
-        **(read.fields.get("rope_scaling") or {}),
-    }
+    # transformers 5 writes rope_parameters; before it, rope_theta stood beside rope_scaling, which goes first.
+    name = "rope_scaling" if read.fields.get("rope_scaling") else "rope_parameters"
+    fields = read.fields.get(name) or {}
     if not isinstance(fields, Mapping):
-        raise AdapterError(f"{read.where}: expected rope_parameters to be a JSON object, found {fields!r:.60}")
+        raise AdapterError(f"{read.where}: expected {name} to be a JSON object, found {fields!r:.60}")
+    if nested := [key for key, value in fields.items() if isinstance(value, Mapping)]:
+        raise AdapterError(f"{read.where}: expected {name} to be the same for all layers, found some for {nested[0]!r}")
+    outer = {key: read.fields[key] for key in ("rope_theta", "partial_rotary_factor") if key in read.fields}
+    trained = {key: read.fields[key] for key in ("original_max_position_embeddings",) if key in read.fields}
+    fields = {**outer, **fields, **trained}
     rope = _Reader({**fields, "rope_type": fields.get("rope_type") or fields.get("type")}, read.where)
     kind = rope.choice("rope_type", ("default", "linear", "llama3"), "default")
     if rope.number("partial_rotary_factor", 1.0) != 1.0:

@@ -1,5 +1,6 @@
 """From a Hugging Face folder to a Linen module and its variables, without torch."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from road_core import AdapterError
 from road_core._adapter import is_bfloat16
 from road_core._bitsandbytes import FLOATS, Quantized, fold
 from road_core._errors import listed
-from road_core._files import Entry, inside, read_json, read_shards
+from road_core._files import Entry, has_own_head, inside, read_json, read_shards
 from road_jax._quantize import BLOCK, QuantizedKernel, from_codes
 from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten
@@ -58,6 +59,8 @@ def load(
     config = read_config(directory)
     headers, _ = read_shards(directory)
     entries = {name: entry for tensors, _ in headers.values() for name, entry in tensors.items()}
+    if config.tie_word_embeddings and has_own_head(entries):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     own = dtype is None
     dtype = jnp.dtype(_dtype(entries, directory) if dtype is None else dtype)
     try:

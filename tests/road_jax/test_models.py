@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from _compare import assert_close
 from _models import small_checkpoint, small_model
 from safetensors.torch import load_file, save_file
@@ -207,6 +208,42 @@ def retensor(directory, change):
     save_file(tensors, directory / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 500.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_scaling": LLAMA3},
+        {
+            "rope_parameters": {"rope_theta": 500.0},
+            "rope_scaling": {"type": "linear", "factor": 4.0},
+            "rope_theta": 9.0,
+        },
+        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 64},
+        {"rope_theta": 500.0},
+    ],
+)
+def test_rotary_fields_are_read_as_transformers_does(fields, tmp_path):
+    small_checkpoint(tmp_path)
+    edit(tmp_path, lambda f: (f.pop("rope_parameters"), f.update(fields)))
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).model.rotary_emb
+    found = models.read_config(tmp_path).inverse_frequencies
+    np.testing.assert_allclose(found, peer.inv_freq.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_differs_is_not_tied(same, tmp_path):
+    """As transformers 5 decides it, whatever the config says."""
+    small_checkpoint(tmp_path, num_hidden_layers=2, tie_word_embeddings=True)
+    name = "model.embed_tokens.weight"
+    retensor(tmp_path, lambda t: t.update({"lm_head.weight": t[name].clone() if same else t[name].flip(1)}))
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ids, mask = tokens(1, 9), np.ones((1, 9), np.int32)
+    expected = torch_logits(peer, ids, mask)
+    module, variables = models.load(tmp_path)
+    assert module.config.tie_word_embeddings == same == ("lm_head" not in variables["params"])
+    assert_close(np.asarray(module.apply(variables, ids)), expected, "float32", moved_from=np.zeros_like(expected))
+
+
 BAD = {
     "no config": (lambda d: (d / "config.json").unlink(), "expected a file config.json, found none"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"expected a file model\.safetensors, found none"),
@@ -245,6 +282,32 @@ BAD = {
     "rotations": (
         lambda d: edit(d, lambda f: f.update(rope_parameters={"rope_type": "yarn", "factor": 2.0})),
         "expected rope_type to be one of default, linear, llama3, found 'yarn'",
+    ),
+    "rotations that aren't an object": (
+        lambda d: edit(d, lambda f: f.update(rope_scaling="yarn")),
+        "expected rope_scaling to be a JSON object, found 'yarn'",
+    ),
+    "rotations by layer": (
+        lambda d: edit(d, lambda f: f.update(rope_parameters={"full_attention": {"rope_theta": 1e4}})),
+        "expected rope_parameters to be the same for all layers, found some for 'full_attention'",
+    ),
+    "layers of no type": (
+        lambda d: edit(
+            d,
+            lambda f: f.update(
+                model_type="qwen2", use_sliding_window=True, sliding_window=4, layer_types=["full_attention", {}, 1]
+            ),
+        ),
+        "expected layer_types to name full_attention or sliding_attention for each of 3 layers",
+    ),
+    "a window from no layer": (
+        lambda d: edit(
+            d,
+            lambda f: f.update(
+                model_type="qwen2", use_sliding_window=True, sliding_window=4, layer_types=None, max_window_layers="x"
+            ),
+        ),
+        "expected max_window_layers to be an integer from 0 up, found 'x'",
     ),
     "a missing tensor": (
         lambda d: retensor(d, lambda t: t.pop("model.norm.weight")),
