@@ -9,8 +9,9 @@ from convert._families import Family
 from convert._mapping import Trace, map_to_flax, map_to_torch
 from convert._orbax import find_step, read_checkpoint
 from convert._rules import read_rules
+from convert._tied import read_model
 from road_core import Adapter, AdapterError, read_flax, read_peft, write_flax, write_peft
-from road_core._files import check_free, inside, read_json
+from road_core._files import check_free
 
 
 def to_torch(
@@ -34,8 +35,9 @@ def to_torch(
             (``RUN/checkpoints/STEP``); of a run that hasn't ended, the last one.
         dst: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
         family: the model family, e.g. ``"llama"``; None takes the first whose table knows every key.
-        base: the folder of the model, whose ``config.json`` tells the sizes of heads; needed where fused layers are
-            split or fused by heads, and for RoPE's interleaved order.
+        base: the folder of the model, whose ``config.json`` tells the sizes of heads and whether the output head
+            shares the embedding; needed where fused layers are split or fused by heads, for RoPE's interleaved order,
+            and for an embedding that was trained whole without the head.
         rules: a file with a table of your own, see `read_rules`.
         overwrite: see ``dst``.
         dry_run: whether to write nothing.
@@ -126,7 +128,4 @@ def _choice(
 ) -> tuple[Family | None, Mapping[str, Any] | None]:
     if family is not None and rules is not None:
         raise AdapterError(f"family: expected none beside rules of your own, found {family!r}")
-    model = None if base is None else read_json(inside(base, "config.json"))
-    if model is not None and isinstance(text := model.get("text_config"), dict):
-        model = text
-    return None if rules is None else read_rules(rules), model
+    return None if rules is None else read_rules(rules), None if base is None else read_model(base)

@@ -12,6 +12,7 @@ from convert._inspect import drawn, read_adapter
 from convert._mapping import map_to_torch, natural
 from road_core import Adapter, AdapterError, to_float32
 from road_core._adapter import Array
+from road_core._files import HEAD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +60,34 @@ class Comparison:
 
 
 def diff(first: str | os.PathLike, second: str | os.PathLike, *, family: str | None = None) -> Comparison:
-    """Compares two adapter folders. One in Flax's format beside one in PEFT's is brought into PyTorch's layout first.
+    """Compares two adapter folders. Where formats or layouts differ, what is Flax's is brought into PyTorch's first.
 
     Args:
         first: an adapter folder of either format.
         second: another.
-        family: the model family of the one in Flax, where their formats differ.
+        family: the model family of one in Flax, where their formats or layouts differ.
 
     Raises:
         AdapterError: a folder holds no whole adapter, or the one in Flax can't be converted.
     """
     folders = (first, second)
     kinds, adapters = zip(*(read_adapter(folder) for folder in folders), strict=True)
-    if kinds[0] != kinds[1]:
-        at = kinds.index("Flax")
-        try:
-            converted = map_to_torch(adapters[at], family)
-        except AdapterError as error:
-            raise AdapterError(f"{folders[at]}: {error}") from None
-        adapters = (converted, adapters[1]) if at == 0 else (adapters[0], converted)
+    if kinds[0] != kinds[1] or (kinds[0] == "Flax" and _is_stacked(adapters[0]) != _is_stacked(adapters[1])):
+        # The one in PEFT's format tells whether a head follows an embedding that was trained whole.
+        model = {"tie_word_embeddings": any(f"{HEAD}.weight" in adapter.modules_to_save for adapter in adapters)}
+        mapped = []
+        for folder, kind, adapter in zip(folders, kinds, adapters, strict=True):
+            try:
+                mapped.append(map_to_torch(adapter, family, model=model) if kind == "Flax" else adapter)
+            except AdapterError as error:
+                raise AdapterError(f"{folder}: {error}") from None
+        adapters = tuple(mapped)
     return compare(*adapters)
+
+
+def _is_stacked(adapter: Adapter) -> bool:
+    """Tells whether an adapter in Flax has stacks of layers."""
+    return any(theta.ndim > 1 for theta, _ in adapter.modules.values())
 
 
 def compare(first: Adapter, second: Adapter) -> Comparison:

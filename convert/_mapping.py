@@ -11,12 +11,18 @@ import numpy as np
 
 from convert._families import FAMILIES, LAYER, LAYOUTS, Family, Leaf, Place, Row, tables, unnumbered
 from convert._regroup import regroup
+from convert._tied import is_tied
 from road_core import Adapter, AdapterError, RoadConfig, select_modules
 from road_core._adapter import Array, dtype_name
+from road_core._files import EMBEDDINGS, HEAD
 
 # Metadata of a converted file: what the other side's file has that this side can't say, so that the way back gives
 # the same bytes. A file has the one of them or neither.
 FLAX_ORIGIN, TORCH_ORIGIN = "road_flax_origin", "road_torch_origin"
+
+# In such a record: the head was saved in PyTorch only, where a tied one doesn't follow the embedding.
+_TIED = "tied_head"
+_HEAD_WEIGHT = f"{HEAD}.weight"
 
 # PEFT's RoAd warns about these and doesn't obey them.
 _NOT_IN_PEFT = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -87,7 +93,8 @@ def map_to_torch(
         adapter: as ``read_flax`` gives it.
         family_name: the family; None takes the first whose table knows every key.
         rules: the table to use instead.
-        model: the ``config.json`` of the model; some fused layers and RoPE's interleaved order need its sizes.
+        model: the ``config.json`` of the model; some fused layers and RoPE's interleaved order need its sizes, an
+            embedding that is saved whole whether the head shares it: what the head then is is saved beside it.
         trace: gets a line for each key: its name before and after.
 
     Returns:
@@ -130,15 +137,26 @@ def map_to_torch(
             paths = dict.fromkeys(row.torch for row in part.place.rows)
             _note(trace, part.key, None, [p if layer is None else _numbered(p, layer) for p in paths])
 
+    record = origin if TORCH_ORIGIN in adapter.metadata else None
+    tied = False
+    if table.head == HEAD and (shared := _lone_embedding(entries)):
+        tied = _is_tied(".".join(shared), model, record)
+        if tied:
+            entries[HEAD, "weight"] = entries[shared]
+            _note(trace, next(p.key for p in parts if p.place.row.torch == shared[0]), None, [_HEAD_WEIGHT])
+
     config = dataclasses.replace(adapter.config, group_size=group_size)
     own, partners = _paths(((p.path, p.name) for p in parts), table.find_flax, table), _torch_paths(entries, table)
-    if once := _restore(origin, config, own, partners, plain=False):
+    once = _restore(origin, config, own, partners, plain=False) if tied == bool(origin.get(_TIED)) else None
+    if once:
         if FLAX_ORIGIN in origin:
             metadata[FLAX_ORIGIN] = str(origin[FLAX_ORIGIN])
         return _build(once, entries, metadata)
     fitted = _fit(config, own, partners, plain=True)
-    record = {"layout": layout, "config": _changes(config, fitted), **_named(table)}
-    metadata[FLAX_ORIGIN] = _dump_record(record)
+    changes: dict[str, Any] = {"layout": layout, "config": _changes(config, fitted), **_named(table)}
+    if tied:
+        changes[_TIED] = True
+    metadata[FLAX_ORIGIN] = _dump_record(changes)
     return _build(fitted, entries, metadata)
 
 
@@ -184,10 +202,17 @@ def map_to_flax(
     chosen = layout or once
     name = family_name or (_known(origin.get("family"), FAMILIES) if chosen == once else None)
     choice = [rules] if rules else tables(name, LAYOUTS[chosen][0] if chosen else None)
+    adapter, tied = _without_tied_head(adapter, model, None if record is None else origin)
     table, parts, problems = _place(adapter, "torch", choice)
     chosen = chosen or next(name for name, (style, _) in LAYOUTS.items() if style == table.style)
     stacking = LAYOUTS[chosen][1]
     problems += _wrong_axes(parts)
+    alone = not tied and table.head == HEAD and _lone_embedding((p.path, p.name) for p in parts)
+    if alone and _is_tied(".".join(alone), model, None if record is None else origin):
+        problems.append(
+            f"{'.'.join(alone)}: expected {_HEAD_WEIGHT} of the same numbers beside it, found none (in Flax the head "
+            "shares the embedding and follows it)"
+        )
     numbers: dict[str, set[int]] = {}
     for part in parts:
         if part.place.layer is not None:
@@ -228,13 +253,62 @@ def map_to_flax(
         _note(trace, part.key, None, [(unnumbered(p) if stacking else _numbered(p, layer)) + end for p in paths])
 
     config = dataclasses.replace(adapter.config, group_size=group_size)
-    own, partners = _torch_paths(((p.path, p.name) for p in parts), table), _paths(entries, table.find_flax, table)
-    if before := _restore(origin, config, own, partners, plain=True) if once in (None, chosen) else None:
+    keys = [*((p.path, p.name) for p in parts), *([(HEAD, "weight")] if tied else [])]
+    if tied:
+        embedding = next(p.place.row.flax for p in parts if p.key.endswith(EMBEDDINGS))
+        _note(trace, _HEAD_WEIGHT, None, [f"{embedding}.embedding"])
+    own, partners = _torch_paths(keys, table), _paths(entries, table.find_flax, table)
+    same = once in (None, chosen) and tied == bool(origin.get(_TIED))
+    if before := _restore(origin, config, own, partners, plain=True) if same else None:
         return _build(before, entries, metadata)
     fitted = _fit(config, own, partners, plain=False)
     changes: dict[str, Any] = {"config": _changes(config, fitted), **_named(table)}
+    if tied:
+        changes[_TIED] = True
     metadata[TORCH_ORIGIN] = _dump_record(changes if record is None else {**changes, FLAX_ORIGIN: record})
     return _build(fitted, entries, metadata)
+
+
+def _lone_embedding(keys: Iterable[_Key]) -> _Key | None:
+    """Returns the key in PyTorch of an embedding that is saved whole; None where the head is trained apart."""
+    keys = list(keys)
+    if any(path == HEAD for path, _ in keys):
+        return None
+    return next((key for key in keys if ".".join(key).endswith(EMBEDDINGS)), None)
+
+
+def _is_tied(embedding: str, model: Mapping[str, Any] | None, record: Mapping[str, Any] | None) -> bool:
+    """Tells whether the head shares the embedding, as the model says, else the record of an earlier conversion."""
+    tied: bool | None = None
+    if model is not None:
+        tied = is_tied(model)
+    elif record is not None:
+        tied = record.get(_TIED) is True
+    if tied is None:
+        raise AdapterError(
+            f"{embedding}: expected a model (base) whose config.json tells whether its head shares the embedding that "
+            "is saved here, found none"
+        )
+    return tied
+
+
+def _without_tied_head(
+    adapter: Adapter, model: Mapping[str, Any] | None, record: Mapping[str, Any] | None
+) -> tuple[Adapter, bool]:
+    """Leaves out a saved head that in Flax is the embedding; tells whether there was one.
+
+    A head of which nothing says that it is tied stays: Flax's model refuses it if it has none.
+    """
+    saved = dict(adapter.modules_to_save)
+    embedding, head = next((name for name in saved if name.endswith(EMBEDDINGS)), None), saved.pop(_HEAD_WEIGHT, None)
+    if embedding is None or head is None or not (is_tied(model) if model is not None else (record or {}).get(_TIED)):
+        return adapter, False
+    other = saved[embedding]
+    if (head.dtype, head.shape, head.tobytes()) != (other.dtype, other.shape, other.tobytes()):
+        raise AdapterError(
+            f"{_HEAD_WEIGHT}: expected the numbers of {embedding}, which the model's head shares in Flax, found others"
+        )
+    return dataclasses.replace(adapter, modules_to_save=saved), True
 
 
 def _place(adapter: Adapter, side: str, choice: Sequence[Family]) -> tuple[Family, list[_Part], list[str]]:
@@ -453,9 +527,16 @@ def _fit(config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool) -> R
     if not same or (plain and any(getattr(config, name) is not None for name in _NOT_IN_PEFT)):
         changes = {**dict.fromkeys(_NOT_IN_PEFT), "target_modules": partners.modules}
     names = config.modules_to_save or []
-    if not all(any(re.search(rf"{re.escape(name)}(\.|$)", path) for name in names) for path in partners.saved):
+    if HEAD in own.saved and HEAD not in partners.saved:
+        names = [name for name in names if not _is_named(name, HEAD)]
+        changes["modules_to_save"] = names
+    if not all(any(_is_named(name, path) for name in names) for path in partners.saved):
         changes["modules_to_save"] = partners.saved
     return dataclasses.replace(config, **changes)
+
+
+def _is_named(name: str, path: str) -> bool:
+    return re.search(rf"{re.escape(name)}(\.|$)", path) is not None
 
 
 def _selected(config: RoadConfig, paths: _Paths) -> list[str]:

@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from convert._families import FAMILIES, LAYER, TABLES, Family
 from convert._inspect import read_adapter
 from convert._mapping import map_to_torch, natural
+from convert._tied import read_model
 from road_core import Adapter, AdapterError, coefficients, to_float32
 from road_core._adapter import Array, from_float32
 from road_core._bitsandbytes import FLOATS, Quantized, fold
 from road_core._errors import listed
 from road_core._files import (
     DTYPES,
+    EMBEDDINGS,
+    HEAD,
     INDEX,
     Entry,
     check_free,
@@ -44,8 +47,6 @@ _JOURNAL = "merge.json"
 # What a checkpoint's folder holds besides weights and code.
 _COPIED = (".json", ".jinja", ".md", ".model", ".tiktoken", ".txt")
 
-_HEAD = "lm_head"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 # Heads that share a bias as well, or whose models take "tied" as a matter of course: they can't be untied by config.
 _TIED_HEADS = ("cls.predictions.decoder", "lm_head.decoder", "generator_lm_head")
 _ALWAYS_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
@@ -181,7 +182,7 @@ def merge(
     headers, index = read_shards(folder)
     shards = {name: entries for name, (entries, _) in headers.items()}
     metadata = {name: metadata for name, (_, metadata) in headers.items()}
-    record = _read(adapter, config, family).cleared()
+    record = _read(adapter, folder, family).cleared()
     try:
         tensors, config = _plan(shards, record, config)
     except AdapterError as error:
@@ -216,12 +217,13 @@ def _is_plain(quantization: object) -> bool:
     return quantization.get("quant_method", "bitsandbytes" if flags else None) == "bitsandbytes"
 
 
-def _read(directory: str | os.PathLike, config: Mapping[str, Any], family: str | None) -> Adapter:
+def _read(directory: str | os.PathLike, checkpoint: Path, family: str | None) -> Adapter:
     kind, adapter = read_adapter(directory)
     adapter.check_no_base_weights(f"merge of {directory}")
     if kind == "PEFT":
         return adapter
     # The adapter's own metadata know the table best; where they and the names leave a choice, the model's type tells.
+    config = read_model(checkpoint)
     known = config.get("model_type")
     choices = [family] if family is not None or known not in FAMILIES else [None, known]
     for choice in choices:
@@ -247,8 +249,8 @@ def _plan(
         raise AdapterError(f"expected layers with a weight of their own, found {tied[0]}, which an embedding shares")
 
     # The head's own weight, where it was the embedding's until now.
-    head = f"{_HEAD}.weight"
-    embeddings = [name for name in entries if name.endswith(_EMBEDDINGS)]
+    head = f"{HEAD}.weight"
+    embeddings = [name for name in entries if name.endswith(EMBEDDINGS)]
     embedding = embeddings[0] if len(embeddings) == 1 else None
     kind = (config.get("architectures") or [""])[0]
     if embedding in changed and kind.endswith(_OTHER_HEADS):
@@ -309,14 +311,14 @@ def _renaming(names: Iterable[str], entries: Collection[str], model_type: object
     head has, and the other way about; and transformers writes some models with names of an earlier version, which have
     a table of their own. One rule must hold for all.
     """
-    wanted = [name for name in names if name.rpartition(".")[0] != _HEAD]
+    wanted = [name for name in names if name.rpartition(".")[0] != HEAD]
     rules: list[Callable[[str], str]] = [lambda name: name, lambda name: name.partition(".")[2]]
     rules += [f"{prefix}.".__add__ for prefix in dict.fromkeys(name.partition(".")[0] for name in entries)]
     kin = [table for table in TABLES if table.model_type == model_type]
     rules += [functools.partial(_translated, a, b) for a, b in itertools.permutations(kin, 2) if a.style == b.style]
     for rule in rules:
         if all(rule(name) in entries for name in wanted):
-            return lambda name: name if name.rpartition(".")[0] == _HEAD else rule(name)
+            return lambda name: name if name.rpartition(".")[0] == HEAD else rule(name)
     return rules[0]
 
 

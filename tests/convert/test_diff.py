@@ -72,6 +72,17 @@ def test_either_format(tmp_path):
         convert.diff(tmp_path / "peft", tmp_path / "strange")
 
 
+def test_stacked_and_numbered_layers_in_flax(tmp_path):
+    for name, layout, change in (("a", "scanned", 0.0), ("b", "unrolled", 0.0), ("c", "unrolled", 0.25)):
+        write_peft(tmp_path / f"peft-{name}", make(change))
+        convert.to_flax(tmp_path / f"peft-{name}", tmp_path / name, layout=layout)
+    assert convert.diff(tmp_path / "a", tmp_path / "b").same()
+    found = convert.diff(tmp_path / "a", tmp_path / "c")
+    assert [module.path for module in found.modules] == PATHS
+    assert not found.same()
+    assert found.same(0.26)
+
+
 def test_the_command_tells_by_its_exit_code_and_draws(tmp_path, monkeypatch, capsys):
     write_peft(tmp_path / "a", make())
     write_peft(tmp_path / "b", make(0.25, group_size=32))

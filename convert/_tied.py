@@ -1,0 +1,40 @@
+"""Output heads that share the embedding's weight.
+
+An embedding that is trained whole takes such a head with it in Flax, where there is one param for both; in PEFT's hands
+the head stays the base's.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert._families import FAMILIES
+from road_core._files import INDEX, SINGLE, has_own_head, inside, read_json, read_shards
+
+# Of the families, those whose models have a head of their own where config.json doesn't say.
+_UNTIED = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+
+
+def read_model(directory: str | os.PathLike) -> dict[str, Any]:
+    """Reads what ``config.json`` says of the text model; a head that the checkpoint has apart isn't called tied.
+
+    Raises:
+        AdapterError: there is no ``config.json``, or a file is broken.
+    """
+    fields = read_json(inside(directory, "config.json"))
+    if isinstance(text := fields.get("text_config"), dict):
+        fields = {**{name: fields[name] for name in ("tie_word_embeddings",) if name in fields}, **text}
+    if is_tied(fields) and any((Path(directory) / name).is_file() for name in (SINGLE, INDEX)):
+        headers, _ = read_shards(directory)
+        if has_own_head({name: entry for entries, _ in headers.values() for name, entry in entries.items()}):
+            fields = {**fields, "tie_word_embeddings": False}
+    return fields
+
+
+def is_tied(model: Mapping[str, Any]) -> bool | None:
+    """Tells whether a model's head shares the embedding; None where neither the config nor its type does."""
+    value, kind = model.get("tie_word_embeddings"), model.get("model_type")
+    if value is None and kind in FAMILIES:
+        return kind not in _UNTIED
+    return value if isinstance(value, bool) else None
