@@ -1,7 +1,7 @@
 """From an adapter folder of one side to one of the other."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from convert._rules import read_rules
 from convert._tied import read_model
 from road_core import Adapter, AdapterError, read_flax, read_peft, write_flax, write_peft
 from road_core._files import check_free
+
+# A table of the user's own, and the model's config.
+Choice = tuple[Family | None, Mapping[str, Any] | None]
 
 
 def to_torch(
@@ -53,7 +56,19 @@ def to_torch(
         >>> import convert
         >>> mapping = convert.to_torch("runs/sentiment", "adapters/sentiment")  # doctest: +SKIP
     """
-    table, model = _choice(family, base, rules)
+    return _to_torch(src, dst, choice=choose(family, base, rules), family=family, overwrite=overwrite, dry_run=dry_run)
+
+
+def _to_torch(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    choice: Choice,
+    family: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> list[tuple[str, str]]:
+    table, model = choice
     adapter = _read_flax(src)
     trace: Trace = []
     try:
@@ -102,7 +117,30 @@ def to_flax(
     Raises:
         AdapterError: as `to_torch`; also where layers that are missing, or that differ, can't be stacked.
     """
-    table, model = _choice(family, base, rules)
+    return _to_flax(
+        src,
+        dst,
+        choice=choose(family, base, rules),
+        family=family,
+        layout=layout,
+        layers=layers,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+
+
+def _to_flax(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    choice: Choice,
+    family: str | None = None,
+    layout: str | None = None,
+    layers: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> list[tuple[str, str]]:
+    table, model = choice
     adapter = read_peft(src)
     trace: Trace = []
     try:
@@ -123,9 +161,12 @@ def _read_flax(directory: str | os.PathLike) -> Adapter:
     return read_flax(directory)
 
 
-def _choice(
-    family: str | None, base: str | os.PathLike | None, rules: str | os.PathLike | None
-) -> tuple[Family | None, Mapping[str, Any] | None]:
+def choose(family: str | None, base: str | os.PathLike | None, rules: str | os.PathLike | None) -> Choice:
+    """Reads the table of the rules and what the base's ``config.json`` says, None where there is none."""
     if family is not None and rules is not None:
         raise AdapterError(f"family: expected none beside rules of your own, found {family!r}")
     return None if rules is None else read_rules(rules), None if base is None else read_model(base)
+
+
+# What converts with a choice that was made before.
+PREPARED: dict[Callable[..., object], Callable[..., object]] = {to_torch: _to_torch, to_flax: _to_flax}

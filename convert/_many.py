@@ -1,10 +1,12 @@
 """A folder of adapters in one call."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert._convert import PREPARED, choose
 from road_core import AdapterError
 from road_core._errors import listed
 from road_core._files import check_free
@@ -38,8 +40,9 @@ def convert_all(
         The names of the adapters.
 
     Raises:
-        AdapterError: there is no adapter, ``dst`` already holds something, or some can't be converted: how many
-            and which, and why the first of them can't. The others are written then.
+        AdapterError: there is no adapter, ``dst`` already holds something, ``base`` or ``rules`` can't be read, or
+            some adapters can't be converted: how many and which, and why the first of them can't. The others are
+            written then.
 
     Example:
         >>> import convert
@@ -53,11 +56,15 @@ def convert_all(
         raise AdapterError(f"{source}: expected folders of adapters in it, found none")
     if not overwrite:
         check_free(target)
-    failed: dict[str, AdapterError] = {}
+    if convert in PREPARED:
+        # Read once for all adapters.
+        choice = choose(options.get("family"), options.pop("base", None), options.pop("rules", None))
+        convert = functools.partial(PREPARED[convert], choice=choice)
+    failed: dict[str, Exception] = {}
     for name in _tracked(names, console):
         try:
             convert(source / name, target / name, overwrite=overwrite, **options)
-        except AdapterError as error:
+        except (AdapterError, OSError) as error:
             failed[name] = error
     if failed:
         raise AdapterError(

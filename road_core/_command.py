@@ -7,13 +7,20 @@ from road_core._errors import AdapterError
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command; bad input becomes one line on stderr and exit code 2, an interrupt exit code 130."""
+    """Runs a command.
+
+    Bad input, or a file that the system refuses, becomes one line on stderr and exit code 2; an interrupt exit code
+    130.
+    """
     try:
         command()
     except AdapterError as error:
         sys.exit(_fail(" ".join(str(error).split()), 2))
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        where, found = error.filename or "files", error.strerror or error
+        sys.exit(_fail(f"{where}: expected what can be read and written, found {found}", 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
 

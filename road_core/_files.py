@@ -305,7 +305,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty folder beside ``path`` that takes its place when the block ends, and is gone if it fails.
 
     Raises:
-        AdapterError: ``path`` already holds something, or can't be made.
+        AdapterError: ``path`` already holds something, or can't be made or filled.
     """
     target = Path(path)
     check_free(target)
@@ -321,8 +321,10 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
         os.umask(umask)
         draft.chmod(0o777 & ~umask)
         draft.replace(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _unwritten(target, error) from None
         raise
 
 
@@ -360,13 +362,20 @@ def write_files(directory: str | os.PathLike, files: Mapping[str, bytes], *, ove
     """Writes a folder's files: into a new folder at once, or with ``overwrite`` each in place, others left alone.
 
     Raises:
-        AdapterError: the folder already holds something and ``overwrite`` isn't set.
+        AdapterError: the folder already holds something and ``overwrite`` isn't set, or can't be written to.
     """
     target = Path(directory)
     if overwrite and target.is_dir():
-        for name, data in files.items():
-            write_file(target / name, data)
+        try:
+            for name, data in files.items():
+                write_file(target / name, data)
+        except OSError as error:
+            raise _unwritten(target, error) from None
         return
     with new_directory(target) as draft:
         for name, data in files.items():
             (draft / name).write_bytes(data)
+
+
+def _unwritten(target: Path, error: OSError) -> AdapterError:
+    return AdapterError(f"{target}: expected a folder that can be written to, found {error.strerror or error}")

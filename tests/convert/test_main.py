@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from _compare import named_values
 
-from road_core import Adapter, RoadConfig, write_flax, write_peft
+import convert
+from convert import _convert
+from road_core import Adapter, AdapterError, RoadConfig, write_flax, write_peft
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +72,37 @@ def test_a_folder_of_adapters(tmp_path):
     assert contents(tmp_path / "more" / "a2") == contents(tmp_path / "out" / "a2")
     code, _, err = command("to-torch", "runs/a0", "few", "--all", cwd=tmp_path)
     assert (code, "runs/a0: expected folders of adapters in it, found none" in err) == (2, True)
+
+
+def test_a_folder_of_adapters_reads_base_and_rules_once(tmp_path, monkeypatch):
+    for i in range(3):
+        flax_adapter(tmp_path / "runs" / f"a{i}", group_size=8)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "rules.toml").write_text("x = 1")
+    with pytest.raises(AdapterError, match=r"^\S*rules\.toml: "):
+        convert.convert_all(tmp_path / "runs", tmp_path / "out", convert.to_torch, rules=tmp_path / "rules.toml")
+    reads = []
+    monkeypatch.setattr(_convert, "read_model", lambda folder: (reads.append(folder), {})[1])
+    convert.convert_all(tmp_path / "runs", tmp_path / "out", convert.to_torch, base=tmp_path)
+    convert.convert_all(tmp_path / "out", tmp_path / "back", convert.to_flax, base=tmp_path, layout="scanned")
+    assert reads == [tmp_path] * 2
+    assert contents(tmp_path / "back" / "a1") == contents(tmp_path / "runs" / "a1")
+
+
+def test_a_file_that_the_system_refuses_keeps_no_other_adapter(tmp_path, monkeypatch):
+    for i in range(3):
+        flax_adapter(tmp_path / "runs" / f"a{i}", group_size=8)
+    read = _convert.read_flax
+
+    def refuse(folder):
+        if folder.name == "a1":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return read(folder)
+
+    monkeypatch.setattr(_convert, "read_flax", refuse)
+    with pytest.raises(AdapterError, match=r"^1 of 3 adapters aren't converted \(a1\).*Permission denied"):
+        convert.convert_all(tmp_path / "runs", tmp_path / "out", convert.to_torch)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a2"]
 
 
 def test_there_and_back(tmp_path):
