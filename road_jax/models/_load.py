@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from road_core import AdapterError
 from road_core._adapter import is_bfloat16
@@ -20,6 +21,7 @@ from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten
 from road_jax.models._config import DecoderConfig
 from road_jax.models._decoder import Decoder, Remat
+from road_jax.models._mesh import check_mesh, shardings
 
 # Flax's leaf -> PyTorch's. A kernel is a weight transposed.
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
@@ -31,7 +33,12 @@ _DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
 def load(
-    directory: str | os.PathLike, *, dtype: Any = None, scan: bool = True, remat: Remat = "linears"
+    directory: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    scan: bool = True,
+    remat: Remat = "linears",
+    mesh: Mesh | None = None,
 ) -> tuple[Decoder, dict[str, Tree]]:
     """Loads a decoder of the Llama family from ``config.json`` and safetensors, one file or an index of several.
 
@@ -44,13 +51,16 @@ def load(
         scan: layers stacked and compiled once, or numbered and unrolled.
         remat: what of a layer's activations is kept for the backward pass: ``"none"`` keeps all, ``"linears"`` what its
             linear layers gave, ``"full"`` nothing but what came in; the rest is computed anew.
+        mesh: with the axes data, fsdp and tensor (`make_mesh`): each param is placed as `shardings` says, and a device
+            gets its own share only. None puts all params on the default device.
 
     Returns:
         ``(module, variables)``: ``module.apply(variables, input_ids, attention_mask=…)`` gives logits.
 
     Raises:
         AdapterError: the folder lacks something, a file is broken, the model type is unknown, or tensors are missing,
-            left over or of another shape than the config says; all of those are listed.
+            left over or of another shape than the config says; all of those are listed. Or the mesh cuts where the
+            model can't be cut.
 
     Example:
         >>> from road_jax import models
@@ -72,7 +82,16 @@ def load(
     wanted = flatten(shapes)
     _check(directory, config, wanted, tensors, scan=scan)
     layers = config.num_hidden_layers if scan else None
-    params = {path: _read(tensors, path, leaf, layers, own_dtype=own) for path, leaf in wanted.items()}
+    if mesh is not None:
+        check_mesh(config, mesh)
+    places = flatten(shardings({"params": shapes}, mesh)["params"]) if mesh is not None else {}
+    params = {}
+    for path, leaf in wanted.items():
+        found = _read(tensors, path, leaf, layers, own_dtype=own, where=places.get(path))
+        if mesh is not None and isinstance(found, QuantizedKernel):
+            kernel = {"params": unflatten({path: found})}
+            found = jax.tree.map(_placed, found, flatten(shardings(kernel, mesh)["params"])[path])
+        params[path] = found
     return module, {"params": unflatten(params)}
 
 
@@ -161,7 +180,13 @@ def _read_quantized(tensors: list[Quantized], leaf: Any, *, stacked: bool, own_d
 
 
 def _read(
-    tensors: Mapping[str, Entry | Quantized], path: TreePath, leaf: Any, layers: int | None, *, own_dtype: bool
+    tensors: Mapping[str, Entry | Quantized],
+    path: TreePath,
+    leaf: Any,
+    layers: int | None,
+    *,
+    own_dtype: bool,
+    where: NamedSharding | None,
 ) -> Any:
     """Returns one param in its dtype, or quantised as it is stored; a stack is filled layer by layer."""
     sources = _sources(path, layers)
@@ -176,13 +201,28 @@ def _read(
                 "(scan=False keeps them apart)"
             )
         return _read_quantized(quantized, leaf, stacked=stacked, own_dtype=own_dtype)
-    result = np.empty(leaf.shape, leaf.dtype)
-    for layer, tensor in enumerate(plain):
-        array = tensor.map()
-        array = array.view(ml_dtypes.bfloat16) if is_bfloat16(array.dtype) else array
-        array = array.T if path[-1] == "kernel" else array
-        if stacked:
-            result[layer] = array
-        else:
-            result[...] = array
-    return jnp.asarray(result)
+    arrays = [_array(tensor, transposed=path[-1] == "kernel") for tensor in plain]
+    whole = (slice(None),) * leaf.ndim
+    if where is None:
+        return jnp.asarray(_share(arrays, leaf, whole, stacked=stacked))
+    return jax.make_array_from_callback(
+        leaf.shape, where, lambda index: _share(arrays, leaf, index or whole, stacked=stacked)
+    )
+
+
+def _placed(array: jax.Array, where: NamedSharding) -> jax.Array:
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def _array(tensor: Entry, *, transposed: bool) -> np.ndarray:
+    array = tensor.map()
+    array = array.view(ml_dtypes.bfloat16) if is_bfloat16(array.dtype) else array
+    return array.T if transposed else array
+
+
+def _share(arrays: list[np.ndarray], leaf: Any, index: tuple[slice, ...], *, stacked: bool) -> np.ndarray:
+    """Reads what one device holds of a param; no more of the mapped files."""
+    if not stacked:
+        return np.array(arrays[0][index], leaf.dtype)
+    return np.stack([array[index[1:]] for array in arrays[index[0]]], dtype=leaf.dtype, casting="unsafe")

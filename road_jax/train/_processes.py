@@ -70,6 +70,8 @@ def put(tree: Any, shardings: Any) -> Any:
         return jax.device_put(tree, shardings)
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

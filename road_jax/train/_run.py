@@ -179,7 +179,9 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             _check_begun(options, {"tokens_sha256": tokens})
     with console.status(f"loading {options.base}"):
         dtype = jnp.dtype(options.dtype)
-        module, variables = models.load(options.base, dtype=dtype, scan=options.scan, remat=options.remat)
+        # Quantising works on whole kernels, and pmap copies whole params.
+        shared = mesh if options.parallel == "jit" and options.quantize == "none" else None
+        module, variables = models.load(options.base, dtype=dtype, scan=options.scan, remat=options.remat, mesh=shared)
         models.check_mesh(module.config, mesh)
         config = config_of_run(dataclasses.asdict(options))
         road = transform(module, config)

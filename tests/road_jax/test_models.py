@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from road_core import AdapterError
 from road_jax import models
+from road_jax.models import _load
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -242,6 +243,30 @@ def test_a_head_that_differs_is_not_tied(same, tmp_path):
     module, variables = models.load(tmp_path)
     assert module.config.tie_word_embeddings == same == ("lm_head" not in variables["params"])
     assert_close(np.asarray(module.apply(variables, ids)), expected, "float32", moved_from=np.zeros_like(expected))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_mesh_gets_each_param_in_shares(scan, tmp_path, monkeypatch):
+    small_checkpoint(tmp_path, "qwen2", dtype=torch.bfloat16)
+    _, expected = models.load(tmp_path, scan=scan)
+    mesh = models.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    read, share = [], _load._share
+    with monkeypatch.context() as patch:
+        patch.setattr(_load, "_share", lambda *args, **options: (read.append(share(*args, **options)), read[-1])[1])
+        _, variables = models.load(tmp_path, scan=scan, mesh=mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, variables) == models.shardings(variables, mesh)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, variables, expected))
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    for device in jax.devices():
+        shards = [s for leaf in jax.tree.leaves(variables) for s in leaf.addressable_shards if s.device == device]
+        held = sum(shard.data.nbytes for shard in shards)
+        assert held < 0.27 * whole
+        # The files were read for it, and no more of them.
+        assert sum(array.nbytes for array in read) <= 8 * held
+    with pytest.raises(
+        AdapterError, match="mesh: expected an axis tensor that divides the model's num_attention_heads 4"
+    ):
+        models.load(tmp_path, mesh=models.make_mesh({"tensor": 8}))
 
 
 BAD = {
