@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from road_jax._tree import Path
+from road_jax._tree import Path, unbox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def mark_axes(scope: nn.module.Scope, layout: Layout) -> None:
     """Lays an empty array beside kernel, bias and θ: Flax adds a stack's axes to it as it does to them."""
     for leaf in (layout.kernel, layout.bias, "road_theta"):
         if scope.has_variable("params", leaf):
-            shape = (0,) * nn.meta.unbox(scope.get_variable("params", leaf)).ndim
+            shape = (0,) * unbox(scope.get_variable("params", leaf)).ndim
             scope.param(_MARK + leaf, lambda _, shape=shape: jnp.zeros(shape))
 
 

@@ -14,7 +14,7 @@ from road_core import AdapterError, RoadConfig, check_group_size, output_size
 from road_jax._layout import Layout, Place, along
 from road_jax._quantize import QuantizedKernel
 from road_jax._rotate import coefficients, determinants, inverse_coefficients, rotate_blocks
-from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, replace_leaves
+from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, replace_leaves, unbox
 
 # Axes of an array and of θ that are the same stack's, outermost first.
 Stack = list[tuple[int, int]]
@@ -98,7 +98,7 @@ def rotate(array: jax.Array, theta: jax.Array, alpha: jax.Array, config: RoadCon
 
 def _array(path: str, leaf: str, value: Any) -> jax.Array:
     """A param out of its box, if it is one that can be rotated."""
-    array = nn.meta.unbox(value)
+    array = unbox(value)
     if isinstance(array, QuantizedKernel):
         raise AdapterError(
             f"{path}: expected a plain kernel to merge into, found {array.kind} codes "

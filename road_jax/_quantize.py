@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from road_core import AdapterError
 from road_core._bitsandbytes import NF4
-from road_jax._tree import Path, dotted, flatten, replace_leaves
+from road_jax._tree import Path, dotted, flatten, replace_leaves, unbox
 
 Kind = Literal["nf4", "int8"]
 
@@ -244,7 +244,7 @@ def _weight(kernel: QuantizedKernel) -> jax.Array:
 
 
 def _looks_dense(leaves: Mapping[Path, Any], path: Path) -> bool:
-    kernel, bias = (nn.meta.unbox(leaves.get((*path[:-1], name))) for name in ("kernel", "bias"))
+    kernel, bias = (unbox(leaves.get((*path[:-1], name))) for name in ("kernel", "bias"))
     if path[-1] != "kernel" or not isinstance(kernel, jax.Array | np.ndarray):
         return False
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
@@ -255,7 +255,7 @@ def _looks_dense(leaves: Mapping[Path, Any], path: Path) -> bool:
 
 
 def _quantized(path: str, leaf: Any, kind: str) -> QuantizedKernel:
-    array = nn.meta.unbox(leaf)
+    array = unbox(leaf)
     kernel = _encoded(path, np.asarray(jax.device_get(array)), kind)
     where = getattr(array, "sharding", None)
     if isinstance(where, NamedSharding):
@@ -273,7 +273,7 @@ def _quantized(path: str, leaf: Any, kind: str) -> QuantizedKernel:
 
 
 def _dequantized(kernel: QuantizedKernel) -> Any:
-    plain = nn.meta.unbox(kernel).dequantize()
+    plain = unbox(kernel).dequantize()
     if not isinstance(kernel.codes, nn.Partitioned):
         return plain
     *stack, outputs, inputs = kernel.codes.names

@@ -226,7 +226,7 @@ class Road:
                     return next_fn(*args, **kwargs)
             kernel = module.scope.get_variable("params", layout.kernel)
             if isinstance(kernel, _quantize.QuantizedKernel):
-                kernel, bias = nn.meta.unbox((kernel, module.scope.get_variable("params", "bias")))
+                kernel, bias = unbox((kernel, module.scope.get_variable("params", "bias")))
                 result = _quantize.dense(module, kernel, bias, *args, **kwargs)
             else:
                 result = next_fn(*args, **kwargs)
