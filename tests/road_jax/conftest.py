@@ -4,8 +4,9 @@ import os
 
 # Most of the time goes into compiling small programs, so code is made without optimising it; what XLA does to a program
 # before that (fusion, collectives, counts of operations) stays as it is.
-FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
 import jax
 import pytest
