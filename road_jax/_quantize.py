@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -211,8 +211,7 @@ def quantized_shardings(path: str, kernel: QuantizedKernel, where: NamedSharding
     Raises:
         AdapterError: the codes can't be divided so.
     """
-    spec: list[Any] = [*where.spec, *[None] * (len(kernel.codes.shape) - len(where.spec))]
-    *stack, inputs, outputs = spec
+    *stack, inputs, outputs = filled(where.spec, len(kernel.codes.shape))
     cuts = shares(where.mesh, outputs), shares(where.mesh, inputs)
     sizes = kernel.codes.shape[-2:]
     if sizes[0] % cuts[0] or sizes[1] % cuts[1]:
@@ -223,6 +222,12 @@ def quantized_shardings(path: str, kernel: QuantizedKernel, where: NamedSharding
     blocks = None if kernel.scales.shape[-1] % cuts[1] else inputs
     specs = PartitionSpec(*stack, outputs, inputs), PartitionSpec(*stack, outputs, blocks)
     return jax.tree.unflatten(jax.tree.structure(kernel), [NamedSharding(where.mesh, each) for each in specs])
+
+
+def filled(spec: Iterable[Any], axes: int) -> list[Any]:
+    """Returns the entries of a ``PartitionSpec``, or a box's names, for so many axes: None where it ends before."""
+    entries = [*spec]
+    return entries + [None] * (axes - len(entries))
 
 
 def shares(mesh: Any, entry: Any) -> int:
@@ -265,8 +270,7 @@ def _quantized(path: str, leaf: Any, kind: str) -> QuantizedKernel:
     if not isinstance(leaf, nn.Partitioned):
         return kernel
     # Boxes lie within, since codes have other axes than the kernel.
-    names = [*leaf.names, *[None] * (array.ndim - len(leaf.names))]
-    *stack, inputs, outputs = names
+    *stack, inputs, outputs = filled(leaf.names, array.ndim)
     codes = leaf.replace(value=kernel.codes, names=(*stack, outputs, inputs))
     scales = leaf.replace(value=kernel.scales, names=(*stack, outputs, None))
     return dataclasses.replace(kernel, codes=codes, scales=scales)

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from road_core import AdapterError, RoadConfig, output_size
 from road_jax._layout import Place
-from road_jax._quantize import QuantizedKernel, shares
+from road_jax._quantize import QuantizedKernel, filled, shares
 from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, unflatten
 
 
@@ -95,8 +95,7 @@ def _plain(kernel: QuantizedKernel, axes: int) -> Any:
     codes: Any = kernel.codes
     if not isinstance(codes, NamedSharding):
         return codes
-    spec: list[Any] = [*codes.spec, *[None] * (axes - len(codes.spec))]
-    *stack, outputs, inputs = spec
+    *stack, outputs, inputs = filled(codes.spec, axes)
     return NamedSharding(codes.mesh, PartitionSpec(*stack, inputs, outputs))
 
 
@@ -112,7 +111,7 @@ class _Lie:
 def _known(spec: PartitionSpec, place: Place) -> _Lie:
     marks = place.marks or {}
     kernel, of_theta = marks[place.layout.kernel], marks["road_theta"]
-    entries = [*spec, *[None] * (len(kernel) - len(spec))]
+    entries = filled(spec, len(kernel))
     axes = [axis for axis, size in enumerate(kernel) if not size]
     # An axis of one element is never cut, and what comes behind it is as if it came first.
     outputs = [
@@ -129,7 +128,7 @@ def _known(spec: PartitionSpec, place: Place) -> _Lie:
 def _assumed(spec: PartitionSpec, axes: int) -> _Lie:
     """Of a kernel ``[*stack, in, *out]``, for θ of so many axes."""
     own = axes - 1
-    entries = [*spec, *[None] * (own + 2 - len(spec))]
+    entries = filled(spec, own + 2)
     return _Lie(own, dict(enumerate(entries[:own])), entries[own + 1 :])
 
 

@@ -137,7 +137,7 @@ def command(options: GenerateOptions) -> None:
     keep = part.append if part else answers.extend
     _generate(model, tokenizer, left, options.max_new_tokens, options.batch_size, console, drawn, place_left, keep)
     if part is None:
-        print(b"".join(map(_line, answers)).decode(), end="")
+        print("".join(map(_line, answers)), end="")
     else:
         part.finish()
         console.print(f"{len(rows)} lines: {options.out}")
@@ -169,7 +169,7 @@ class _Part:
             write_file(self._path, b"".join([head, *self.lines]))
 
     def append(self, answers: Sequence[Mapping[str, Any]]) -> None:
-        lines = [_line(answer) for answer in answers]
+        lines = [_line(answer).encode() for answer in answers]
         with open(self._path, "ab") as file:
             file.write(b"".join(lines if self.lines else [self._head, *lines]))
         self.lines += lines
@@ -179,8 +179,8 @@ class _Part:
         self._path.unlink()
 
 
-def _line(answer: Mapping[str, Any]) -> bytes:
-    return (json.dumps(answer, ensure_ascii=False) + "\n").encode()
+def _line(answer: Mapping[str, Any]) -> str:
+    return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
 def load(directory: str | os.PathLike, *, quantize: str = "none", dtype: str = "auto") -> tuple[Any, Any]:

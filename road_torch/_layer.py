@@ -311,8 +311,8 @@ class RoadLayer(nn.Module):
 
     def _gather(self, y: Tensor, routing: Routing) -> Plan:
         plain = self._shared.plain
-        same = (routing.used, routing.rows) == (plain.used, plain.rows)
-        if same and routing.names is None and routing is not plain:
+        follows_plain = routing.names is None and routing is not plain
+        if follows_plain and (routing.used, routing.rows) == (plain.used, plain.rows):
             # A generation with the active adapters: what a plain call gathered serves every one of them.
             known = plain.plans.get(self)
             if known is None or known.dtype is not y.dtype or known.outdated(self._changes[0]):

@@ -478,9 +478,7 @@ class RoadModel(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """While open, the model computes as the base did; merged adapters are unmerged and merged again after."""
         before, merged, checked = self._shared.off, self.merged_adapters, self._shared.merge_checked
-        if merged:
-            self.unmerge_adapter()
-        self._shared.off = True
+        self.disable_adapter_layers()
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten
 from road_jax.models._config import DecoderConfig
 from road_jax.models._decoder import Decoder, Remat
-from road_jax.models._mesh import check_mesh, shardings
+from road_jax.models._mesh import check_mesh, placed, shardings
 
 # Flax's leaf -> PyTorch's. A kernel is a weight transposed.
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
@@ -90,7 +90,7 @@ def load(
         found = _read(tensors, path, leaf, layers, own_dtype=own, where=places.get(path))
         if mesh is not None and isinstance(found, QuantizedKernel):
             kernel = {"params": unflatten({path: found})}
-            found = jax.tree.map(_placed, found, flatten(shardings(kernel, mesh)["params"])[path])
+            found = jax.tree.map(placed, found, flatten(shardings(kernel, mesh)["params"])[path])
         params[path] = found
     return module, {"params": unflatten(params)}
 
@@ -208,11 +208,6 @@ def _read(
     return jax.make_array_from_callback(
         leaf.shape, where, lambda index: _share(arrays, leaf, index or whole, stacked=stacked)
     )
-
-
-def _placed(array: jax.Array, where: NamedSharding) -> jax.Array:
-    host = np.asarray(array)
-    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def _array(tensor: Entry, *, transposed: bool) -> np.ndarray:

@@ -124,6 +124,12 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) 
     return {"params": unflatten(found)}
 
 
+def placed(array: Any, where: NamedSharding) -> jax.Array:
+    """Places an array that every process holds whole, each on its own devices, without asking the others."""
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
 def _where(path: Path, leaf: Any, mesh: Mesh, *, stored: bool) -> Any:
     """Returns a leaf's sharding, for a quantised kernel that of its codes and scales; None if no rule names it."""
     spec = _RULES.get(path[-2], {}).get(path[-1]) if len(path) > 1 else None

@@ -8,6 +8,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from road_core import AdapterError
+from road_jax.models._mesh import placed
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -72,7 +73,6 @@ def put(tree: Any, shardings: Any) -> Any:
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return placed(leaf, sharding)
 
     return jax.tree.map(place, tree, shardings)

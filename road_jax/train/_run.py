@@ -141,6 +141,9 @@ _FREE = (
     *("coordinator", "processes", "process"),
 )
 
+# In options.json: of the tokens that the data came to.
+_TOKENS = "tokens_sha256"
+
 
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
     """Runs or resumes a training run.
@@ -176,7 +179,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         total = options.steps or _count_steps(options, examples)
         tokens = _digest([*examples, *held_out])
         if options.resume:
-            _check_begun(options, {"tokens_sha256": tokens})
+            _check_begun(options, tokens)
     with console.status(f"loading {options.base}"):
         dtype = jnp.dtype(options.dtype)
         # Quantising works on whole kernels, and pmap copies whole params.
@@ -330,9 +333,7 @@ class _Run:
         _processes.wait("checked")
         if not options.resume and _processes.is_first():
             options.out.mkdir(parents=True, exist_ok=True)
-            write_file(
-                options.out / "options.json", dump_json({**_fingerprint(options), "tokens_sha256": self._tokens})
-            )
+            write_file(options.out / "options.json", dump_json(_fingerprint(options, self._tokens)))
         _processes.wait("begun")
         with Checkpoints(options.out) as checkpoints:
             step = 0
@@ -432,19 +433,22 @@ def _check(options: TrainOptions) -> Mesh:
         return mesh
     if not (options.out / "options.json").is_file():
         raise AdapterError(f"{options.out}: expected a run to resume, found no options.json")
-    _check_begun(options, _fingerprint(options))
+    _check_begun(options)
     return mesh
 
 
-def _check_begun(options: TrainOptions, now: dict[str, Any]) -> None:
-    """Refuses to resume a run that was begun with other values than these."""
-    begun = read_json(options.out / "options.json")
-    for name in sorted(now):
-        if begun.get(name) != now[name]:
-            raise AdapterError(
-                f"{options.out}: expected the options that the run began with, "
-                f"found {name} {now[name]!r} instead of {begun.get(name)!r}"
-            )
+def _check_begun(options: TrainOptions, tokens: str | None = None) -> None:
+    """Refuses to resume a run that was begun with other options or data; other tokens too, where they are known."""
+    begun, now = read_json(options.out / "options.json"), _fingerprint(options, tokens)
+    if tokens is None:
+        begun.pop(_TOKENS, None)
+    changed = sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name))
+    if changed:
+        name = changed[0]
+        raise AdapterError(
+            f"{options.out}: expected the options that the run began with, "
+            f"found {name} {now.get(name)!r} instead of {begun.get(name)!r}"
+        )
 
 
 def _sizes(mesh: str) -> dict[str, int]:
@@ -458,14 +462,16 @@ def _sizes(mesh: str) -> dict[str, int]:
     return sizes
 
 
-def _fingerprint(options: TrainOptions) -> dict[str, Any]:
-    """The options that decide a run's result, and the data's digests."""
+def _fingerprint(options: TrainOptions, tokens: str | None) -> dict[str, Any]:
+    """The options that decide a run's result, and the digests of the data and, where they are known, of its tokens."""
     fields = {name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE}
     fields = json.loads(json.dumps(fields, default=str))
     for name in ("data", "eval_data"):
         path = getattr(options, name)
         if path is not None and Path(path).is_file():
             fields[f"{name}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if tokens is not None:
+        fields[_TOKENS] = tokens
     return fields
 
 
@@ -489,7 +495,7 @@ def _examples(options: TrainOptions, tokenizer: Any) -> tuple[list[_data.Example
     examples = read(options.data)
     if options.eval_data:
         return examples, read(options.eval_data)
-    lines, of_line = np.unique([example.line for example in examples], return_inverse=True)
+    lines, of_line = _by_line(examples)
     if options.eval_lines >= len(lines):
         raise AdapterError(
             f"{options.data}: expected more than the {options.eval_lines} lines that are held out, "
@@ -499,6 +505,11 @@ def _examples(options: TrainOptions, tokenizer: Any) -> tuple[list[_data.Example
     is_held[np.random.default_rng(options.seed).permutation(len(lines))[: options.eval_lines]] = True
     kept, held = ([examples[i] for i in np.flatnonzero(is_held[of_line] == held)] for held in (False, True))
     return kept, held
+
+
+def _by_line(examples: list[_data.Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lines that there are examples of, and each example's place among them."""
+    return np.unique([example.line for example in examples], return_inverse=True)
 
 
 def _count_steps(options: TrainOptions, examples: list[_data.Example]) -> int:
@@ -514,7 +525,7 @@ def _evaluate(
 ) -> dict[str, float]:
     rows = options.batch_size
     loss = right_tokens = tokens = 0.0
-    lines, of_line = np.unique([example.line for example in examples], return_inverse=True)
+    lines, of_line = _by_line(examples)
     all_right = np.ones(len(lines), bool)
     for element in _data.packed(examples, rows=rows, length=options.max_length, seed=None, epochs=1):
         batch = _data.to_batch(element, rows)

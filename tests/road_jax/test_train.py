@@ -288,6 +288,10 @@ def test_another_runs_options_are_not_resumed(options, tmp_path):
     template.write_text("<system> {{ strftime_now('%Y') }} </s>" + template.read_text())
     with pytest.raises(AdapterError, match="expected the options that the run began with, found tokens_sha256"):
         run(dataclasses.replace(options, steps=2, resume=True))
+    path = options.out / "options.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dropout": 0.5}))
+    with pytest.raises(AdapterError, match=r"found dropout None instead of 0\.5"):
+        run(dataclasses.replace(options, steps=2, resume=True))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(options):
