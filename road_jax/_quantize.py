@@ -101,8 +101,7 @@ def quantize_kernels(
     variables: Mapping[str, Any], kind: Kind, paths: Collection[Path], exclude: Collection[str]
 ) -> dict[str, Any]:
     """As `quantize`, for the kernels at given paths, with stack axes in front."""
-    if kind not in ("nf4", "int8"):
-        raise AdapterError(f"quantize: expected nf4 or int8, found {kind!r}")
+    check_kind(kind)
     leaves = flatten(variables["params"])
     found = {
         path: _quantized(dotted(path[:-1]), leaves[path], kind) for path in paths if not set(path[-2:-1]) & set(exclude)
@@ -112,6 +111,12 @@ def quantize_kernels(
     return replace_leaves(variables, {("params", *path): leaf for path, leaf in found.items()})
 
 
+def check_kind(kind: Kind) -> None:
+    """Refuses a kind that isn't known."""
+    if kind not in ("nf4", "int8"):
+        raise AdapterError(f"quantize: expected nf4 or int8, found {kind!r}")
+
+
 def dequantize(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns variables with plain kernels in place of quantised ones, in the dtype that they had."""
     leaves = flatten(variables["params"])
@@ -119,14 +124,49 @@ def dequantize(variables: Mapping[str, Any]) -> dict[str, Any]:
     return replace_leaves(variables, {("params", *path): leaf for path, leaf in plain.items()})
 
 
-def from_codes(
-    codes: np.ndarray, scales: np.ndarray, *, kind: str, stack: tuple[int, ...], shape: tuple[int, int], dtype: Any
-) -> QuantizedKernel:
-    """Lays host arrays, whose numbers stand in bitsandbytes' order, out as `QuantizedKernel` describes."""
+def quantized_shapes(kind: Kind, stack: tuple[int, ...], shape: tuple[int, int], dtype: Any) -> QuantizedKernel:
+    """Returns the kernel's shapes and dtypes (``jax.ShapeDtypeStruct``) for ``shape = (in, out)``."""
     inputs, out = shape
-    rows = 1 if kind == "nf4" and inputs % BLOCK else out
-    codes, scales = (array.reshape(*stack, rows, -1) for array in (codes, scales))
-    return QuantizedKernel(jnp.asarray(codes), jnp.asarray(scales, jnp.float32), kind, shape, jnp.dtype(dtype).name)
+    rows, row = (1, inputs * out) if kind == "nf4" and inputs % BLOCK else (out, inputs)
+    width, stored, blocks = (row // 2, jnp.uint8, -(-row // BLOCK)) if kind == "nf4" else (row, jnp.int8, 1)
+    codes: Any = jax.ShapeDtypeStruct((*stack, rows, width), stored)
+    scales: Any = jax.ShapeDtypeStruct((*stack, rows, blocks), jnp.float32)
+    return QuantizedKernel(codes, scales, kind, shape, jnp.dtype(dtype).name)
+
+
+def encode(name: str, weight: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
+    """Returns codes and scales of a weight ``[out, in]``, as bitsandbytes makes them.
+
+    Args:
+        name: of the layer, for errors.
+        weight: in any floating dtype; for nf4 some of its columns do, in whole blocks.
+        kind: of the codes.
+
+    Raises:
+        AdapterError: values that aren't finite (int8: in float16, which bitsandbytes takes), or inputs that blocks
+            don't divide.
+    """
+    out, inputs = weight.shape
+    if kind == "nf4" and inputs % BLOCK:
+        raise AdapterError(f"{name}: expected inputs that blocks of {BLOCK} divide, found {inputs} {_REMEDY}")
+    with np.errstate(over="ignore"):
+        wide = (weight.astype(np.float16) if kind == "int8" else weight).astype(np.float32, order="C")
+    blocks = wide.reshape(out, -1, BLOCK if kind == "nf4" else inputs)
+    absmax = np.abs(blocks).max(axis=-1)
+    if not np.isfinite(absmax).all():
+        limit = " (int8: in float16)" if kind == "int8" else ""
+        raise AdapterError(f"{name}: expected finite values{limit}, found some that are NaN or infinite")
+    if kind == "int8":
+        # A row of zeros has codes of zero, whatever its scale.
+        scale = (np.float32(1) / np.where(absmax == 0, np.float32(1), absmax)) * np.float32(127)
+        return np.round(wide * scale).astype(np.int8), absmax
+    scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[..., None]
+    codes = np.zeros(scaled.shape, np.uint8)
+    # A tenth of what np.searchsorted takes.
+    for middle in (NF4[1:] + NF4[:-1]) / 2:
+        codes += scaled > middle
+    codes = codes.reshape(out, -1)
+    return (codes[:, ::2] << 4) | codes[:, 1::2], absmax
 
 
 def dense(module: nn.Dense, kernel: QuantizedKernel, bias: jax.Array | None, inputs: jax.Array) -> jax.Array:
@@ -259,7 +299,7 @@ def _looks_dense(leaves: Mapping[Path, Any], path: Path) -> bool:
     return kernel.ndim >= 2 and bias.shape == (*kernel.shape[:-2], kernel.shape[-1])
 
 
-def _quantized(path: str, leaf: Any, kind: str) -> QuantizedKernel:
+def _quantized(path: str, leaf: Any, kind: Kind) -> QuantizedKernel:
     array = unbox(leaf)
     kernel = _encoded(path, np.asarray(jax.device_get(array)), kind)
     where = getattr(array, "sharding", None)
@@ -284,24 +324,13 @@ def _dequantized(kernel: QuantizedKernel) -> Any:
     return kernel.codes.replace(value=plain, names=(*stack, inputs, outputs))
 
 
-def _encoded(path: str, kernel: np.ndarray, kind: str) -> QuantizedKernel:
+def _encoded(path: str, kernel: np.ndarray, kind: Kind) -> QuantizedKernel:
     *stack, inputs, out = kernel.shape
-    layout: Any = {"kind": kind, "stack": tuple(stack), "shape": (inputs, out), "dtype": kernel.dtype}
-    weight = np.ascontiguousarray(np.swapaxes(kernel, -1, -2))
-    if not np.isfinite(weight.astype(np.float32)).all():
-        raise AdapterError(f"{path}: expected finite values, found some that are NaN or infinite")
-    if kind == "int8":
-        # bitsandbytes takes float16 weights.
-        weight = weight.astype(np.float16).astype(np.float32)
-        absmax = np.abs(weight).max(axis=-1)
-        # A row of zeros has codes of zero, whatever its scale.
-        scale = (np.float32(1) / np.where(absmax == 0, np.float32(1), absmax)) * np.float32(127)
-        codes = np.round(weight * scale[..., None]).astype(np.int8)
-        return from_codes(codes, absmax, **layout)
-    if inputs % BLOCK:
-        raise AdapterError(f"{path}: expected inputs that blocks of {BLOCK} divide, found {inputs} {_REMEDY}")
-    blocks = weight.astype(np.float32).reshape(*weight.shape[:-1], -1, BLOCK)
-    absmax = np.abs(blocks).max(axis=-1)
-    scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[..., None]
-    codes = np.searchsorted((NF4[1:] + NF4[:-1]) / 2, scaled).astype(np.uint8)
-    return from_codes((codes[..., ::2] << 4) | codes[..., 1::2], absmax, **layout)
+    layers = [encode(path, weight.T, kind) for weight in kernel.reshape(-1, inputs, out)]
+    codes, scales = (np.stack(parts) for parts in zip(*layers, strict=True))
+    shapes = quantized_shapes(kind, tuple(stack), (inputs, out), kernel.dtype)
+    return dataclasses.replace(
+        shapes,
+        codes=jnp.asarray(codes.reshape(shapes.codes.shape)),
+        scales=jnp.asarray(scales.reshape(shapes.scales.shape)),
+    )

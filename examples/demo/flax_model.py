@@ -27,10 +27,10 @@ class FlaxModel:
     """
 
     def __init__(self, base: Path, quantize: Literal["nf4", "int8"] | None = None) -> None:
-        self.module, self.variables = road_jax.models.load(base, dtype=jnp.float32)
+        self.module, self.variables = road_jax.models.load(base, dtype=jnp.float32, quantize=quantize)
         if quantize is not None:
             # Back at once: decoding would dequantise every weight for every token.
-            self.variables = road_jax.dequantize(road_jax.quantize(self.variables, quantize))
+            self.variables = road_jax.dequantize(self.variables)
         self._tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
 
     @property

@@ -1,8 +1,9 @@
 """From a Hugging Face folder to a Linen module and its variables, without torch."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,12 +17,13 @@ from road_core._adapter import is_bfloat16
 from road_core._bitsandbytes import FLOATS, Quantized, fold
 from road_core._errors import listed
 from road_core._files import Entry, has_own_head, inside, read_json, read_shards
-from road_jax._quantize import BLOCK, QuantizedKernel, from_codes
+from road_jax._quantize import BLOCK, Kind, QuantizedKernel, check_kind
 from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten
+from road_jax.models._codes import read_codes
 from road_jax.models._config import DecoderConfig
 from road_jax.models._decoder import Decoder, Remat
-from road_jax.models._mesh import check_mesh, placed, shardings
+from road_jax.models._mesh import check_mesh, shardings
 
 # Flax's leaf -> PyTorch's. A kernel is a weight transposed.
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
@@ -39,6 +41,8 @@ def load(
     scan: bool = True,
     remat: Remat = "linears",
     mesh: Mesh | None = None,
+    quantize: Kind | None = None,
+    exclude: Collection[str] = ("lm_head",),
 ) -> tuple[Decoder, dict[str, Tree]]:
     """Loads a decoder of the Llama family from ``config.json`` and safetensors, one file or an index of several.
 
@@ -53,6 +57,9 @@ def load(
             linear layers gave, ``"full"`` nothing but what came in; the rest is computed anew.
         mesh: with the axes data, fsdp and tensor (`make_mesh`): each param is placed as `shardings` says, and a device
             gets its own share only. None puts all params on the default device.
+        quantize: ``"nf4"`` or ``"int8"``: as `road_jax.quantize`, bit for bit, while they are read. No plain kernel
+            is ever whole on a device, and on the host one layer's at a time.
+        exclude: with ``quantize``, names of layers whose kernels stay.
 
     Returns:
         ``(module, variables)``: ``module.apply(variables, input_ids, attention_mask=…)`` gives logits.
@@ -60,12 +67,14 @@ def load(
     Raises:
         AdapterError: the folder lacks something, a file is broken, the model type is unknown, or tensors are missing,
             left over or of another shape than the config says; all of those are listed. Or the mesh cuts where the
-            model can't be cut.
+            model can't be cut, or there is nothing to quantise, or what can't be (`road_jax.quantize`).
 
     Example:
         >>> from road_jax import models
         >>> module, variables = models.load("checkpoints/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
+    if quantize is not None:
+        check_kind(quantize)
     config = read_config(directory)
     headers, _ = read_shards(directory)
     entries = {name: entry for tensors, _ in headers.values() for name, entry in tensors.items()}
@@ -85,13 +94,25 @@ def load(
     if mesh is not None:
         check_mesh(config, mesh)
     places = flatten(shardings({"params": shapes}, mesh)["params"]) if mesh is not None else {}
-    params = {}
+    sources = {path: _sources(path, layers) for path in wanted}
+    kinds = _kinds(directory, sources, tensors, quantize, exclude)
+    params: dict[TreePath, Any] = {}
     for path, leaf in wanted.items():
-        found = _read(tensors, path, leaf, layers, own_dtype=own, where=places.get(path))
-        if mesh is not None and isinstance(found, QuantizedKernel):
-            kernel = {"params": unflatten({path: found})}
-            found = jax.tree.map(placed, found, flatten(shardings(kernel, mesh)["params"])[path])
-        params[path] = found
+        found = [tensors[name] for name in sources[path]]
+        stacked = layers is not None and "layers" in path
+        if path in kinds:
+            params[path] = read_codes(
+                sources[path],
+                [each if isinstance(each, Quantized) else _array(each) for each in found],
+                kinds[path],
+                stacked=stacked,
+                dtype=_NAMES[found[0].dtype] if own and isinstance(found[0], Quantized) else dtype,
+                shardings=None if mesh is None else functools.partial(_shardings, path, mesh),
+            )
+        else:
+            arrays = [_array(each) for each in found if isinstance(each, Entry)]
+            arrays = [array.T for array in arrays] if path[-1] == "kernel" else arrays
+            params[path] = _read(arrays, leaf, stacked=stacked, where=places.get(path))
     return module, {"params": unflatten(params)}
 
 
@@ -166,54 +187,50 @@ def _check(
         raise AdapterError(f"{directory}: expected the tensors that config.json describes, found {'; '.join(problems)}")
 
 
-def _read_quantized(tensors: list[Quantized], leaf: Any, *, stacked: bool, own_dtype: bool) -> QuantizedKernel:
-    kind = tensors[0].kind
-    stored = np.int8 if kind == "int8" else np.uint8
-    return from_codes(
-        np.stack([tensor.codes.map().reshape(-1).view(stored) for tensor in tensors]),
-        np.stack([tensor.scales() for tensor in tensors]),
-        kind=kind,
-        stack=(len(tensors),) if stacked else (),
-        shape=(leaf.shape[-2], leaf.shape[-1]),
-        dtype=_NAMES[tensors[0].dtype] if own_dtype else leaf.dtype,
-    )
-
-
-def _read(
+def _kinds(
+    directory: str | os.PathLike,
+    sources: Mapping[TreePath, list[str]],
     tensors: Mapping[str, Entry | Quantized],
-    path: TreePath,
-    leaf: Any,
-    layers: int | None,
-    *,
-    own_dtype: bool,
-    where: NamedSharding | None,
-) -> Any:
-    """Returns one param in its dtype, or quantised as it is stored; a stack is filled layer by layer."""
-    sources = _sources(path, layers)
-    stacked = layers is not None and "layers" in path
-    found = [tensors[name] for name in sources]
-    plain = [tensor for tensor in found if isinstance(tensor, Entry)]
-    if quantized := [tensor for tensor in found if isinstance(tensor, Quantized)]:
-        kinds = {tensor.kind for tensor in quantized} | ({None} if plain else set())
+    wish: Kind | None,
+    exclude: Collection[str],
+) -> dict[TreePath, Kind]:
+    """Returns of each quantised kernel how it is: as it is stored, else as is wished."""
+    found = {}
+    plain = 0
+    for path, names in sources.items():
+        kinds = {getattr(tensors[name], "kind", None) for name in names}
         if len(kinds) > 1:
             raise AdapterError(
-                f"{sources[0]}: expected all layers of a stack to be quantised alike, found {sorted(map(str, kinds))} "
+                f"{names[0]}: expected all layers of a stack to be quantised alike, found {sorted(map(str, kinds))} "
                 "(scan=False keeps them apart)"
             )
-        return _read_quantized(quantized, leaf, stacked=stacked, own_dtype=own_dtype)
-    arrays = [_array(tensor, transposed=path[-1] == "kernel") for tensor in plain]
+        (kind,) = kinds
+        if kind is None and wish is not None and path[-1] == "kernel" and path[-2] not in exclude:
+            kind, plain = wish, plain + 1
+        if kind is not None:
+            found[path] = kind
+    if wish is not None and not plain:
+        raise AdapterError(f"{directory}: expected plain weights to quantise, found none")
+    return found
+
+
+def _shardings(path: TreePath, mesh: Mesh, kernel: QuantizedKernel) -> QuantizedKernel:
+    return flatten(shardings({"params": unflatten({path: kernel})}, mesh)["params"])[path]
+
+
+def _array(tensor: Entry) -> np.ndarray:
+    array = tensor.map()
+    return array.view(ml_dtypes.bfloat16) if is_bfloat16(array.dtype) else array
+
+
+def _read(arrays: list[np.ndarray], leaf: Any, *, stacked: bool, where: NamedSharding | None) -> jax.Array:
+    """Returns one param in its dtype; a stack is filled layer by layer."""
     whole = (slice(None),) * leaf.ndim
     if where is None:
         return jnp.asarray(_share(arrays, leaf, whole, stacked=stacked))
     return jax.make_array_from_callback(
         leaf.shape, where, lambda index: _share(arrays, leaf, index or whole, stacked=stacked)
     )
-
-
-def _array(tensor: Entry, *, transposed: bool) -> np.ndarray:
-    array = tensor.map()
-    array = array.view(ml_dtypes.bfloat16) if is_bfloat16(array.dtype) else array
-    return array.T if transposed else array
 
 
 def _share(arrays: list[np.ndarray], leaf: Any, index: tuple[slice, ...], *, stacked: bool) -> np.ndarray:

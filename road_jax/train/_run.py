@@ -24,7 +24,6 @@ from road_core._files import check_free, dump_json, read_json, write_file
 from road_core._picture import draw_rotations
 from road_jax import models
 from road_jax._io import to_record
-from road_jax._quantize import quantize
 from road_jax._transform import transform
 from road_jax.train import _data, _processes, _step
 from road_jax.train._checkpoint import Checkpoints
@@ -182,14 +181,19 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             _check_begun(options, tokens)
     with console.status(f"loading {options.base}"):
         dtype = jnp.dtype(options.dtype)
-        # Quantising works on whole kernels, and pmap copies whole params.
-        shared = mesh if options.parallel == "jit" and options.quantize == "none" else None
-        module, variables = models.load(options.base, dtype=dtype, scan=options.scan, remat=options.remat, mesh=shared)
+        module, variables = models.load(
+            options.base,
+            dtype=dtype,
+            scan=options.scan,
+            remat=options.remat,
+            # pmap copies whole params.
+            mesh=mesh if options.parallel == "jit" else None,
+            quantize=None if options.quantize == "none" else options.quantize,
+            exclude=("lm_head", *options.modules_to_save),
+        )
         models.check_mesh(module.config, mesh)
         config = config_of_run(dataclasses.asdict(options))
         road = transform(module, config)
-        if options.quantize != "none":
-            variables = quantize(variables, options.quantize, exclude=("lm_head", *options.modules_to_save))
         sample = jnp.zeros((1, 8), jnp.int32)
         # Whole modules too are trained in float32; their layers compute in the base's dtype all the same.
         adapter = jax.tree.map(jnp.float32, road.init(jax.random.key(options.seed), variables, sample))

@@ -260,6 +260,14 @@ def test_a_run_on_a_mesh_with_a_head_trained_whole(options, checkpoints):
     assert adapter["model"]["layers"]["mlp"]["up_proj"]["road_theta"].shape == (2, 96)
 
 
+def test_a_run_quantises_in_shares_as_on_one_device(options):
+    losses = []
+    for mesh in ("data=8", "data=2,fsdp=2,tensor=2"):
+        out = options.out.with_name(mesh)
+        losses.append(train(dataclasses.replace(options, out=out, mesh=mesh, quantize="nf4")).after["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

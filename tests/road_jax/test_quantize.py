@@ -13,10 +13,13 @@ from _compare import assert_close, named_values
 from _models import small_checkpoint
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
+from safetensors.torch import load_file, save_file
 
 import road_jax
 from road_core import AdapterError, RoadConfig
-from road_jax import models
+from road_jax import _quantize, models
+from road_jax._tree import flatten
+from road_jax.models import _codes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = ["nf4", "int8"]
@@ -165,6 +168,12 @@ def test_a_checkpoint_of_bitsandbytes_is_taken_as_it_stands(kind, scan, tmp_path
             expected[name] = (codes.float() * (module.weight.SCB / 127)[:, None]).bfloat16()
     model.save_pretrained(saved)
     module, variables = models.load(saved, scan=scan)
+    mesh = models.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    _, shared = models.load(saved, scan=scan, mesh=mesh)
+    assert jax.tree.all(jax.tree.map(np.array_equal, shared, variables))
+    assert jax.tree.map(lambda leaf: leaf.sharding, shared) == models.shardings(variables, mesh)
+    with pytest.raises(AdapterError, match="expected plain weights to quantise, found none"):
+        models.load(saved, scan=scan, quantize="nf4")
     plain = road_jax.dequantize(variables)["params"]["model"]["layers"]
     assert len(expected) == 3 * 7
     for name, weight in expected.items():
@@ -187,6 +196,39 @@ def test_a_checkpoint_of_bitsandbytes_is_taken_as_it_stands(kind, scan, tmp_path
         assert_close(logits, wanted, "bfloat16")
     said = road_jax.generate(road, variables, ids.tolist(), adapter={}, max_new_tokens=4)
     assert [len(row) for row in said] == [4, 4]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_quantised_while_it_is_read(kind, scan, tmp_path, monkeypatch):
+    small_checkpoint(tmp_path, "qwen2", dtype=torch.float32)
+    expected = road_jax.quantize(models.load(tmp_path, dtype=jnp.bfloat16, scan=scan)[1], kind)
+    encoded = []
+
+    def encode(name, weight, kind):
+        encoded.append(weight.size)
+        return _quantize.encode(name, weight, kind)
+
+    monkeypatch.setattr(_codes, "encode", encode)
+    kernels = [128 * 192] * 3 + [128 * 128, 128 * 64] * 2
+    for sizes in (None, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}):
+        mesh = sizes and models.make_mesh(sizes)
+        encoded.clear()
+        _, found = models.load(tmp_path, dtype=jnp.bfloat16, scan=scan, mesh=mesh, quantize=kind)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+        # Never more than a layer's weight at once, and nothing twice, but blocks that shares cut.
+        assert max(encoded) <= max(kernels)
+        cut = kind == "nf4" and sizes and "tensor" in sizes
+        assert 1 <= sum(encoded) / (3 * sum(kernels)) <= (2 if cut else 1)
+        if mesh is not None:
+            assert jax.tree.map(lambda leaf: leaf.sharding, found) == models.shardings(expected, mesh)
+    _, found = models.load(tmp_path, quantize=kind, scan=scan, exclude=("lm_head", "q_proj", "up_proj"))
+    plain = {path[-2] for path, leaf in flatten(found["params"]).items() if isinstance(leaf, jax.Array)}
+    assert plain == {
+        *("q_proj", "k_proj", "v_proj", "up_proj", "lm_head", "embed_tokens"),
+        *("input_layernorm", "post_attention_layernorm", "norm"),
+    }
 
 
 class Mixed(nn.Module):
@@ -337,6 +379,8 @@ def test_what_cannot_be_is_refused(tmp_path):
         road_jax.quantize({"params": {"a": {"kernel": kernel[:32]}}}, "nf4")
     with pytest.raises(AdapterError, match="a: expected finite values"):
         road_jax.quantize({"params": {"a": {"kernel": kernel * jnp.nan}}}, "int8")
+    with pytest.raises(AdapterError, match=r"a: expected finite values \(int8: in float16\)"):
+        road_jax.quantize({"params": {"a": {"kernel": kernel * 1e5}}}, "int8")
 
     model, x = Model(), jnp.ones((1, 4, 64))
     variables = model.init(jax.random.key(0), x)
@@ -357,3 +401,10 @@ def test_what_cannot_be_is_refused(tmp_path):
     model.save_pretrained(saved)
     with pytest.raises(AdapterError, match=r"proj\.weight in fp4"):
         models.load(saved)
+    with pytest.raises(AdapterError, match="quantize: expected nf4 or int8, found 'fp4'"):
+        models.load(base, quantize="fp4")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.inf
+    save_file(weights, base / "model.safetensors")
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: expected finite values"):
+        models.load(base, quantize="nf4")
