@@ -89,8 +89,12 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return fields
 
 
-def read_json_lines(path: str | os.PathLike) -> list[tuple[int, Any]]:
+def read_json_lines(path: str | os.PathLike, share: tuple[int, int] = (0, 1)) -> list[tuple[int, Any]]:
     """Returns ``(line number, value)`` for each line of JSON; empty lines are passed over.
+
+    Args:
+        path: of the file.
+        share: ``(k, n)``: of the lines that aren't empty only each n-th is parsed, from the k-th on.
 
     Raises:
         AdapterError: the file can't be read or holds no lines, or a line isn't JSON (by its number).
@@ -99,15 +103,15 @@ def read_json_lines(path: str | os.PathLike) -> list[tuple[int, Any]]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path}: expected a file of JSON lines, found one that can't be read ({error})") from None
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                found.append((number, _parse_json(line)))
-            except (ValueError, RecursionError) as error:
-                raise AdapterError(f"{path}, line {number}: expected JSON, found {line[:40]!r} ({error})") from None
-    if not found:
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
         raise AdapterError(f"{path}: expected at least one line, found none")
+    found = []
+    for number, line in lines[share[0] :: share[1]]:
+        try:
+            found.append((number, _parse_json(line)))
+        except (ValueError, RecursionError) as error:
+            raise AdapterError(f"{path}, line {number}: expected JSON, found {line[:40]!r} ({error})") from None
     return found
 
 

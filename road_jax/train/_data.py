@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from road_core import AdapterError
 from road_core._chat import Chat, Tokenizer
 from road_core._files import read_json_lines
+from road_jax.train import _processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +55,12 @@ class Batch:
         return int((self.segments > 0).sum())
 
 
-def read_lines(path: str | os.PathLike) -> list[tuple[int, list[dict[str, str]]]]:
+def read_lines(path: str | os.PathLike, share: tuple[int, int] = (0, 1)) -> list[tuple[int, list[dict[str, str]]]]:
     """Reads ``{"prompt", "completion"}`` or ``{"messages"}`` lines as conversations; empty lines are passed over.
+
+    Args:
+        path: of the file.
+        share: ``(k, n)``: each n-th line only, from the k-th on.
 
     Returns:
         ``(line number, messages)``, each conversation ending with the assistant.
@@ -62,7 +68,8 @@ def read_lines(path: str | os.PathLike) -> list[tuple[int, list[dict[str, str]]]
     Raises:
         AdapterError: the file can't be read or holds no lines, or a line isn't of these forms (by its number).
     """
-    return [(number, _conversation(fields, f"{path}, line {number}")) for number, fields in read_json_lines(path)]
+    lines = read_json_lines(path, share)
+    return [(number, _conversation(fields, f"{path}, line {number}")) for number, fields in lines]
 
 
 def _conversation(fields: Any, where: str) -> list[dict[str, str]]:
@@ -146,6 +153,26 @@ def check_ids(examples: Sequence[Example], vocab_size: int, tokenizer: Tokenizer
                 f"{where}, line {example.line}: expected tokens below the model's vocab_size {vocab_size}, "
                 f"found {token} ({tokenizer.convert_ids_to_tokens(token)!r})"
             )
+
+
+def gather(examples: Sequence[Example]) -> list[Example]:
+    """Returns the examples of all processes, in the order of the file."""
+    if jax.process_count() == 1:
+        return list(examples)
+    own = [
+        np.asarray([example.line for example in examples], np.int32),
+        np.asarray([len(example.input_ids) for example in examples], np.int32),
+        # A process may have no lines.
+        np.concatenate([np.zeros(0, np.int32), *(example.input_ids for example in examples)]),
+        np.concatenate([np.zeros(0, np.int32), *(example.is_target for example in examples)]),
+    ]
+    found = []
+    for lines, lengths, ids, is_target in zip(*map(_processes.gather, own), strict=True):
+        ends = np.cumsum(lengths, dtype=np.int64)[:-1]
+        parts = zip(lines.tolist(), np.split(ids, ends), np.split(is_target, ends), strict=False)
+        found += [Example(*part) for part in parts]
+    # Stable: a line's examples stand together in one process.
+    return sorted(found, key=lambda example: example.line)
 
 
 def check_lengths(examples: list[Example], max_length: int, where: str, *, skip_long: bool) -> list[Example]:

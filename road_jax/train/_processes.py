@@ -1,6 +1,7 @@
 """Several processes as one run: who they are, what they agree on, and arrays that span them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -9,6 +10,11 @@ from jax.sharding import NamedSharding
 
 from road_core import AdapterError
 from road_jax.models._mesh import placed
+
+T = TypeVar("T")
+
+# Elements that are gathered at a time.
+_PIECE = 1 << 22
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -55,6 +61,35 @@ def any_of(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """Returns what this process's work gives; an `AdapterError` in one process is raised in all of them."""
+    found, said = None, ""
+    try:
+        found = work()
+    except AdapterError as error:
+        said = str(error)
+    for message in gather(np.frombuffer(said.encode(), np.uint8)):
+        if message.size:
+            raise AdapterError(message.tobytes().decode())
+    return cast("T", found)
+
+
+def gather(array: np.ndarray) -> list[np.ndarray]:
+    """Returns every process's array, in their order: one axis and a dtype that JAX has, of any lengths."""
+    if jax.process_count() == 1:
+        return [array]
+    sizes = multihost_utils.process_allgather(np.int32(len(array)))
+    longest = int(sizes.max())
+    # In pieces, for what is gathered lies whole on each device.
+    piece = min(longest, _PIECE)
+    pieces = []
+    for start in range(0, longest, _PIECE):
+        own = array[start : start + piece]
+        pieces.append(multihost_utils.process_allgather(np.pad(own, (0, piece - len(own)))))
+    rows = np.concatenate(pieces, axis=1) if pieces else np.zeros((len(sizes), 0), array.dtype)
+    return [row[:size] for row, size in zip(rows, sizes, strict=True)]
 
 
 def put(tree: Any, shardings: Any) -> Any:

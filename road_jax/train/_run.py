@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import signal
@@ -169,28 +170,18 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
     """
     _processes.join(options.coordinator, options.processes, options.process)
     console = console or Console(stderr=True, quiet=not _processes.is_first())
-    mesh = _check(options)
+    mesh = _processes.agreed(lambda: _check(options))
     if options.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
     with console.status(f"reading {options.data}"):
-        tokenizer = load_tokenizer(options.base)
+        tokenizer = _processes.agreed(lambda: load_tokenizer(options.base))
         examples, held_out = _examples(options, tokenizer)
         total = options.steps or _count_steps(options, examples)
         tokens = _digest([*examples, *held_out])
         if options.resume:
             _check_begun(options, tokens)
     with console.status(f"loading {options.base}"):
-        dtype = jnp.dtype(options.dtype)
-        module, variables = models.load(
-            options.base,
-            dtype=dtype,
-            scan=options.scan,
-            remat=options.remat,
-            # pmap copies whole params.
-            mesh=mesh if options.parallel == "jit" else None,
-            quantize=None if options.quantize == "none" else options.quantize,
-            exclude=("lm_head", *options.modules_to_save),
-        )
+        module, variables = _processes.agreed(lambda: _load(options, mesh))
         models.check_mesh(module.config, mesh)
         config = config_of_run(dataclasses.asdict(options))
         road = transform(module, config)
@@ -273,6 +264,20 @@ def _trained(record: Adapter) -> int:
         first, last = subspace_blocks(out, config.subspace)
         count += (theta.size + alpha.size) // size * ((last - first) * 2 * size // out)
     return count
+
+
+def _load(options: TrainOptions, mesh: Mesh) -> tuple[models.Decoder, dict[str, Any]]:
+    """Loads the base, for the devices of this process."""
+    return models.load(
+        options.base,
+        dtype=jnp.dtype(options.dtype),
+        scan=options.scan,
+        remat=options.remat,
+        # pmap copies whole params.
+        mesh=mesh if options.parallel == "jit" else None,
+        quantize=None if options.quantize == "none" else options.quantize,
+        exclude=("lm_head", *options.modules_to_save),
+    )
 
 
 def load_tokenizer(base: Path) -> Any:
@@ -491,9 +496,14 @@ def _digest(examples: list[_data.Example]) -> str:
 def _examples(options: TrainOptions, tokenizer: Any) -> tuple[list[_data.Example], list[_data.Example]]:
     """Returns what is trained on and what is held out."""
 
-    def read(path: Path) -> list[_data.Example]:
-        examples = _data.tokenize(_data.read_lines(path), tokenizer, str(path))
+    def share(path: Path) -> list[_data.Example]:
+        lines = _data.read_lines(path, (jax.process_index(), jax.process_count()))
+        examples = _data.tokenize(lines, tokenizer, str(path))
         _data.check_ids(examples, models.read_config(options.base).vocab_size, tokenizer, str(path))
+        return examples
+
+    def read(path: Path) -> list[_data.Example]:
+        examples = _data.gather(_processes.agreed(functools.partial(share, path)))
         return _data.check_lengths(examples, options.max_length, str(path), skip_long=options.skip_long)
 
     examples = read(options.data)

@@ -113,6 +113,21 @@ def test_an_interrupt_of_one_process_ends_all(files, tmp_path):
     assert (out / "checkpoints" / str(log(out)[-1]["step"])).is_dir()
 
 
+def test_a_bad_line_ends_both_processes_with_one_sentence(files, tmp_path):
+    lines = (files / "data.jsonl").read_text().splitlines()
+    # The second process's.
+    lines[11] = '{"prompt": "one"}'
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines))
+    processes = start_two(files, tmp_path / "run", "--data", str(data))
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 2
+        assert "data.jsonl, line 12: expected text in the field 'completion'" in errors
+        assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_numbers_that_contradict_each_other():
     for arguments, message in (
         ((None, 2, 0), "expected a coordinator beside them"),
