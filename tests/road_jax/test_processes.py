@@ -40,11 +40,14 @@ def start(files, out, devices, *more):
     )
 
 
-def start_two(files, out, *more):
+def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    joined = ("--coordinator", coordinator, "--processes", "2")
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start_two(files, out, *more):
+    joined = ("--coordinator", free_address(), "--processes", "2")
     return [start(files, out, 1, *joined, "--process", str(i), *more) for i in range(2)]
 
 
@@ -126,6 +129,25 @@ def test_a_bad_line_ends_both_processes_with_one_sentence(files, tmp_path):
         assert "data.jsonl, line 12: expected text in the field 'completion'" in errors
         assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
+
+
+GATHER = """
+import sys
+import numpy as np
+from road_jax.train import _processes
+
+_processes.join(sys.argv[1], 2, int(sys.argv[2]))
+_processes._PIECE = 4
+own = np.arange(9, dtype=np.int32) if sys.argv[2] == "1" else np.zeros(0, np.int32)
+none, nine = _processes.gather(own)
+assert none.shape == (0,) and nine.tolist() == list(range(9)) and nine.dtype == np.int32
+assert [one.shape for one in _processes.gather(own[:0])] == [(0,), (0,)]
+"""
+
+
+def test_what_is_gathered_in_pieces_is_whole():
+    command = [sys.executable, "-c", GATHER, free_address()]
+    finish(*(subprocess.Popen([*command, i], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in "01"))
 
 
 def test_numbers_that_contradict_each_other():
