@@ -22,18 +22,36 @@ def dequantize(base: Any) -> Tensor:
     if isinstance(base, bnb.nn.Linear8bitLt):
         codes, scales = _int8_state(base)
         return codes.float() * (scales.float() / 127.0)[:, None]
+    weight, state = _unpacked(base)
+    state.dtype = torch.float32
+    return bnb.functional.dequantize_4bit(weight, state)
+
+
+def unpack_before_saving(base: nn.Module) -> None:
+    """Sees to it that ``state_dict`` doesn't change a layer's function.
+
+    After the first forward on a CPU with AVX-512 BF16 it would: bitsandbytes' own inverse leaves absmax transposed, or
+    quantises it anew. The hook stays with the layer, for a merged model is saved without any of ours.
+    """
+    if isinstance(base, bnb.nn.Linear4bit) and _unpack not in base._state_dict_pre_hooks.values():
+        base.register_state_dict_pre_hook(_unpack)
+
+
+def _unpack(base: Any, prefix: str, keep_vars: bool) -> None:
+    if is_quantized(base):
+        base.weight.data, state = _unpacked(base)
+        base.weight.quant_state = base.quant_state = state
+
+
+def _unpacked(base: Any) -> tuple[Tensor, Any]:
+    """Returns the codes in their own order and a copy of their state, for the function that the layer has."""
     weight, state = base.weight.data, copy.copy(base.weight.quant_state)
-    if not getattr(state, "packing_format_for_cpu", False):
-        state.dtype = torch.float32
-        return bnb.functional.dequantize_4bit(weight, state)
-    # After the first forward on a CPU with AVX-512 BF16 the nibbles lie in tiles, and absmax is transposed bfloat16.
-    # The library's inverse would quantise absmax anew; the function of the layer is the one with absmax as it stands.
-    absmax = state.absmax.T.reshape(-1).float().contiguous()
-    state.original_nested = False
-    weight, state = _convert_weight_packed_for_cpu_inverse(weight, state)
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        weight, absmax, state.blocksize, state.quant_type, list(state.shape), torch.float32
-    )
+    if getattr(state, "packing_format_for_cpu", False):
+        # The nibbles lie in tiles, and absmax is transposed bfloat16, which is not to be quantised a second time.
+        absmax, state.original_nested = state.absmax.T.reshape(-1).float().contiguous(), False
+        weight, state = _convert_weight_packed_for_cpu_inverse(weight, state)
+        state.absmax = absmax
+    return weight, state
 
 
 def requantize(base: Any, weight: Tensor) -> None:

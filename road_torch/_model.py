@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,7 @@ class RoadModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         *,
+        strict: bool = True,
         max_loaded: int | None = None,
         kernel: str = "auto",
     ) -> "RoadModel":
@@ -175,7 +178,7 @@ class RoadModel(nn.Module):
             AdapterError: the folder is broken, or is for another model; the base is as it was.
         """
         road = cls(model, max_loaded=max_loaded, kernel=kernel)
-        road.load_adapter(model_id, adapter_name, is_trainable)
+        road.load_adapter(model_id, adapter_name, is_trainable, strict=strict)
         return road
 
     @property
@@ -249,6 +252,12 @@ class RoadModel(nn.Module):
             AdapterError: the name is taken or can't be used, or the config doesn't fit the model; nothing has changed.
         """
         self._check_new(adapter_name)
+        if not isinstance(peft_config, RoadConfig):
+            kind = f"{type(peft_config).__module__}.{type(peft_config).__qualname__}"
+            raise AdapterError(
+                f"peft_config: expected a road_torch.RoadConfig (RoadConfig.from_dict takes the fields of PEFT's), "
+                f"found a {kind}"
+            )
         config = self._with_head(peft_config)
         chosen = self._select(config)
         saved = self._copies(config)
@@ -277,7 +286,9 @@ class RoadModel(nn.Module):
                 nothing has changed.
         """
         self._check_new(adapter_name)
-        names = list(adapters)
+        if isinstance(adapters, str):
+            raise AdapterError(f"adapters: expected a list of names, found {adapters!r}")
+        names = _as_list(adapters)
         self._check_known(names)
         self._check_no_copies("add_weighted_adapter", names)
         records = [to_adapter(layers(self), (), name, self._shared.configs[name]) for name in names]
@@ -366,8 +377,7 @@ class RoadModel(nn.Module):
         """
         names = _as_list(adapter_name)
         self._check_known(names)
-        if len(set(names)) < len(names):
-            raise AdapterError(f"set_adapter: expected each name once, found {', '.join(names)}")
+        _check_once("set_adapter", names)
         self._check_unmerged("set_adapter")
         self._check_one_copy("set_adapter", names)
         with LOCK:
@@ -549,7 +559,10 @@ class RoadModel(nn.Module):
         """Merges adapters for good and returns the plain base model, without any wrapped layer.
 
         All layers are tried first, and then each lets go of its old weight as it is merged: there is no memory for more
-        than one layer's beside the model.
+        than one layer's beside the model. Interrupted meanwhile, layers are plain with these adapters merged, or as
+        they were: what computed with them still does, and merging the same ones again goes on with the rest.
+
+        A warning tells how far the weights of quantised layers moved by being quantised anew.
 
         Args:
             progressbar: whether to show how many layers are merged.
@@ -561,19 +574,29 @@ class RoadModel(nn.Module):
         """
         if not self.merged_adapters:
             names = self._to_merge(adapter_names)
+            errors = {}
             for layer in layers(self):
-                _merge.merge(layer, names, check=safe_merge)
-                _merge.unmerge(layer)
+                try:
+                    errors[layer.module_path] = _merge.merge(layer, names, check=safe_merge)
+                finally:
+                    _merge.unmerge(layer)
+            _warn_of(errors)
+            untied = self._unties(names)
             for layer in track(list(layers(self)), "Merging", disable=not progressbar):
                 _merge.merge(layer, names, check=False)
                 layer.unmerged = None
+                # At once: what is merged must not be rotated again if the rest can't be merged.
+                self._unwrap(functools.partial(operator.is_, layer))
             self._shared.merged = tuple(names)
         elif adapter_names is not None and _as_list(adapter_names) != self.merged_adapters:
             raise AdapterError(
                 f"merge_and_unload: expected the merged adapters {self.merged_adapters}, "
                 f"found {_as_list(adapter_names)}"
             )
-        self._untie()
+        else:
+            untied = self._unties(self.merged_adapters)
+        if untied:
+            self._untie()
         self._put_back(lambda module: module.current())
         return self._give_back()
 
@@ -730,12 +753,14 @@ class RoadModel(nn.Module):
         try:
             for layer in layers(self) if missing else ():
                 for name in missing:
+                    # Another mix of the same adapters may have had it.
+                    layer.bank.forget(self._shared.rows[name])
                     layer.place(name)
         except AdapterError:
             self._forget(missing)
             raise
-        if self._shared.limit is not None:
-            for name in names:
+        for name in names:
+            if self._shared.limit is not None or not isinstance(name, str):
                 self._shared.rows[name] = self._shared.rows.pop(name)
 
     def _forget(self, names: Sequence[Name]) -> None:
@@ -951,6 +976,7 @@ class RoadModel(nn.Module):
     def _to_merge(self, adapter_names: str | Sequence[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else _as_list(adapter_names)
         self._check_known(names)
+        _check_once("merge_adapter", names)
         self._check_unmerged("merge_adapter")
         self._check_one_copy("merge_adapter", names)
         return names
@@ -979,18 +1005,23 @@ class RoadModel(nn.Module):
                 if isinstance(child, SavedModule) and (chosen := choose(child)) is not None:
                     setattr(parent, key, chosen)
 
-    def _untie(self) -> None:
-        """Merging gave a tied head a weight of its own; a config that says otherwise would tie it again on loading."""
+    def _unties(self, names: Sequence[str]) -> bool:
+        """True if merging gives a tied head a weight of its own."""
         base = self.base_model
         config = getattr(base, "config", None)
         if not getattr(config, "tie_word_embeddings", False) or not hasattr(base, "get_output_embeddings"):
-            return
+            return False
         head = base.get_output_embeddings()
-        own = isinstance(head, SavedModule) and head.current() is not head.original_module
-        if own or (isinstance(head, RoadLayer) and head.merged_adapters):
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-            if hasattr(base, "all_tied_weights_keys"):
-                base.all_tied_weights_keys = {}
+        if isinstance(head, SavedModule):
+            return head.current() is not head.original_module
+        return isinstance(head, RoadLayer) and any(name in head.road_theta for name in names)
+
+    def _untie(self) -> None:
+        """A config that says otherwise would tie the head again on loading."""
+        base: Any = self.base_model
+        base.config.tie_word_embeddings = False
+        if hasattr(base, "all_tied_weights_keys"):
+            base.all_tied_weights_keys = {}
 
     def _check_new(self, name: str) -> None:
         if not isinstance(name, str) or not name or name == BASE:
@@ -1006,6 +1037,8 @@ class RoadModel(nn.Module):
         self._check_unmerged(f"adapter {name!r}")
 
     def _check_known(self, names: Sequence[str]) -> None:
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise AdapterError(f"adapter: expected a name, found {wrong[0]!r}")
         unknown = [name for name in dict.fromkeys(names) if name not in self._shared.configs]
         if unknown:
             there = ", ".join(map(repr, self.adapter_names)) or "none"
@@ -1032,7 +1065,23 @@ class RoadModel(nn.Module):
 
 
 def _as_list(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+
+
+def _check_once(what: str, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise AdapterError(f"{what}: expected each name once, found {', '.join(names)}")
+
+
+def _warn_of(errors: Mapping[str, float | None]) -> None:
+    moved = {path: error for path, error in errors.items() if error is not None}
+    if moved:
+        worst = max(moved, key=moved.__getitem__)
+        warnings.warn(
+            f"merging into {len(moved)} quantised layers moves their weights by being quantised anew, {worst} "
+            f"farthest, by {moved[worst]:.1%} of its norm; merge_adapter returns each layer's",
+            stacklevel=3,
+        )
 
 
 def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

@@ -21,6 +21,9 @@ BASE = "__base__"
 # Several adapters as one, in the order in which they are applied: (name, weight) of each.
 Mix = tuple[tuple[str, float], ...]
 
+# How many mixes keep their coefficients where the number of adapters has no limit.
+MIXES = 64
+
 # What a row of a batch may ask for: an adapter, or a mix of them.
 Name = str | Mix
 
@@ -163,6 +166,8 @@ class Shared:
     def make_room(self, wanted: Sequence[Name], active: Sequence[str]) -> list[Name]:
         """Takes their rows from the least recently used adapters until those that are wanted fit.
 
+        Without a limit only mixes beyond `MIXES` lose theirs: a server may be asked for any weights.
+
         Args:
             wanted: names that shall have a row.
             active: names that keep theirs.
@@ -174,12 +179,16 @@ class Shared:
             AdapterError: so many can't have a row at once; nothing has changed.
         """
         missing = [name for name in wanted if name not in self.rows]
-        if self.limit is None or not missing:
+        if not missing:
             return missing
         kept = {*wanted, *active, *(name for call in self.calls for name in call.rows)}
         idle = [name for name in self.rows if name not in kept]
-        surplus = len(self.rows) + len(missing) - self.limit
-        if surplus > len(idle):
+        if self.limit is None:
+            idle = [name for name in idle if not isinstance(name, str)]
+            surplus = sum(not isinstance(name, str) for name in (*self.rows, *missing)) - MIXES
+        else:
+            surplus = len(self.rows) + len(missing) - self.limit
+        if self.limit is not None and surplus > len(idle):
             raise AdapterError(
                 f"max_loaded: expected at most {self.limit} adapters at once, those that are active or in another call "
                 f"among them, found {len(kept)}"

@@ -24,15 +24,15 @@ X = torch.from_numpy(named_values("x", 4, 3, IN))
 pytestmark = pytest.mark.filterwarnings("ignore:.*inputs will be cast")
 
 
-def make(kind, dtype):
+def make(kind, dtype, inputs=IN):
     """A quantised layer and the weight that went in."""
-    weight = torch.from_numpy(named_values("weight", OUT, IN)).to(dtype)
+    weight = torch.from_numpy(named_values("weight", OUT, inputs)).to(dtype)
     bias = torch.from_numpy(named_values("bias", OUT)).to(dtype)
     if kind.startswith("int8"):
-        layer = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False, **KINDS[kind])
+        layer = bnb.nn.Linear8bitLt(inputs, OUT, has_fp16_weights=False, **KINDS[kind])
         layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
     else:
-        layer = bnb.nn.Linear4bit(IN, OUT, compute_dtype=dtype, **KINDS[kind])
+        layer = bnb.nn.Linear4bit(inputs, OUT, compute_dtype=dtype, **KINDS[kind])
         layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, module=layer, **KINDS[kind])
     layer.bias = nn.Parameter(bias, requires_grad=False)
     return nn.ModuleDict({"proj": layer.to("cpu")}).eval(), weight
@@ -64,6 +64,32 @@ def road(base, variant="road_2", group_size=8):
 def reference(y, layer, name, variant="road_2", group_size=8):
     theta, alpha = layer.road_theta[name].detach(), layer.road_alpha[name].detach()
     return road_core.rotate(y.double(), theta, alpha, variant=variant, group_size=group_size)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4"])
+def test_reading_the_state_leaves_the_function(kind, merged):
+    # Two blocks a row: the scales that a forward on a CPU transposes.
+    inner, x = make(kind, torch.bfloat16, inputs=128)[0], X.repeat(1, 1, 2).bfloat16()
+    model, layer = road(Model(inner))
+    if merged:
+        model.set_adapter("a")
+        with pytest.warns(UserWarning, match=r"merging into 1 quantised layers moves their weights .* inner.proj"):
+            base = model.merge_and_unload()
+    else:
+        base = model
+    with torch.no_grad():
+        expected = base(x)
+        weight = _bnb.dequantize(layer.base_layer)
+        found = base.state_dict()
+        assert torch.equal(_bnb.dequantize(layer.base_layer), weight)
+        assert torch.equal(base(x), expected)
+    # A fresh layer makes the same of what was read.
+    prefix = next(key.removesuffix("weight") for key in found if key.endswith(".weight"))
+    state = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(f"{prefix}weight.")}
+    again = bnb.nn.Params4bit.from_prequantized(found[f"{prefix}weight"], state, device="cpu")
+    again.quant_state.dtype = torch.float32
+    assert torch.equal(bnb.functional.dequantize_4bit(again.data, again.quant_state), weight)
 
 
 @pytest.mark.parametrize("group_size", [2, 64])

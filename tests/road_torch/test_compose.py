@@ -11,7 +11,7 @@ from _models import Net, small_checkpoint, small_model
 
 import road_core
 from road_core import read_peft, subspace_mask, write_peft
-from road_torch import AdapterError, RoadConfig, RoadModel
+from road_torch import AdapterError, RoadConfig, RoadModel, _routing
 from road_torch._generate import load
 
 IN, OUT = 16, 64
@@ -137,6 +137,24 @@ def test_deleted_adapters_of_mixes_are_let_go():
     model.delete_adapter("b")
     gc.collect()
     assert theta() is None
+
+
+def test_mixes_beyond_some_give_their_rows_to_others(monkeypatch):
+    monkeypatch.setattr(_routing, "MIXES", 3)
+    model, unbounded = road(a="road_1", b="road_1"), road(a="road_1", b="road_1")
+    for weight in (0.1, 0.2, 0.3, 0.1, 0.4, 0.5):
+        names = [f"a:{weight}+b", "a", "b", "__base__"]
+        with torch.no_grad(), monkeypatch.context() as patch:
+            found = model(X, adapter_names=names)
+            patch.setattr(_routing, "MIXES", 99)
+            assert torch.equal(found, unbounded(X, adapter_names=names))
+    kept = [name[0][1] for name in model._shared.rows if not isinstance(name, str)]
+    assert kept == [0.1, 0.4, 0.5]
+    assert len(model.base_model.up.bank.first) == 8
+    # Those of one call all have a row.
+    with torch.no_grad():
+        names = [f"a:{weight}+b" for weight in (0.1, 0.2, 0.3, 0.4)]
+        assert torch.equal(model(X, adapter_names=names), unbounded(X, adapter_names=names))
 
 
 def test_little_room():

@@ -7,6 +7,7 @@ import weakref
 from unittest import mock
 
 import accelerate
+import peft
 import pytest
 import torch
 import transformers
@@ -324,6 +325,25 @@ def test_merge_and_unload_keeps_no_second_set_of_weights():
     assert [ref() for ref in old] == [None] * len(old)
 
 
+@pytest.mark.parametrize("names", [None, ["a"]])
+def test_merging_for_good_that_is_interrupted_rotates_nothing_twice(names):
+    model = with_adapters("a")
+    expected, base = logits(model), logits(small_model())
+    calls, count = [], sum(isinstance(module, RoadLayer) for module in model.modules())
+    merge = _merge.merge
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == count + 5:
+            raise KeyboardInterrupt
+        return merge(*args, **kwargs)
+
+    with mock.patch.object(_merge, "merge", interrupted), pytest.raises(KeyboardInterrupt):
+        model.merge_and_unload(adapter_names=names)
+    assert_close(logits(model), expected, "float32", moved_from=base)
+    assert_close(logits(model.merge_and_unload(adapter_names=names)), expected, "float32", moved_from=base)
+
+
 def test_a_module_that_stands_in_two_places_is_adapted_in_both():
     class Twice(nn.Module):
         def __init__(self):
@@ -386,6 +406,17 @@ REFUSED = {
     "name of a counter": (lambda m, d: m.add_adapter("changes", config()), "found 'changes'"),
     "delete unknown": (lambda m, d: m.delete_adapter("z"), "found 'z'"),
     "delete active": (lambda m, d: m.delete_adapter("a"), "not active, found 'a'"),
+    "delete several": (lambda m, d: m.delete_adapter(["a", "b"]), r"expected a name, found \['a', 'b'\]"),
+    "set nothing": (lambda m, d: m.set_adapter(None), "expected a name, found None"),
+    "load without a name": (lambda m, d: m.load_adapter(d, None), "found None"),
+    "swap without a name": (lambda m, d: m.hotswap_adapter(d, None), "expected a name, found None"),
+    "add PEFT's config": (
+        lambda m, d: m.add_adapter("c", peft.RoadConfig(target_modules=["q_proj"])),
+        r"expected a road_torch\.RoadConfig .*from_dict.*, found a peft\.",
+    ),
+    "add a dict": (lambda m, d: m.add_adapter("c", {"group_size": 8}), "found a builtins.dict"),
+    "merge twice": (lambda m, d: m.merge_adapter(["a", "a"]), "merge_adapter: expected each name once, found a, a"),
+    "compose text": (lambda m, d: m.add_weighted_adapter("ab", [1, 1], "c"), "expected a list of names, found 'ab'"),
     "unmerge": (lambda m, d: m.unmerge_adapter(), "expected merged adapters, found none"),
     "merge unknown": (lambda m, d: m.merge_adapter(["z"]), "found 'z'"),
     "save with pickle": (lambda m, d: m.save_pretrained(d / "new", False), "safe_serialization: expected True"),
