@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from road_core import AdapterError
 from road_core._bitsandbytes import NF4
-from road_jax._tree import Path, dotted, flatten, replace_leaves, unbox
+from road_jax._tree import Path, dotted, flatten, replace_leaves, unbox, under
 
 Kind = Literal["nf4", "int8"]
 
@@ -78,14 +78,14 @@ def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[st
         variables: a model's.
         kind: ``"nf4"`` (blocks of 64; absmax in float32, not quantised a second time) or ``"int8"`` (a scale an
             output).
-        exclude: names of layers whose kernels stay.
+        exclude: modules whose kernels stay, by the end of their dotted paths.
 
     Returns:
         Variables with a `QuantizedKernel` for each such kernel.
 
     Raises:
-        AdapterError: an unknown kind, a kernel that isn't finite, whose inputs 64 doesn't divide (nf4) or whose shards
-            would cut codes, or nothing to quantise.
+        AdapterError: an unknown kind, an excluded name that no module has, a kernel that isn't finite, whose inputs 64
+            doesn't divide (nf4) or whose shards would cut codes, or nothing to quantise.
 
     Example:
         >>> import jax, jax.numpy as jnp, road_jax
@@ -103,12 +103,24 @@ def quantize_kernels(
     """As `quantize`, for the kernels at given paths, with stack axes in front."""
     check_kind(kind)
     leaves = flatten(variables["params"])
-    found = {
-        path: _quantized(dotted(path[:-1]), leaves[path], kind) for path in paths if not set(path[-2:-1]) & set(exclude)
-    }
+    stay = excluded(leaves, exclude)
+    found = {path: _quantized(dotted(path[:-1]), leaves[path], kind) for path in paths if path not in stay}
     if not found:
         raise AdapterError("quantize: expected kernels of Dense layers, found none")
     return replace_leaves(variables, {("params", *path): leaf for path, leaf in found.items()})
+
+
+def excluded(paths: Collection[Path], names: Collection[str]) -> set[Path]:
+    """Returns those of a model's params that are in modules of these names, or in one of this name.
+
+    Raises:
+        AdapterError: no module has one of them; ``lm_head``, the default, a tied model may lack.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name != "lm_head" and not any(under(path, [name]) for path in paths):
+            raise AdapterError(f"exclude: expected modules of the params, found no {name!r}")
+    return {path for path in paths if under(path, names)}
 
 
 def check_kind(kind: Kind) -> None:

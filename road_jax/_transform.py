@@ -31,6 +31,7 @@ from road_jax._tree import (
     overlay,
     to_dict,
     unbox,
+    under,
     unflatten,
 )
 
@@ -338,7 +339,7 @@ class Road:
             variables: the model's variables.
             kind: ``"nf4"`` or ``"int8"``.
             *args: sample inputs of the model, as for `init`; not needed after it.
-            exclude: names of layers whose kernels stay.
+            exclude: modules whose kernels stay, by the end of their dotted paths.
             **kwargs: more of them.
 
         Returns:
@@ -352,6 +353,7 @@ class Road:
         if not places:
             raise AdapterError("quantize: expected sample inputs of the model, or Road.init before, found none")
         leaves = flatten(variables["params"])
+        stay = _quantize.excluded(leaves, exclude)
         paths = []
         for path, place in places.items():
             kernel = leaves.get((*path, place.layout.kernel))
@@ -362,7 +364,7 @@ class Road:
                     f"{dotted(path)}: expected a {place.layout.kernel} in variables['params'], found none"
                 )
             stack = place.stack(place.layout.kernel)
-            if stack != tuple(range(len(stack))) and not (path and path[-1] in exclude):
+            if stack != tuple(range(len(stack))) and (*path, place.layout.kernel) not in stay:
                 raise AdapterError(
                     f"{dotted(path)}: expected a stack's axes before the kernel's own to quantise it, found them at "
                     f"{list(stack)} (exclude leaves it as it is)"
@@ -412,13 +414,9 @@ class Road:
 
     def _saved(self, base: Mapping[Path, Any]) -> dict[Path, Any]:
         wanted = self.config.modules_to_save or ()
-        saved = {
-            path: leaf
-            for path, leaf in base.items()
-            if any(dotted(path[:n]).endswith(name) for n in range(1, len(path)) for name in wanted)
-        }
+        saved = {path: leaf for path, leaf in base.items() if under(path, wanted)}
         for name in wanted:
-            if not any(dotted(path[:n]).endswith(name) for path in saved for n in range(1, len(path))):
+            if not any(under(path, [name]) for path in saved):
                 raise AdapterError(f"RoadConfig.modules_to_save: expected modules of the params, found no {name!r}")
         for path, leaf in saved.items():
             if isinstance(leaf, _quantize.QuantizedKernel):

@@ -1,6 +1,6 @@
 """Nested dicts of arrays: how an adapter lies over params."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -104,6 +104,11 @@ def unbox(tree: Tree) -> Tree:
         return leaf.unbox() if isinstance(leaf, nn.meta.AxisMetadata) else leaf
 
     return jax.tree.map(content, tree, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+
+
+def under(path: Path, names: Iterable[str]) -> bool:
+    """True for a param of a module whose dotted path ends with one of the names, as PEFT's ``modules_to_save`` do."""
+    return any(dotted(path[:n]).endswith(name) for n in range(1, len(path)) for name in names)
 
 
 def dotted(path: Path) -> str:

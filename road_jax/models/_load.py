@@ -17,7 +17,7 @@ from road_core._adapter import is_bfloat16
 from road_core._bitsandbytes import FLOATS, Quantized, fold
 from road_core._errors import listed
 from road_core._files import Entry, has_own_head, inside, read_json, read_shards
-from road_jax._quantize import BLOCK, Kind, QuantizedKernel, check_kind
+from road_jax._quantize import BLOCK, Kind, QuantizedKernel, check_kind, excluded
 from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten
 from road_jax.models._codes import read_codes
@@ -59,7 +59,7 @@ def load(
             gets its own share only. None puts all params on the default device.
         quantize: ``"nf4"`` or ``"int8"``: as `road_jax.quantize`, bit for bit, while they are read. No plain kernel
             is ever whole on a device, and on the host one layer's at a time.
-        exclude: with ``quantize``, names of layers whose kernels stay.
+        exclude: with ``quantize``, modules whose kernels stay, by the end of their dotted paths.
 
     Returns:
         ``(module, variables)``: ``module.apply(variables, input_ids, attention_mask=…)`` gives logits.
@@ -195,6 +195,7 @@ def _kinds(
     exclude: Collection[str],
 ) -> dict[TreePath, Kind]:
     """Returns of each quantised kernel how it is: as it is stored, else as is wished."""
+    stay = excluded(sources, exclude)
     found = {}
     plain = 0
     for path, names in sources.items():
@@ -205,7 +206,7 @@ def _kinds(
                 "(scan=False keeps them apart)"
             )
         (kind,) = kinds
-        if kind is None and wish is not None and path[-1] == "kernel" and path[-2] not in exclude:
+        if kind is None and wish is not None and path[-1] == "kernel" and path not in stay:
             kind, plain = wish, plain + 1
         if kind is not None:
             found[path] = kind

@@ -1,6 +1,7 @@
 """Several processes as one run: who they are, what they agree on, and arrays that span them."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -9,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from road_core import AdapterError
+from road_core._files import dump_json
 from road_jax.models._mesh import placed
 
 T = TypeVar("T")
@@ -64,16 +66,37 @@ def any_of(flag: bool) -> bool:
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """Returns what this process's work gives; an `AdapterError` in one process is raised in all of them."""
-    found, said = None, ""
+    """Returns what this process's work gives; what one process fails of ends all of them."""
+    found, failure = None, None
     try:
         found = work()
-    except AdapterError as error:
-        said = str(error)
-    for message in gather(np.frombuffer(said.encode(), np.uint8)):
+    except Exception as error:  # the others would wait for ever
+        failure = error
+    said = "" if failure is None else str(failure) or type(failure).__name__
+    # Names of files may be no text.
+    messages = gather(np.frombuffer(said.encode(errors="surrogateescape"), np.uint8))
+    if failure is not None:
+        raise failure
+    for message in messages:
         if message.size:
-            raise AdapterError(message.tobytes().decode())
+            raise AdapterError(message.tobytes().decode(errors="surrogateescape"))
     return cast("T", found)
+
+
+def check_same(fields: Mapping[str, Any], what: str) -> None:
+    """Refuses a run whose processes were given different values, in all of them.
+
+    Raises:
+        AdapterError: there are some.
+    """
+    every = [json.loads(each.tobytes()) for each in gather(np.frombuffer(dump_json(fields), np.uint8))]
+    for process, other in enumerate(every):
+        for name, value in every[0].items():
+            if other[name] != value:
+                raise AdapterError(
+                    f"{what}: expected the same in all processes, found {name} {value!r} in process 0 and "
+                    f"{other[name]!r} in process {process}"
+                )
 
 
 def gather(array: np.ndarray) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +171,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
     _processes.join(options.coordinator, options.processes, options.process)
     console = console or Console(stderr=True, quiet=not _processes.is_first())
     mesh = _processes.agreed(lambda: _check(options))
+    _processes.check_same(_shared_fields(options), "options")
     if options.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
     with console.status(f"reading {options.data}"):
@@ -414,6 +415,9 @@ def _line(record: dict[str, Any]) -> bytes:
 
 def _check(options: TrainOptions) -> Mesh:
     """Refuses everything that can be known to be wrong before anything is loaded; returns the mesh."""
+    for name, hint in get_type_hints(TrainOptions).items():
+        if get_origin(hint) is Literal and getattr(options, name) not in get_args(hint):
+            raise AdapterError(f"{name}: expected one of {', '.join(get_args(hint))}, found {getattr(options, name)!r}")
     for name, least in (
         ("batch_size", 1),
         ("max_length", 2),
@@ -482,6 +486,13 @@ def _fingerprint(options: TrainOptions, tokens: str | None) -> dict[str, Any]:
     if tokens is not None:
         fields[_TOKENS] = tokens
     return fields
+
+
+def _shared_fields(options: TrainOptions) -> dict[str, Any]:
+    """What the processes of a run must be given alike; each may have its files elsewhere."""
+    fields = _fingerprint(options, None)
+    fields |= {name: getattr(options, name) for name in ("resume", "checkpoint_every")}
+    return {name: value for name, value in fields.items() if name not in ("base", "data", "eval_data")}
 
 
 def _digest(examples: list[_data.Example]) -> str:

@@ -161,9 +161,11 @@ def _arrays(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def _update(tx: optax.GradientTransformation, state: State, loss: jax.Array, gradients: Tree) -> tuple[State, Metrics]:
-    updates, opt_state = tx.update(gradients, state.opt_state, state.adapter)
-    adapter = optax.apply_updates(state.adapter, updates)
-    return State(adapter, opt_state), Metrics(loss, optax.tree.norm(gradients))
+    # optax promotes dtypes, whatever JAX is told to do elsewhere.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = tx.update(gradients, state.opt_state, state.adapter)
+        adapter = optax.apply_updates(state.adapter, updates)
+        return State(adapter, opt_state), Metrics(loss, optax.tree.norm(gradients))
 
 
 def train_step(

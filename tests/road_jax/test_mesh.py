@@ -21,8 +21,6 @@ from road_jax import models
 from road_jax.models import _mesh
 from road_jax.train import TrainOptions, _data, _step, train
 
-pytestmark = pytest.mark.steps_optax
-
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
@@ -130,10 +128,12 @@ def test_codes_and_scales_are_kept_and_dequantised_in_shares(kind, sizes, codes,
 
 
 @pytest.mark.no_leaks
-def test_a_step_leaks_no_tracer(checkpoints):
+def test_a_step_leaks_no_tracer_and_takes_the_states_buffers(checkpoints):
     program, variables, state, _ = make(checkpoints / "tied", {"data": 4, "tensor": 2})
     _, metrics = program.train(state, variables, batch(0))
     assert np.isfinite(metrics.loss)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(variables))
 
 
 @dataclasses.dataclass(frozen=True)

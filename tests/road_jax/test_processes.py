@@ -46,9 +46,9 @@ def free_address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def start_two(files, out, *more):
+def start_two(files, out, *more, each=((), ())):
     joined = ("--coordinator", free_address(), "--processes", "2")
-    return [start(files, out, 1, *joined, "--process", str(i), *more) for i in range(2)]
+    return [start(files, out, 1, *joined, "--process", str(i), *more, *each[i]) for i in range(2)]
 
 
 def finish(*processes):
@@ -71,9 +71,12 @@ def same(one, other):
         np.testing.assert_allclose(read_flax(other).tensors()[key], array, atol=2e-4)
 
 
-def test_two_processes_are_one_run(files, tmp_path):
-    finish(start(files, tmp_path / "one", 2, "--steps", "5"))
-    finish(*start_two(files, tmp_path / "two", "--steps", "5"))
+@pytest.mark.parametrize(
+    "more", [[], ["--parallel", "pmap"], ["--mesh", "fsdp=2", "--quantize", "nf4"]], ids=["jit", "pmap", "fsdp, nf4"]
+)
+def test_two_processes_are_one_run(more, files, tmp_path):
+    finish(start(files, tmp_path / "one", 2, "--steps", "5", *more))
+    finish(*start_two(files, tmp_path / "two", "--steps", "5", *more))
     same(tmp_path / "one", tmp_path / "two")
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
 
@@ -87,7 +90,7 @@ def reach(processes, out, done):
 
 
 def test_after_a_kill_the_run_goes_on_from_its_checkpoint(files, tmp_path):
-    more = ("--steps", "24", "--parallel", "pmap")
+    more = ("--steps", "24")
     finish(*start_two(files, tmp_path / "whole", *more))
     out = tmp_path / "killed"
     processes = start_two(files, out, *more)
@@ -123,17 +126,28 @@ def test_a_bad_line_ends_both_processes_with_one_sentence(files, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(lines))
     processes = start_two(files, tmp_path / "run", "--data", str(data))
+    fail(processes, "data.jsonl, line 12: expected text in the field 'completion'")
+    assert not (tmp_path / "run").exists()
+
+
+def fail(processes, said):
     for process in processes:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 2
-        assert "data.jsonl, line 12: expected text in the field 'completion'" in errors
+        assert said in errors
         assert "Traceback" not in errors
+
+
+def test_processes_with_other_options_are_refused(files, tmp_path):
+    first, second = start_two(files, tmp_path / "run", each=(("--seed", "1"), ("--seed", "2")))
+    fail([first, second], "options: expected the same in all processes, found seed 1 in process 0 and 2 in process 1")
     assert not (tmp_path / "run").exists()
 
 
 GATHER = """
 import sys
 import numpy as np
+from road_core import AdapterError
 from road_jax.train import _processes
 
 _processes.join(sys.argv[1], 2, int(sys.argv[2]))
@@ -142,6 +156,19 @@ own = np.arange(9, dtype=np.int32) if sys.argv[2] == "1" else np.zeros(0, np.int
 none, nine = _processes.gather(own)
 assert none.shape == (0,) and nine.tolist() == list(range(9)) and nine.dtype == np.int32
 assert [one.shape for one in _processes.gather(own[:0])] == [(0,), (0,)]
+
+
+def work():
+    if sys.argv[2] == "1":
+        raise RuntimeError("no memory")
+
+
+try:
+    _processes.agreed(work)
+except (AdapterError, RuntimeError) as error:
+    assert str(error) == "no memory" and isinstance(error, RuntimeError) == (sys.argv[2] == "1")
+else:
+    sys.exit("no error")
 """
 
 

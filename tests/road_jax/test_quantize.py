@@ -231,6 +231,31 @@ def test_a_checkpoint_is_quantised_while_it_is_read(kind, scan, tmp_path, monkey
     }
 
 
+@pytest.mark.parametrize(
+    ("exclude", "stay"),
+    [
+        ("lm_head", ["lm_head"]),
+        (("blocks.up",), ["blocks.up"]),
+        (("blocks", "lm_head"), ["blocks.down", "blocks.up", "lm_head"]),
+        ((), []),
+    ],
+)
+def test_what_is_excluded_is_named_by_the_end_of_its_path(exclude, stay):
+    model, x = Model(), jnp.ones((1, 4, 64))
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    for quantize in (road_jax.quantize, lambda *args, **options: road.quantize(*args, x, **options)):
+        if len(stay) == 3:
+            with pytest.raises(AdapterError, match="found none"):
+                quantize(variables, "nf4", exclude=exclude)
+            continue
+        found = flatten(quantize(variables, "nf4", exclude=exclude)["params"])
+        plain = [path[:-1] for path, leaf in found.items() if path[-1] == "kernel" and isinstance(leaf, jax.Array)]
+        assert sorted(map(".".join, plain)) == stay
+        with pytest.raises(AdapterError, match="exclude: expected modules of the params, found no 'dwon'"):
+            quantize(variables, "nf4", exclude=("up", "dwon"))
+
+
 class Mixed(nn.Module):
     """Dense layers beside others whose kernels look like theirs."""
 
@@ -396,6 +421,8 @@ def test_what_cannot_be_is_refused(tmp_path):
         road.apply(variables, {}, x)
 
     base, saved = small_checkpoint(tmp_path / "base"), tmp_path / "saved"
+    with pytest.raises(AdapterError, match="exclude: expected modules of the params, found no 'lm_haed'"):
+        models.load(base, quantize="nf4", exclude=("lm_haed",))
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
     model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
     model.save_pretrained(saved)

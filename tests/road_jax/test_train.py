@@ -22,8 +22,6 @@ import road_jax
 from road_core import AdapterError, read_flax
 from road_jax.train import TrainOptions, train
 
-pytestmark = pytest.mark.steps_optax
-
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -253,6 +251,7 @@ BAD = {
         r"self_attn\.q_proj: expected a number of outputs that group_size 96 divides, found 128",
     ),
     "targets": (lambda o, t: {"target_modules": ("q_prj",)}, "q_prj.*nearest: q_proj"),
+    "a way to run": (lambda o, t: {"parallel": "vmap"}, "parallel: expected one of jit, pmap, found 'vmap'"),
     "held out": (lambda o, t: {"eval_lines": 1000}, "expected more than the 1000 lines"),
     "long": (lambda o, t: {"max_length": 4}, "line 1: expected at most 4 tokens"),
     "tokens": (
@@ -324,7 +323,8 @@ def test_the_command_is_interrupted_and_resumed(options):
 
 
 def test_the_command_gives_one_line_and_exit_code_2(options, tmp_path):
-    bad = tmp_path / "bad.jsonl"
+    # A name that isn't text.
+    bad = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     bad.write_text('{"prompt": "one", "completion": "two"}\n{"prompt": "one"}\n')
     done = subprocess.run(
         command(dataclasses.replace(options, data=bad)),
