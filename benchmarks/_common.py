@@ -76,19 +76,33 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
 
 def bars(groups: Mapping[str, Mapping[str, float]], path: Path, *, title: str, of: str) -> None:
     """Draws ratios as bars, a group a workload."""
+    draw_panels({f"time / {of}": groups}, path, title=title)
+
+
+def draw_panels(
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path, *, title: str, log: bool = False
+) -> None:
+    """Draws figures as bars: a panel for what is measured, in it a group a workload, in that a bar an arm."""
     from matplotlib.figure import Figure
 
-    arms = list(dict.fromkeys(arm for group in groups.values() for arm in group))
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
+    arms = list(dict.fromkeys(arm for groups in panels.values() for group in groups.values() for arm in group))
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(8 * min(2, len(panels)), 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, min(2, len(panels)), squeeze=False).flat
     width = 0.8 / len(arms)
-    for i, arm in enumerate(arms):
-        at = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(groups))]
-        drawn = axis.bar(at, [group.get(arm, 0) for group in groups.values()], width, label=arm)
-        axis.bar_label(drawn, [f"{group[arm]:.2f}" if arm in group else "" for group in groups.values()], fontsize=8)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(groups)), list(groups))
-    axis.set_ylabel(f"time / {of}")
-    axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=8)
+    for axis, (name, groups) in zip(axes, panels.items(), strict=False):
+        for i, arm in enumerate(arms):
+            shown = {x: group[arm] for x, group in enumerate(groups.values()) if arm in group}
+            at = [x + (i - (len(arms) - 1) / 2) * width for x in shown]
+            drawn = axis.bar(at, list(shown.values()), width, label=arm)
+            axis.bar_label(drawn, [f"{value:.2f}" for value in shown.values()], fontsize=8)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(groups)), list(groups))
+        axis.set_ylabel(name)
+        if log:
+            axis.set_yscale("log")
+        axis.legend(fontsize=8)
+    for axis in list(figure.axes)[len(panels) :]:
+        axis.remove()
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)

@@ -1,14 +1,15 @@
 """Merging, unmerging, loading and swapping adapters, and their memory, against PEFT and a copy of the weights.
 
-SmolLM2-135M-Instruct, adapters on all linear layers, in float32 and bfloat16. Arms, one after the other in every round:
+SmolLM2-135M-Instruct, adapters on all linear layers, in float32, bfloat16, nf4 and int8. Arms, one after the other in
+every round:
 
-- ``copy``: every adapted layer's weight is cloned, and the clones are held as merged weights are;
-- ``road_torch`` and ``PEFT RoAd``: ``merge_adapter(safe_merge=True)``, then ``unmerge_adapter``; ``load_adapter`` from
-  the same folder; and to put another adapter in a loaded one's place: ``hotswap_adapter``, which PEFT has for LoRA
-  only, so that there it is ``delete_adapter`` and ``load_adapter``.
+- ``copy``: every adapted layer's weight, or its codes, is cloned, and the clones are held as merged weights are;
+- ``road_torch``, ``PEFT RoAd`` and ``PEFT LoRA r8``: ``merge_adapter(safe_merge=True)``, then ``unmerge_adapter``;
+  ``load_adapter`` from a folder; and to put another adapter in a loaded one's place: ``hotswap_adapter``, which PEFT
+  has for LoRA only, so that for its RoAd it is ``delete_adapter`` and ``load_adapter``.
 
-Merging and unmerging are told as ratios to the copy of the same round, loading and swapping as ratios to PEFT. Memory
-is what tensors hold. Writes ``benchmarks/results/adapters.json`` and ``.png``.
+Merging and unmerging are told as ratios to the copy of the same round, loading and swapping as ratios to PEFT's RoAd.
+Memory is what tensors hold. Writes ``benchmarks/results/adapters.json`` and ``.png``.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks._common import RESULTS, bars, device, median_ratios, write
+from benchmarks._common import RESULTS, device, draw_panels, median_ratios, write
 from examples.demo.model import prepare_model
 from road_torch import RoadConfig, RoadModel, load
 
-DTYPES = ("float32", "bfloat16")
+# Name, quantisation and dtype.
+BASES = (
+    ("float32", "none", "float32"),
+    ("bfloat16", "none", "bfloat16"),
+    ("nf4", "nf4", "bfloat16"),
+    ("int8", "int8", "bfloat16"),
+)
+ROAD, LORA = "PEFT RoAd", "PEFT LoRA r8"
 # Shapes of a 7B model, Llama 2's: outputs of each layer's q, k, v, o, gate, up and down, in 32 layers.
 SEVEN_B = (4096, 4096, 4096, 4096, 11008, 11008, 4096) * 32
 
@@ -57,27 +65,16 @@ def main() -> None:
     results: dict[str, Any] = {"device": device(), "rounds": options.rounds, "times": {}}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        saved = save_adapter(checkpoint, Path(folder) / "adapter")
-        for dtype in DTYPES:
-            results["times"][dtype] = times(checkpoint, saved, dtype, options.rounds, console)
+        road, lora = save_adapter(checkpoint, Path(folder) / "road"), save_lora(checkpoint, Path(folder) / "lora")
+        for name, quantize, dtype in BASES:
+            bases = [load(checkpoint, quantize=quantize, dtype=dtype)[0] for _ in range(3)]
+            results["times"][name] = times(bases, road, lora, name, options.rounds, console)
             gc.collect()
-    results["memory"] = memory(checkpoint)
-    results["ratios"] = {dtype: ratios(found) for dtype, found in results["times"].items()}
+        results["memory"] = memory(checkpoint, lora)
+    results["ratios"] = {name: ratios(found) for name, found in results["times"].items()}
     write(options.out / "adapters.json", results)
     console.print(table(results))
-    bars(
-        {
-            f"{step}\n{dtype}": {
-                arm: results["ratios"][dtype][step][arm][0] for arm in ("road_torch", "PEFT RoAd") if arm in found
-            }
-            for dtype in DTYPES
-            for step, found in results["ratios"][dtype].items()
-            if step == "merge"
-        },
-        options.out / "adapters.png",
-        title=f"Merging adapters of all linears, SmolLM2-135M\n{results['device']}",
-        of="copy of the weights",
-    )
+    draw(results, options.out / "adapters.png")
     console.print(f"{options.out / 'adapters.json'} and .png")
 
 
@@ -93,14 +90,27 @@ def save_adapter(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
+def save_lora(checkpoint: Path, folder: Path) -> Path:
+    """Writes a LoRA that is not the identity."""
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16, init_lora_weights=False)
+    peft.get_peft_model(load(checkpoint, dtype="float32")[0], config).save_pretrained(folder)
+    return folder
+
+
 def times(
-    checkpoint: Path, saved: Path, dtype: str, rounds: int, console: Console
+    bases: Sequence[Any], road: Path, lora: Path, name: str, rounds: int, console: Console
 ) -> dict[str, dict[str, list[float]]]:
     """Returns for each step and arm the seconds of each round."""
     import peft
+    from peft.utils.hotswap import hotswap_adapter
 
-    ours = RoadModel.from_pretrained(load(checkpoint, dtype=dtype)[0], saved, adapter_name="a").eval()
-    theirs = peft.PeftModel.from_pretrained(load(checkpoint, dtype=dtype)[0], saved, adapter_name="a").eval()
+    ours = RoadModel.from_pretrained(bases[0], road, adapter_name="a").eval()
+    theirs = peft.PeftModel.from_pretrained(bases[1], road, adapter_name="a").eval()
+    loras = peft.PeftModel.from_pretrained(bases[2], lora, adapter_name="a").eval()
+    models = {"road_torch": (ours, road), ROAD: (theirs, road), LORA: (loras, lora)}
     weights = [layer.weight for layer in ours.modules() if hasattr(layer, "road_theta")]
     steps: dict[str, dict[str, list[float]]] = {step: {} for step in ("merge", "unmerge", "load", "swap")}
 
@@ -115,21 +125,22 @@ def times(
 
     def swap() -> None:
         theirs.delete_adapter("b")
-        theirs.load_adapter(saved, adapter_name="b")
+        theirs.load_adapter(road, adapter_name="b")
 
     with torch.no_grad(), Progress(console=console) as bar:
         # A first round, not counted, warms allocators and imports.
-        for number in bar.track(range(rounds + 1), description=dtype):
+        for number in bar.track(range(rounds + 1), description=name):
             held = timed("merge", "copy", lambda: [weight.clone() for weight in weights])
             del held
-            for arm, model in (("road_torch", ours), ("PEFT RoAd", theirs)):
+            for arm, (model, saved) in models.items():
                 timed("merge", arm, lambda model=model: model.merge_adapter(safe_merge=True))
                 timed("unmerge", arm, lambda model=model: model.unmerge_adapter())
-                timed("load", arm, lambda model=model: model.load_adapter(saved, adapter_name="b"))
-            timed("swap", "road_torch", lambda: ours.hotswap_adapter(saved, "b"))
-            timed("swap", "PEFT RoAd", swap)
-            ours.delete_adapter("b")
-            theirs.delete_adapter("b")
+                timed("load", arm, lambda model=model, saved=saved: model.load_adapter(saved, adapter_name="b"))
+            timed("swap", "road_torch", lambda: ours.hotswap_adapter(road, "b"))
+            timed("swap", ROAD, swap)
+            timed("swap", LORA, lambda: hotswap_adapter(loras, str(lora), "b"))
+            for model, _ in models.values():
+                model.delete_adapter("b")
             if number == 0:
                 for arms in steps.values():
                     arms.clear()
@@ -145,24 +156,37 @@ def _give_back() -> None:
 
 def ratios(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, tuple[float, list[float]]]]:
     """Returns for each step the arms' medians over the copy or, where nothing is copied, over PEFT, and all ratios."""
-    return {step: median_ratios(arms, "copy" if "copy" in arms else "PEFT RoAd") for step, arms in found.items()}
+    return {step: median_ratios(arms, "copy" if "copy" in arms else ROAD) for step, arms in found.items()}
 
 
-def memory(checkpoint: Path, adapters: int = 31) -> dict[str, float]:
-    """Returns the bytes of an adapter: of its parameters, and of its row in the tables, measured and for a 7B."""
+def memory(checkpoint: Path, lora: Path) -> dict[str, float]:
+    """Returns the bytes of an adapter: of its parameters, and of its rows in the tables, measured and for a 7B.
+
+    Tables grow by doubling: they are full with 31 adapters, and half of them is free with 32.
+    """
+    import peft
+
     model = RoadModel(load(checkpoint, dtype="float32")[0])
     empty = _held(model)
-    for i in range(adapters):
+    found: dict[str, float] = {"the base, SmolLM2-135M": empty}
+    for i in range(32):
         model.add_adapter(f"a{i}", RoadConfig(target_modules="all-linear", inference_mode=True))
-    parameters = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "road_" in n) / adapters
+        if i in (30, 31):
+            found[f"{i + 1} adapters with tables, SmolLM2-135M, of one"] = (_held(model) - empty) / (i + 1)
+    loras = peft.PeftModel.from_pretrained(load(checkpoint, dtype="float32")[0], lora)
     out = sum(SEVEN_B)
     return {
-        "parameters, SmolLM2-135M": parameters,
-        "parameters and tables, SmolLM2-135M": (_held(model) - empty) / adapters,
+        **found,
+        "parameters, SmolLM2-135M": _bytes(model, "road_") / 32,
+        f"parameters of {LORA}, SmolLM2-135M": _bytes(loras, "lora_"),
         # θ and α are out/2 each, a row of the two tables is out each, all float32.
         "parameters, 7B": out * 4,
-        "parameters and tables, 7B": out * 4 * 3,
+        "parameters and full tables, 7B": out * 4 * 3,
     }
+
+
+def _bytes(model: torch.nn.Module, mark: str) -> int:
+    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if mark in name)
 
 
 def _held(model: RoadModel) -> int:
@@ -176,11 +200,11 @@ def _held(model: RoadModel) -> int:
 def table(results: dict[str, Any]) -> Table:
     """The figures, with those of PEFT beside them."""
     shown = Table(title="SmolLM2-135M, adapters on all linears", caption=results["device"])
-    for column in ("dtype", "step", "arm", "seconds", "ratio", "spread", "to"):
+    for column in ("base", "step", "arm", "seconds", "ratio", "spread", "to"):
         shown.add_column(column, justify="right" if column in ("seconds", "ratio", "spread") else "left")
     for dtype, steps in results["ratios"].items():
         for step, arms in steps.items():
-            of = "copy" if "copy" in arms else "PEFT RoAd"
+            of = "copy" if "copy" in arms else ROAD
             for arm, (ratio, spread) in arms.items():
                 seconds = statistics.median(results["times"][dtype][step][arm])
                 if (step, arm) != ("unmerge", "copy"):
@@ -189,6 +213,29 @@ def table(results: dict[str, Any]) -> Table:
     for what, size in results["memory"].items():
         shown.add_row("float32", "memory", what, f"{size / 1e6:.2f} MB", "", "", "")
     return shown
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draws each step's ratios, and the memory of an adapter."""
+    arms = ("road_torch", ROAD, LORA)
+    shown = {
+        f"{step}, over {'a copy' if 'merge' in step else ROAD}": {
+            base: {arm: found[step][arm][0] for arm in arms} for base, found in results["ratios"].items()
+        }
+        for step in ("merge", "unmerge", "load", "swap")
+    }
+    sizes = results["memory"]
+    full, half = (sizes[f"{count} adapters with tables, SmolLM2-135M, of one"] for count in (31, 32))
+    shown["MB an adapter"] = {
+        "parameters": {
+            "road_torch": sizes["parameters, SmolLM2-135M"] / 1e6,
+            ROAD: sizes["parameters, SmolLM2-135M"] / 1e6,
+            LORA: sizes[f"parameters of {LORA}, SmolLM2-135M"] / 1e6,
+        },
+        "with full tables": {"road_torch": full / 1e6},
+        "with half-full ones": {"road_torch": half / 1e6},
+    }
+    draw_panels(shown, path, title=f"Adapters of all linears, SmolLM2-135M, {results['device']}", log=True)
 
 
 if __name__ == "__main__":

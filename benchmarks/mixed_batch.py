@@ -276,30 +276,31 @@ def table(title: str, arms: dict[str, dict[str, Any]], machine: str) -> Table:
 
 
 def draw(results: dict[str, Any], options: Options) -> None:
-    """Bars of decode time over the bare model's, a group a base."""
+    """Bars of times over the bare model's, a group a base: of decoding, and of the first token."""
     bases = results["bases"]
     arms = [arm for arm in next(iter(bases.values())) if arm != "bare"]
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    figure, axes = plt.subplots(2, figsize=(9, 7.5), layout="constrained")
     width = 0.8 / len(arms)
     colours = {"road_torch": "#1b7f5c", "PEFT RoAd": "#c2572b", "PEFT LoRA r8": "#6b6fb3"}
-    for i, arm in enumerate(sorted(arms, key=lambda arm: (options.mixed in arm, arm), reverse=True)):
-        values = [bases[base].get(arm, {}).get("decode_ratio") for base in bases]
-        at = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(bases))]
-        bars = axis.bar(
-            at,
-            [v or 0 for v in values],
-            width,
-            label=arm,
-            color=colours[arm.partition(",")[0]],
-            alpha=1 if options.mixed in arm else 0.5,
-        )
-        axis.bar_label(bars, [f"{v:.2f}" if v else "fails" for v in values], fontsize=7, rotation=90, padding=2)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(bases)), list(bases))
-    axis.set_ylim(0, axis.get_ylim()[1] * 1.12)
-    axis.set_ylabel("decode time / bare model")
-    axis.set_title(f"SmolLM2-135M, {options.title}\n{results['device']}", fontsize=9)
-    axis.legend(fontsize=8, ncols=2)
+    for axis, what in zip(axes, ("decode", "first token"), strict=True):
+        for i, arm in enumerate(sorted(arms, key=lambda arm: (options.mixed in arm, arm), reverse=True)):
+            values = [bases[base].get(arm, {}).get(f"{what.replace(' ', '_')}_ratio") for base in bases]
+            at = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(bases))]
+            bars = axis.bar(
+                at,
+                [v or 0 for v in values],
+                width,
+                label=arm,
+                color=colours[arm.partition(",")[0]],
+                alpha=1 if options.mixed in arm else 0.5,
+            )
+            axis.bar_label(bars, [f"{v:.2f}" if v else "fails" for v in values], fontsize=7, rotation=90, padding=2)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(bases)), list(bases))
+        axis.set_ylim(0, axis.get_ylim()[1] * 1.12)
+        axis.set_ylabel(f"{what} time / bare model")
+    axes[0].set_title(f"SmolLM2-135M, {options.title}\n{results['device']}", fontsize=9)
+    axes[0].legend(fontsize=8, ncols=2)
     figure.savefig(options.path.with_suffix(".png"), dpi=150)
     plt.close(figure)
 
