@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
@@ -19,6 +20,8 @@ from road_torch._routing import LOCAL, LOCK, Mix, Name, Pass, Plan, Routing, Sha
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _linear = nn.functional.linear
+# torch 2.8 brought it; before, torch's own error must do.
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 
 
 class _Parameters(nn.ParameterDict):
@@ -50,6 +53,7 @@ class RoadLayer(nn.Module):
         base_layer: the layer that is wrapped.
         module_path: its path, for error messages.
         shared: what all layers of the model look at.
+        stray: why it doesn't see the batch's rows in order, and so can't be in a mixed batch; None if it does.
 
     Attributes:
         road_theta: θ of each adapter, float32.
@@ -61,7 +65,7 @@ class RoadLayer(nn.Module):
     road_theta: "_Parameters"
     road_alpha: "_Parameters"
 
-    def __init__(self, base_layer: nn.Module, module_path: str, shared: Shared) -> None:
+    def __init__(self, base_layer: nn.Module, module_path: str, shared: Shared, stray: str | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = features(base_layer)
         self.module_path = module_path
@@ -84,8 +88,7 @@ class RoadLayer(nn.Module):
         self._gives_new = kind is nn.Linear or is_conv1d(base_layer) or kind.__module__.startswith("bitsandbytes.")
         # A mixed call that began with gradients passed here without.
         self._unrecorded = False
-        # Experts see a choice of the tokens: which row of the batch a token came from can't be known there.
-        self._is_expert = "experts" in module_path.split(".")
+        self._stray = stray
         self.train(base_layer.training)
 
     @property
@@ -323,6 +326,7 @@ class RoadLayer(nn.Module):
                 known = self._plan(y, plain, None)
             return Plan(y.dtype, known.passes, known.sources, known.changes)
         self._check_order(routing)
+        self._check_checkpointed(routing)
         self._unrecorded |= routing.with_grad and not _is_grad_enabled()
         self._kernel = _kernels.choose(self._shared.kernel, y.device)
         names: list[Name] = []
@@ -340,10 +344,21 @@ class RoadLayer(nn.Module):
         return Plan(y.dtype, passes, sources, changes)
 
     def _check_order(self, routing: Routing) -> None:
-        if self._is_expert and routing.batch:
+        if self._stray is not None and routing.batch:
             raise AdapterError(
                 f"{self.module_path}: expected a layer that sees the batch's rows in order for adapter_names, "
-                "found an expert, to which tokens are routed"
+                f"found {self._stray}"
+            )
+
+    def _check_checkpointed(self, routing: Routing) -> None:
+        # The other form of checkpointing shows while it records; what it computes anew wouldn't fit that.
+        if not routing.batch or not _is_grad_enabled() or _is_compiling():
+            return
+        hooks = _saving_hooks(False)
+        if hooks is not None and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__:
+            raise AdapterError(
+                f"{self.module_path}: expected a mixed batch without checkpointing, found a call in "
+                "torch.utils.checkpoint, which computes this layer a second time after the call"
             )
 
     def _check_recomputed(self) -> None:
@@ -380,6 +395,7 @@ class RoadLayer(nn.Module):
                 y = rotate(y, first, cross, size)
             return y
         self._check_order(routing)
+        self._check_checkpointed(routing)
         repeats = routing.repeats(y, self.module_path)
         names = [name for name in routing.used if self._here(name)]
         for size in dict.fromkeys(self._shared.group_size(name) for name in names):

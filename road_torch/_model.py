@@ -34,6 +34,7 @@ from road_torch import _kernels, _layer, _merge
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, features, is_conv1d, layers
 from road_torch._routing import BASE, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
+from road_torch._rows import check_media, stray
 from road_torch._saved import SavedModule, copy_of, saved_modules
 
 # What a task's head is called in transformers.
@@ -735,6 +736,7 @@ class RoadModel(nn.Module):
         if not names or (rows is not None and rows != len(names)):
             raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(names)}")
         self._check_unmerged("adapter_names")
+        check_media(self.base_model, names, args, kwargs)
         if torch.is_grad_enabled() and self.training and checkpoints(self.base_model):
             raise AdapterError(
                 "adapter_names: expected a model without gradient checkpointing, found one that would compute its "
@@ -943,14 +945,22 @@ class RoadModel(nn.Module):
         wrapped: dict[nn.Module, RoadLayer | SavedModule] = {}
         for path, own in (saved or {}).items():
             module = modules[path]
-            holder = module if isinstance(module, SavedModule) else SavedModule(module, path, self._shared)
+            holder = (
+                module
+                if isinstance(module, SavedModule)
+                else SavedModule(module, path, self._shared, stray(self.base_model, path))
+            )
             holder.modules_to_save[name] = own.requires_grad_(False)
             if holder is not module:
                 wrapped[module] = holder
         stored = torch.device("cpu") if self._shared.stores(config) else None
         for path, (theta, alpha) in parameters.items():
             module = modules[path]
-            layer = module if isinstance(module, RoadLayer) else RoadLayer(module, path, self._shared)
+            layer = (
+                module
+                if isinstance(module, RoadLayer)
+                else RoadLayer(module, path, self._shared, stray(self.base_model, path))
+            )
             layer.add(name, theta, alpha, stored)
             if layer is not module:
                 wrapped[module] = layer

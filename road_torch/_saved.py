@@ -21,6 +21,7 @@ class SavedModule(nn.Module):
         original_module: the base's.
         module_path: its path, for error messages.
         shared: what all layers of the model look at.
+        stray: why it doesn't see the batch's rows in order; None if it does.
 
     Attributes:
         modules_to_save: the copies by adapter.
@@ -29,12 +30,13 @@ class SavedModule(nn.Module):
     original_module: nn.Module
     modules_to_save: nn.ModuleDict
 
-    def __init__(self, original_module: nn.Module, module_path: str, shared: Shared) -> None:
+    def __init__(self, original_module: nn.Module, module_path: str, shared: Shared, stray: str | None = None) -> None:
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self.module_path = module_path
         self._shared = shared
+        self._stray = stray
         self.train(original_module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,6 +52,11 @@ class SavedModule(nn.Module):
         ]
         if len(set(kinds)) == 1:
             return self._copy_for(kinds[0])(*args, **kwargs)
+        if self._stray is not None:
+            raise AdapterError(
+                f"{self.module_path}: expected a module that sees the batch's rows in order for adapter_names, "
+                f"found {self._stray}"
+            )
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             raise AdapterError(
                 f"{self.module_path}: expected a call with one tensor, whose rows can go to the adapters' own modules, "

@@ -226,6 +226,37 @@ def test_training_on_a_quantised_base(kind):
     assert layer.road_theta["default"].abs().max().item() > 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "int8"])
+def test_gradients_of_a_mixed_batch(kind, dtype):
+    """They are those of each adapter alone on its rows."""
+    model = RoadModel(Model(make(kind, DTYPES[dtype])[0]))
+    for name in "ab":
+        torch.manual_seed(ord(name))
+        model.add_adapter(name, RoadConfig(target_modules=["proj"], group_size=8, init_weights=False))
+    x = X.to(DTYPES[dtype], copy=True).requires_grad_()
+    weights = torch.from_numpy(named_values("y", 4, 3, OUT))
+
+    def gradients(rows, **kwargs):
+        model.zero_grad()
+        x.grad = None
+        (model(x, **kwargs).float() * weights)[rows].sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, x.grad
+
+    model.set_adapter(["a", "b"])
+    mixed, mixed_x = gradients([0, 1, 2, 3], adapter_names=["a", "__base__", "b", "a"])
+    assert len(mixed) == 4
+    for name, rows in {"a": [0, 3], "b": [2]}.items():
+        model.set_adapter(name)
+        alone, alone_x = gradients(rows)
+        assert len(alone) == 2
+        for key, expected in alone.items():
+            assert expected.abs().max() > 0
+            # Sums of other lengths, in float32.
+            torch.testing.assert_close(mixed[key], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(mixed_x[rows], alone_x[rows])
+
+
 def test_counting_4_bit_parameters():
     inner, _ = make("nf4", torch.float32)
     model = RoadModel(Model(inner), RoadConfig(target_modules=["proj"], group_size=8))

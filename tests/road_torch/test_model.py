@@ -513,6 +513,30 @@ def test_an_adapter_for_another_model(change, message, tmp_path):
     assert_same(before, state(base))
 
 
+SPOILT = {
+    "truncated tensors": lambda data: data[:-4],
+    "truncated header": lambda data: data[:200],
+    "no header": lambda data: data[:4],
+    "header beyond the file": lambda data: (len(data) + 1).to_bytes(8, "little") + data[8:],
+    "header of a terabyte": lambda data: (10**12).to_bytes(8, "little") + data[8:],
+    "more than the header says": lambda data: data + b"xx",
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_file_changes_nothing(case, tmp_path):
+    model, folder = with_adapters(), saved(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(SPOILT[case](file.read_bytes()))
+    before, expected = state(model), logits(model)
+    with pytest.raises(AdapterError, match="expected a whole safetensors file") as caught:
+        model.load_adapter(folder, "c")
+    assert "\n" not in str(caught.value)
+    assert_same(before, state(model))
+    assert model.adapter_names == ["a", "b"]
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("parent", ["attention", "encoder"])
 def test_layers_whose_weight_is_read_elsewhere_are_refused(parent):
     base = nn.ModuleDict(
@@ -629,6 +653,21 @@ def test_gradient_checkpointing_and_a_mixed_batch():
     model(IDS).logits.sum().backward()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    gradients = []
+    for checkpointed in (False, True):
+        model = with_adapters("a", inference_mode=False).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert len(gradients[0]) == 42
+    for name, expected in gradients[0].items():
+        assert expected.abs().max() > 0, name
+        torch.testing.assert_close(gradients[1][name], expected, msg=name)
+
+
 def test_a_mixed_batch_under_another_checkpointing():
     """That computes the layers a second time when the call is over."""
 
@@ -653,6 +692,35 @@ def test_a_mixed_batch_under_another_checkpointing():
     assert_close(
         given, torch.autograd.grad(model.base_model.up(x).sum(), model.base_model.up.road_theta["a"])[0], "float32"
     )
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="torch 2.8 shows what saves tensors"
+)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("names", [["b", "a"], ["b"]])
+def test_a_mixed_batch_under_checkpointing_that_is_not_reentrant(names, trained):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.up, x, use_reentrant=False)
+
+    model = RoadModel(Checkpointed(), config(target_modules=["up"], inference_mode=not trained), "a")
+    model.add_adapter("b", config(target_modules=["up"]))
+    x = torch.randn(len(names), 8, requires_grad=True)
+    with pytest.raises(
+        AdapterError, match=r"up: expected a mixed batch without checkpointing, found a call in"
+    ) as caught:
+        model(x, adapter_names=names)
+    assert "\n" not in str(caught.value)
+    # What isn't recorded isn't computed again, and plain calls may be.
+    with torch.no_grad():
+        assert model(x, adapter_names=names).shape == x.shape
+    plain = torch.autograd.grad(model(x).sum(), x)[0]
+    assert torch.equal(plain, torch.autograd.grad(model.base_model.up(x).sum(), x)[0])
 
 
 @torch.no_grad()

@@ -1,0 +1,130 @@
+"""Layers whose first axis isn't the batch's rows in order: which adapter each of their rows gets can't be known."""
+
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from road_core import AdapterError
+from road_torch._layer import RoadLayer, layers
+from road_torch._routing import BASE, Name, parts
+from road_torch._saved import SavedModule, saved_modules
+
+# Of such a class in transformers, what is called, or calls others, with another axis first: that of tokens, queries or
+# the layers of a decoder.
+_GLOBAL = ("query", "key", "value", "query_global", "key_global", "value_global")
+_OTHER_AXIS_FIRST = {
+    "LongformerSelfAttention": _GLOBAL,
+    "LEDEncoderSelfAttention": _GLOBAL,
+    "XLNetFeedForward": ("layer_1", "layer_2"),
+    "FSMTEncoder": ("layers",),
+    "FSMTDecoder": ("layers",),
+    "BridgeTowerTransformer": ("resblocks",),
+    "BrosBboxEmbeddings": ("bbox_projection",),
+    "BrosRelationExtractor": ("query", "key"),
+    "BrosSpadeEEForTokenClassification": ("initial_token_classifier",),
+    "Mask2FormerMaskedAttentionDecoderLayer": ("fc1", "fc2"),
+    "OneFormerTransformerDecoderFFNLayer": ("linear1", "linear2"),
+    "OneFormerTransformerDecoderQueryTransformerDecoderLayer": ("linear1", "linear2"),
+    "DabDetrForObjectDetection": ("bbox_predictor",),
+}
+
+# What transformers calls the inputs that a row of text may have any number of, and their placeholders in the text.
+_MEDIA = {
+    "pixel_values": "image",
+    "image_patches": "image",
+    "pixel_values_videos": "video",
+    "input_features": "audio",
+    "input_values": "audio",
+}
+
+
+def stray(base: nn.Module, path: str) -> str | None:
+    """Says in the words of an error why a layer doesn't see the batch's rows in order; None if nothing is known."""
+    names = path.split(".")
+    # Experts see a choice of the tokens: which row of the batch a token came from can't be known there.
+    if "experts" in names:
+        return "an expert, to which tokens are routed"
+    module = base
+    for name in names:
+        for kind in type(module).__mro__:
+            if name in _OTHER_AXIS_FIRST.get(kind.__name__, ()):
+                return f"one in {kind.__name__}, which puts another axis first"
+        inner = module.original_module if isinstance(module, SavedModule) else module
+        module = inner.get_submodule(name)
+    return None
+
+
+def check_media(base: Any, names: Sequence[Name], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Checks that layers beside the text, as in a vision tower, can know which row what they are given belongs to.
+
+    Args:
+        base: the model that is called.
+        names: of the batch's rows.
+        args: of the call.
+        kwargs: of the call.
+
+    Raises:
+        AdapterError: rows that differ in their adapters have a layer there, and differ in their share of its input.
+    """
+    if len(set(names)) == 1 or not (len(args) > 1 or not kwargs.keys().isdisjoint(_MEDIA)):
+        return
+    # What generate has beside its inputs are no tensors.
+    in_place = zip(inspect.signature(base.forward).parameters, args, strict=False)
+    given = {**{key: value for key, value in in_place if isinstance(value, Tensor)}, **kwargs}
+    ids = given.get("input_ids")
+    if ids is None and given.get("inputs_embeds") is None:
+        return
+    for key, kind in _MEDIA.items():
+        if (value := given.get(key)) is None:
+            continue
+        found = _differing(base, kind, ids, value, given.get("image_sizes"), len(names))
+        if found is not None and (path := _beside_text(base, names)) is not None:
+            raise AdapterError(
+                f"{path}: expected as much of {key} in each of the {len(names)} rows that adapter_names has, as this "
+                f"layer doesn't see which row it belongs to, found {found}"
+            )
+
+
+def _differing(base: Any, kind: str, ids: Any, value: Any, sizes: Any, rows: int) -> str | None:
+    """Says how rows differ in their share of an input; None if they have the same, in order."""
+    config = getattr(base, "config", None)
+    tokens = [getattr(config, f"{kind}_token_{end}", None) for end in ("id", "index")]
+    token = next((token for token in tokens if token is not None), None)
+    if token is None:
+        # It isn't called for by the text: one a row.
+        return None if len(value) == rows else f"{len(value)}"
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return f"no input_ids with the rows' {kind} tokens"
+    counts = (ids == token).sum(1).tolist()
+    if len(set(counts)) > 1:
+        return f"{', '.join(map(str, counts))} {kind} tokens"
+    # As many tokens may stand for more patches.
+    if kind == "image" and sizes is not None and len(torch.as_tensor(sizes).unique(dim=0)) > 1:
+        return "image_sizes that differ"
+    return None
+
+
+def _beside_text(base: Any, names: Collection[Name]) -> str | None:
+    """Returns the path of a module that adapters of the batch have and that isn't given the text."""
+    find = getattr(base, "get_decoder", None)
+    decoder = find() if find is not None else None
+    if decoder is None:
+        return None
+    inside = list(decoder.modules())
+    other = {id(m) for module in inside if _is_for_media(module) for m in module.modules()}
+    text = {id(module) for module in inside} - other | {id(base.get_output_embeddings())}
+    used = {part for name in names if name != BASE for part, _ in parts(name)}
+    wrapped: list[RoadLayer | SavedModule] = [*layers(base), *saved_modules(base)]
+    for module in wrapped:
+        held = module.road_theta if isinstance(module, RoadLayer) else module.modules_to_save
+        if id(module) not in text and any(name in held for name in used):
+            return module.module_path
+    return None
+
+
+def _is_for_media(module: nn.Module) -> bool:
+    modalities = getattr(module, "input_modalities", "text")
+    return getattr(module, "main_input_name", None) in _MEDIA or "text" not in modalities
