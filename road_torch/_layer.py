@@ -15,7 +15,7 @@ from road_core._compose import Part, compose_module
 from road_torch import _kernels, _ops
 from road_torch._bank import Bank
 from road_torch._kernels import default
-from road_torch._routing import LOCAL, LOCK, Mix, Name, Pass, Plan, Routing, Shared, parts
+from road_torch._routing import LOCAL, LOCK, Mix, Name, Pass, Plan, Routing, Shared, about_to_trace, parts
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -67,7 +67,7 @@ class RoadLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module, module_path: str, shared: Shared, stray: str | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = features(base_layer)
+        self.in_features, self.out_features = features(bare(base_layer))
         self.module_path = module_path
         self.base_layer = base_layer
         self._changes = [0]
@@ -292,6 +292,8 @@ class RoadLayer(nn.Module):
             found.append(Pass(*then, config.group_size))
         return found
 
+    # Where torch.compile gives a layer up it takes what that calls, and fails on memory that calls share.
+    @torch.compiler.disable
     def _plan(self, y: Tensor, routing: Routing, old: Plan | None) -> Plan:
         """Gathers the coefficients of a call, once; for another shape of as many rows only the memory changes."""
         before = old.shape if old is not None and old.dtype is y.dtype else None
@@ -412,15 +414,20 @@ class RoadLayer(nn.Module):
 
     def _traced(self, y: Tensor, routing: Routing) -> Tensor:
         """What ``torch.compile`` sees: a gather by tensors alone: another choice of adapters is no new graph."""
-        self._shared.traced = True
-        if routing.trainable:
+        if LOCAL.routing is not None:
+            about_to_trace()
+        # Looked at, it guards the graph: a copy of the model that wasn't traced yet traces it anew.
+        if not self._shared.traced:
+            self._shared.traced = True
+        # In a call that began with gradients nobody has formed coefficients for what runs without.
+        if (LOCAL.with_grad or _is_grad_enabled()) and routing.trainable:
             return self._differentiable(y, routing)
         self._check_order(routing)
         bank: Any = self._bank
         for size, index in routing.steps[bank.first.device]:
             # Every layer takes part, for which of them have an adapter isn't known to the graph.
             if self.out_features % size == 0:
-                if routing.batch and (repeats := routing.repeats(y, self.module_path)) > 1:
+                if routing.mixed and (repeats := routing.repeats(y, self.module_path, len(index))) > 1:
                     index = index.repeat_interleave(repeats)
                 y = default.rotate(y, bank.first, bank.cross, size, index)
         return y
@@ -453,6 +460,13 @@ def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns what a module's ``_apply`` makes of a tensor that keeps its dtype."""
     new = fn(tensor)
     return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """Returns what ``torch.compile`` made this module of; one that it didn't make is returned as it is."""
+    while (inner := module._modules.get("_orig_mod")) is not None:
+        module = inner
+    return module
 
 
 def features(module: Any) -> tuple[int, int]:

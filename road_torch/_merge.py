@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from road_core import AdapterError
 from road_torch._kernels import default
-from road_torch._layer import RoadLayer, is_conv1d, moved
+from road_torch._layer import RoadLayer, bare, is_conv1d, moved
 from road_torch._routing import Pass
 
 # Rows are widened to float32 in blocks of about this many elements: little memory, and few calls a layer.
@@ -67,7 +67,8 @@ def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True) -> floa
     Raises:
         AdapterError: the weight can't be rotated, or the result isn't finite; the layer is as it was.
     """
-    base, path = layer.base_layer, layer.module_path
+    base: Any = bare(layer.base_layer)
+    path = layer.module_path
     with torch.inference_mode(False), torch.no_grad():
         passes = layer.passes(names)
         if not passes:
@@ -99,7 +100,7 @@ def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True) -> floa
 def unmerge(layer: RoadLayer) -> None:
     """Puts back, bit for bit, what `merge` replaced."""
     if layer.merged_adapters:
-        layer.unmerged.put_back(layer.base_layer)
+        layer.unmerged.put_back(bare(layer.base_layer))
         layer.unmerged = None
         layer.merged_adapters = []
 
@@ -132,7 +133,7 @@ def _check_plain(path: str, base: Any, name: str) -> None:
 def _merge_quantized(layer: RoadLayer, passes: Sequence[Pass], check: bool) -> tuple[Kept, float]:
     from road_torch import _bnb
 
-    base = layer.base_layer
+    base: Any = bare(layer.base_layer)
     merged = _rotate_rows(_bnb.dequantize(base), passes)
     bias = _bias(base, passes)
     if check:

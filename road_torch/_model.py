@@ -32,7 +32,7 @@ from road_core._errors import listed
 from road_core._files import check_free, new_directory
 from road_torch import _kernels, _layer, _merge
 from road_torch._io import to_adapter, to_tensor
-from road_torch._layer import RoadLayer, features, is_conv1d, layers
+from road_torch._layer import RoadLayer, bare, features, is_conv1d, layers
 from road_torch._routing import BASE, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
 from road_torch._rows import check_media, stray
 from road_torch._saved import SavedModule, copy_of, saved_modules
@@ -81,6 +81,8 @@ class _Forward:
     def __get__(self, model: "RoadModel | None", owner: type) -> Callable[..., Any]:
         return self._function if model is None else _Forward(self._function, model)
 
+    # Traced, this would be guarded by every value of adapter_names.
+    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(self._model, *args, **kwargs)
 
@@ -324,7 +326,7 @@ class RoadModel(nn.Module):
                 (by module, sizes, and the base's weights that came along); nothing has changed.
         """
         self._check_new(adapter_name)
-        adapter = read_peft(model_id)
+        adapter = _read(model_id)
         base_weights = self._check_base_weights(model_id, adapter)
         config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
         modules = self._modules_by_path()
@@ -408,7 +410,7 @@ class RoadModel(nn.Module):
         if adapter_name in self.merged_adapters:
             raise AdapterError(f"hotswap_adapter: expected an adapter that is not merged, found {adapter_name!r}")
         self._check_no_copies("hotswap_adapter", [adapter_name])
-        adapter, old = read_peft(model_name_or_path), self._shared.configs[adapter_name]
+        adapter, old = _read(model_name_or_path), self._shared.configs[adapter_name]
         self._check_base_weights(model_name_or_path, adapter)
         if adapter.modules_to_save:
             raise AdapterError(
@@ -714,16 +716,27 @@ class RoadModel(nn.Module):
             else:
                 self._place([name for name in dict.fromkeys(names or ()) if name != BASE])
                 routing = Routing(self._shared, names, with_grad=with_grad)
-            if with_grad and routing.trainable:
+            trains = with_grad and routing.trainable
+            if trains:
                 # Compiled layers don't do it themselves.
                 for layer in layers(self):
                     layer.expire()
             elif self._shared.traced:
-                # Compiled layers don't look whether θ and α were written to.
-                for layer in layers(self):
-                    for name in routing.used:
-                        layer.place(name)
-            return routed(routing)
+                self._place_for_traced(routing)
+            return routed(routing, with_grad, functools.partial(self._before_traced, routing, trains))
+
+    def _before_traced(self, routing: Routing, trains: bool) -> None:
+        with LOCK:
+            # What trains doesn't read the banks, and what is written after it may leave no trace.
+            if not (self._shared.traced or trains):
+                self._place_for_traced(routing)
+            self._shared.traced = True
+
+    def _place_for_traced(self, routing: Routing) -> None:
+        # Compiled layers don't look whether θ and α were written to.
+        for layer in layers(self):
+            for name in routing.used:
+                layer.place(name)
 
     def _check_names(
         self, adapter_names: Sequence[str | Sequence[str]], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -792,18 +805,21 @@ class RoadModel(nn.Module):
         return {path: modules[path] for path in chosen}
 
     def _modules_by_path(self) -> dict[str, nn.Module]:
-        """All modules by their path in the base model as it came: what is inside a wrapped layer isn't there."""
+        """All modules by their path in the base model as it came: what is inside a wrapped layer isn't there.
+
+        What ``torch.compile`` returned stands where the module stands that it was made of.
+        """
         found: dict[str, nn.Module] = {}
         seen: set[int] = set()
 
         def walk(module: nn.Module, path: str) -> None:
-            if id(module) in seen:
+            if id(bare(module)) in seen:
                 return
-            seen.add(id(module))
+            seen.add(id(bare(module)))
             found[path] = module
             if not isinstance(module, RoadLayer):
                 inner = module.original_module if isinstance(module, SavedModule) else module
-                for name, child in inner._modules.items():
+                for name, child in bare(inner)._modules.items():
                     if child is not None:
                         walk(child, f"{path}.{name}" if path else name)
 
@@ -829,7 +845,7 @@ class RoadModel(nn.Module):
                 "out_features"
             ) from None
         above, _, name = path.rpartition(".")
-        parent = self.base_model.get_submodule(above)
+        parent = bare(self.base_model.get_submodule(above))
         read = any(name in _READ_BY_PARENT.get(kind.__name__, ()) for kind in type(parent).__mro__)
         if read or isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
             raise AdapterError(
@@ -934,7 +950,7 @@ class RoadModel(nn.Module):
             original = module.original_module if isinstance(module, SavedModule) else module
             if isinstance(module, RoadLayer) or next(layers(original), None) is not None:
                 raise AdapterError(f"{path}: expected a module to save whole, found one that adapters rotate")
-            copies[path] = copy_of(path, original, None if tensors is None else groups[path], strict=strict)
+            copies[path] = copy_of(path, bare(original), None if tensors is None else groups[path], strict=strict)
         return copies
 
     def _install(
@@ -952,7 +968,7 @@ class RoadModel(nn.Module):
             )
             holder.modules_to_save[name] = own.requires_grad_(False)
             if holder is not module:
-                wrapped[module] = holder
+                wrapped[bare(module)] = holder
         stored = torch.device("cpu") if self._shared.stores(config) else None
         for path, (theta, alpha) in parameters.items():
             module = modules[path]
@@ -963,14 +979,15 @@ class RoadModel(nn.Module):
             )
             layer.add(name, theta, alpha, stored)
             if layer is not module:
-                wrapped[module] = layer
+                wrapped[bare(module)] = layer
         first = not self._shared.configs
         self._shared.configs[name] = config
         # Wherever a shared module stands, its wrapper takes its place.
         for parent in list(self.base_model.modules()):
             for key, child in list(parent._modules.items()):
-                if child in wrapped and not isinstance(parent, RoadLayer | SavedModule):
-                    setattr(parent, key, wrapped[child])
+                inside = isinstance(parent, RoadLayer | SavedModule) or bare(parent) is not parent
+                if child is not None and bare(child) in wrapped and not inside:
+                    setattr(parent, key, wrapped[bare(child)])
         with LOCK:
             for wrapper in wrapped.values():
                 if isinstance(wrapper, RoadLayer):
@@ -1094,6 +1111,24 @@ def _warn_of(errors: Mapping[str, float | None]) -> None:
         )
 
 
+def _read(folder: str | os.PathLike) -> Adapter:
+    """Reads a PEFT folder; in paths of a model that ``torch.compile`` wrapped the wrappers' names are left out."""
+    adapter = read_peft(folder)
+    paths = (*adapter.modules, *adapter.modules_to_save, *adapter.base_weights)
+    if not any("_orig_mod" in path.split(".") for path in paths):
+        return adapter
+
+    def plain(table: Mapping[str, Any]) -> dict[str, Any]:
+        return {".".join(n for n in path.split(".") if n != "_orig_mod"): value for path, value in table.items()}
+
+    return dataclasses.replace(
+        adapter,
+        modules=plain(adapter.modules),
+        modules_to_save=plain(adapter.modules_to_save),
+        base_weights=plain(adapter.base_weights),
+    )
+
+
 def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """The number of rows that a model is called with, None if no tensor tells."""
     named = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "pixel_values", "input_values")
@@ -1110,8 +1145,8 @@ def checkpoints(model: nn.Module) -> bool:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     if isinstance(module, SavedModule):
-        return module.original_module
-    return module.base_layer if isinstance(module, RoadLayer) else module
+        return bare(module.original_module)
+    return bare(module.base_layer if isinstance(module, RoadLayer) else module)
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -1124,5 +1159,7 @@ def _output_head(model: Any, modules: Mapping[str, nn.Module], config: RoadConfi
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     if head is None and get is not None and config.task_type == "SEQ_CLS":
-        head = next((found for name in ("score", "classifier") if (found := getattr(model, name, None))), None)
+        head = next(
+            (found for name in ("score", "classifier") if (found := getattr(model, name, None)) is not None), None
+        )
     return [path for path, module in modules.items() if head is not None and module is head]

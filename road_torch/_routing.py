@@ -208,8 +208,9 @@ class Routing:
         shared: of the model that was called; layers of another one take no notice.
         names: one a row, or a mix; None for a plain call, in which all rows get the active adapters.
         lasting: whether it serves many calls, of several threads perhaps.
-        batch: how many names there are; 0 for a plain call. Compiled models look at this, for of names each other one
-            would be a reason to compile again.
+        batch: how many names there are; 0 for a plain call.
+        mixed: whether there are any. Compiled models look at this, for of names each other one would be a reason to
+            compile again, and of ``batch`` each other number.
         used: the adapters and mixes among them.
         rows: their rows in the banks. An adapter that is swapped meanwhile gets another one.
         sizes: their group sizes.
@@ -228,6 +229,7 @@ class Routing:
         self.with_grad = with_grad
         self.names = None if names is None else tuple(names)
         self.batch = len(names or ())
+        self.mixed = self.batch > 0
         wanted: Sequence[Name] = shared.active if names is None else names
         self.used = tuple(name for name in dict.fromkeys(wanted) if name != BASE)
         self.rows = {name: shared.rows[name] for name in self.used}
@@ -265,16 +267,23 @@ class Routing:
                 ]
         return self._indices[key]
 
-    def repeats(self, y: Tensor, path: str) -> int:
+    def repeats(self, y: Tensor, path: str, batch: int | None = None) -> int:
         """How many rows of ``y`` in a row belong to one name: beams, returned sequences, flattened tokens.
+
+        Args:
+            y: a layer's output.
+            path: the layer's, for errors.
+            batch: how many names there are, where a compiled graph knows it as the size of a tensor.
 
         Raises:
             AdapterError: the number of rows is no multiple of that of the names.
         """
-        repeats, rest = divmod(len(y) if y.ndim > 1 else 0, self.batch)
-        if rest or not repeats:
+        rows, batch = len(y) if y.ndim > 1 else 0, self.batch if batch is None else batch
+        # Not by divmod, which torch.compile can't trace where the number of rows is symbolic.
+        repeats, rest = rows // batch, rows % batch
+        if rest != 0 or repeats < 1:
             raise AdapterError(
-                f"{path}: expected a multiple of the {self.batch} rows that adapter_names has, "
+                f"{path}: expected a multiple of the {batch} rows that adapter_names has, "
                 f"found a tensor of shape {list(y.shape)}"
             )
         return repeats
@@ -315,25 +324,38 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
+        # Whether gradients were recorded as the call began; outside of calls it isn't known that none were.
+        self.with_grad = True
+        # Makes the rows right that the call reads.
+        self.place: Callable[[], None] | None = None
 
 
 LOCAL = _Local()
 
 
+@torch.compiler.assume_constant_result
+def about_to_trace() -> None:
+    """Makes the banks right while ``torch.compile`` traces: the call began when nobody knew that they would be read."""
+    if LOCAL.place is not None:
+        LOCAL.place()
+
+
 class routed:  # noqa: N801 - a context manager, and so lean because it stands around every call
     """While it is open, the calls of this thread on this model follow a routing."""
 
-    def __init__(self, routing: Routing) -> None:
+    def __init__(self, routing: Routing, with_grad: bool, place: Callable[[], None]) -> None:
         self._routing = routing
+        self._with_grad = with_grad
+        self._place = place
         routing.shared.calls.append(routing)
 
     @torch.compiler.disable
     def __enter__(self) -> None:
-        self._before = LOCAL.routing
-        LOCAL.routing = self._routing
+        self._before = LOCAL.routing, LOCAL.with_grad, LOCAL.place
+        LOCAL.routing, LOCAL.with_grad, LOCAL.place = self._routing, self._with_grad, self._place
 
     @torch.compiler.disable
     def __exit__(self, *error: object) -> None:
-        LOCAL.routing = self._before
+        LOCAL.routing, LOCAL.with_grad, LOCAL.place = self._before
         with LOCK:
             self._routing.shared.calls.remove(self._routing)

@@ -362,6 +362,75 @@ def test_a_module_that_stands_in_two_places_is_adapted_in_both():
     assert isinstance(base.two, RoadLayer)
 
 
+class Compiled(nn.Module):
+    """A layer that ``torch.compile`` wrapped before there was an adapter, one in a compiled block, and one beside."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = torch.compile(nn.Linear(16, 16), backend="eager")
+        self.two = torch.compile(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), backend="eager")
+        self.three = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.three(self.two(self.one(x)))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["one", "two.0", "three"]])
+@torch.no_grad()
+def test_modules_that_were_compiled_before_are_adapted(targets):
+    base, x = Compiled(), torch.randn(4, 16)
+    plain = nn.Sequential(base.one._orig_mod, *base.two._orig_mod, base.three)
+    modules, before = dict(base.named_modules()), base(x)
+    twin = RoadModel(copy.deepcopy(plain), config())
+    model = RoadModel(base, config(target_modules=targets))
+    found = {layer.module_path: layer for layer in model.modules() if isinstance(layer, RoadLayer)}
+    assert list(found) == ["one", "two.0", "three"]
+    others = [module for module in twin.modules() if isinstance(module, RoadLayer)]
+    for layer, other in zip(found.values(), others, strict=True):
+        other.replace("default", layer.road_theta["default"], layer.road_alpha["default"])
+    expected = twin(x)
+    assert_close(model(x), expected, "float32", moved_from=before)
+    names = ["default", "__base__"] * 2
+    assert_close(model(x, adapter_names=names), twin(x, adapter_names=names), "float32")
+    model.merge_adapter()
+    assert_close(model(x), expected, "float32", moved_from=before)
+    model.unmerge_adapter()
+    assert_close(model(x), expected, "float32")
+    assert model.unload() is base
+    assert dict(base.named_modules()) == modules
+    assert torch.equal(base(x), before)
+    assert_close(RoadModel(base, config(target_modules=["one"])).merge_and_unload()(x), base(x), "float32")
+
+
+def test_a_compiled_module_that_also_stands_elsewhere_is_adapted_in_both():
+    one = nn.Linear(8, 8)
+    base = nn.Sequential(one, torch.compile(one, backend="eager"))
+    model = RoadModel(base, config(target_modules=["0"]))
+    x = torch.randn(2, 8)
+    assert base[0] is base[1]
+    torch.testing.assert_close(model(x), base[0](base[0](x)))
+
+
+def test_the_files_of_a_compiled_base_are_those_of_a_plain_one(tmp_path):
+    compiled = with_adapters(["default"], torch.compile(small_model(), backend="eager"))
+    plain = with_adapters(["default"])
+    for kind, model in (("plain", plain), ("compiled", compiled)):
+        model.save_pretrained(tmp_path / kind)
+    files = [read_peft(tmp_path / kind) for kind in ("plain", "compiled")]
+    assert list(files[0].modules) == list(files[1].modules)
+    expected = logits(plain)
+    # As PEFT writes it, and this did once.
+    old = {path.replace("model", "_orig_mod.model", 1): value for path, value in files[0].modules.items()}
+    write_peft(tmp_path / "old", dataclasses.replace(files[0], modules=old))
+    for kind in ("plain", "compiled", "old"):
+        for base in (small_model(), torch.compile(small_model(), backend="eager")):
+            model = RoadModel.from_pretrained(base, tmp_path / kind)
+            torch.testing.assert_close(logits(model), expected)
+            model.hotswap_adapter(tmp_path / "old", "default")
+            torch.testing.assert_close(logits(model), expected)
+
+
 def test_two_models_do_not_disturb_each_other():
     one, two = with_adapters("a"), with_adapters("b")
     plain = logits(two)

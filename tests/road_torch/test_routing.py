@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 import road_core
 from road_core import read_peft, write_peft
 from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
+from road_torch._routing import Routing
 
 IN, OUT = 16, 64
 X = torch.from_numpy(named_values("x", 4, 3, IN))
@@ -33,9 +34,9 @@ def road(names, *, max_loaded=None, **changes):
     return model
 
 
-def reference(model, name):
+def reference(model, name, x=X):
     """What road_core says that the whole net gives, float64."""
-    value, net = X.double(), Net(IN, OUT).double()
+    value, net = x.double(), Net(IN, OUT).double()
     for path in ("up", "down"):
         value = getattr(net, path)(value).detach()
         layer = getattr(model.base_model, path)
@@ -47,9 +48,9 @@ def reference(model, name):
     return value
 
 
-def check(given, model, names):
+def check(given, model, names, x=X):
     for row, name in enumerate(names):
-        assert_close(given[row].detach(), reference(model, name)[row], "float32")
+        assert_close(given[row].detach(), reference(model, name, x)[row], "float32")
 
 
 def saved(tmp_path, name, **changes):
@@ -82,6 +83,107 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path):
         model.base_model.up.road_theta["c"].add_(0.5)
     check(compiled(X, adapter_names=list("cccc")), model, "cccc")
     assert counter.frame_count == once
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@torch.no_grad()
+def test_names_and_their_number_are_no_reason_to_compile_again(trainable):
+    torch.compiler.reset()
+    model = road("abcdefgh")
+    model.add_adapter("t", config(inference_mode=not trainable))
+    model.set_adapter("t")
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    # One graph for this number of rows, one for any other, and one for a single row.
+    for rows in (4, 3, 1):
+        check(compiled(X[:rows], adapter_names=list("tab")[:1] * rows), model, "t" * rows)
+    assert counter.frame_count == 3
+    # This refuses frames without a graph too, such as the call of the model itself; the counter doesn't know of them.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for names in ("tab", "ht", "cdef", "gt", "b", "hgfe", "tc", "dtd"):
+            check(compiled(X[: len(names)], adapter_names=list(names)), model, names)
+
+
+@torch.no_grad()
+def test_a_graph_for_rows_that_the_model_multiplies():
+    class Flat(Net):
+        def forward(self, x):
+            return super().forward(x.flatten(0, 1)).view(x.shape)
+
+    torch.compiler.reset()
+    model = RoadModel(Flat(IN, OUT), config(), "a").eval()
+    model.add_adapter("b", config())
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for names in ("abab", "bba", "ab"):
+        check(compiled(X[: len(names)], adapter_names=list(names)), model, names)
+    check(compiled(X[:3, :2].contiguous(), adapter_names=list("bab")), model, "bab", X[:, :2])
+    assert counter.frame_count == 3
+
+
+@torch.inference_mode()
+def test_inductor_and_batches_of_several_sizes():
+    torch.compiler.reset()
+    model = road("ab")
+    compiled = torch.compile(model, backend="inductor")
+    for names in ("abab", "ba", "bab"):
+        check(compiled(X[: len(names)], adapter_names=list(names)), model, names)
+
+
+@torch.no_grad()
+def test_a_layer_that_can_not_be_traced(monkeypatch):
+    # Dynamo gives up at divmod of a symbolic number, and goes on with what the layer calls.
+    monkeypatch.setattr(Routing, "repeats", lambda routing, y, path, batch=None: divmod(len(y), routing.batch)[0])
+    torch.compiler.reset()
+    model = road("ab")
+    compiled = torch.compile(model, backend="aot_eager")
+    for names in ("abab", "bab", "ba"):
+        check(compiled(X[: len(names)], adapter_names=list(names)), model, names)
+
+
+@pytest.mark.parametrize("written", ["by hand", "in training"])
+def test_what_was_written_before_a_model_is_compiled_is_used(written):
+    torch.compiler.reset()
+    model = road("ab", inference_mode=written == "by hand")
+    before = model(X).detach()
+    twin = copy.deepcopy(model)
+    for given in (model, twin):
+        theta = given.base_model.up.road_theta["a"]
+        if written == "in training":
+            given(X).square().mean().backward()
+            theta.data.sub_(100 * theta.grad)
+        else:
+            with torch.no_grad():
+                theta.add_(0.5)
+        # A graph that it has of the one model torch.compile takes for the other.
+        with torch.no_grad():
+            after = torch.compile(given, backend="aot_eager")(X)
+        check(after, given, "aaaa")
+        assert not torch.allclose(after, before, atol=1e-2)
+
+
+def test_gradients_begin_or_end_within_a_compiled_call():
+    class Partly(Net):
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.up(x)
+            with torch.enable_grad():
+                return self.down(x)
+
+    torch.compiler.reset()
+    model = RoadModel(Partly(IN, OUT), config(inference_mode=False), "a").eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        with torch.no_grad():
+            model.base_model.up.road_theta["a"].add_(0.5)
+        optimizer.zero_grad()
+        given = compiled(X)
+        check(given, model, "aaaa")
+        given.square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            check(compiled(X), model, "aaaa")
 
 
 def test_a_compiled_model_finds_its_rows_where_it_was_moved_to(monkeypatch):

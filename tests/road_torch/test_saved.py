@@ -106,6 +106,19 @@ def test_each_row_has_its_adapter_s_head():
         assert torch.equal(logits(model, adapter_names=list("abca")), by_name["__base__"])
 
 
+def test_a_head_that_was_compiled_before(tmp_path):
+    base = classifier()
+    base.score = torch.compile(base.score, backend="eager")
+    model, plain = road(base=base), road()
+    for name in (["a", "b", "__base__", "a"], ["b"] * 4):
+        torch.testing.assert_close(logits(model, adapter_names=name), logits(plain, adapter_names=name))
+    model.save_pretrained(tmp_path / "saved")
+    assert list(read_peft(tmp_path / "saved" / "a").modules_to_save) == ["score.weight"]
+    again = RoadModel.from_pretrained(classifier(), tmp_path / "saved" / "a")
+    torch.testing.assert_close(logits(again), logits(plain))
+    assert isinstance(model.unload().score, torch._dynamo.OptimizedModule)
+
+
 def test_a_head_and_an_embedding_in_generation():
     base = small_model()
     model = RoadModel(base)
