@@ -76,10 +76,10 @@ class RoadLayer(nn.Module):
         self.merged_adapters: list[str] = []
         # What unmerging puts back.
         self.unmerged: Any = None
-        if type(base_layer).__module__.startswith("bitsandbytes."):
+        if type(bare(base_layer)).__module__.startswith("bitsandbytes."):
             from road_torch import _bnb
 
-            _bnb.unpack_before_saving(base_layer)
+            _bnb.unpack_before_saving(bare(base_layer))
         self._shared = shared
         self._bank: Bank | None = None
         self._kernel = _kernels.DEFAULT
