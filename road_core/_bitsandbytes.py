@@ -78,11 +78,12 @@ class Quantized:
         scales = self.scales((index[:, None] * inputs + np.arange(0, inputs, unit)) // self.block)
         codes = self.codes.map().reshape(-1).view(np.uint8).reshape(out, -1)[rows]
         if self.kind == "int8":
-            values, scales = codes.view(np.int8).astype(np.float32), scales * np.float32(1 / 127)
+            values = codes.view(np.int8).astype(np.float32)
         else:
             values = _TABLES[self.kind][np.stack([codes >> 4, codes & 15], axis=-1)]
         wide = (values.reshape(len(index), -1, unit) * scales[..., None]).reshape(len(index), inputs)
-        return wide if self.kind == "int8" else from_float32(wide, DTYPES[self.dtype])
+        # int8: in bitsandbytes' order, for the sake of the last bit.
+        return wide * np.float32(1 / 127) if self.kind == "int8" else from_float32(wide, DTYPES[self.dtype])
 
 
 def fold(entries: Mapping[str, Entry], dtype: str) -> dict[str, Entry | Quantized]:

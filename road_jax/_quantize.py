@@ -60,7 +60,7 @@ class QuantizedKernel:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def dequantize(self) -> jax.Array:
-        """Returns the kernel ``[*stack, in, out]`` in its dtype: bit for bit what bitsandbytes computes with."""
+        """Returns the kernel ``[*stack, in, out]`` in its dtype: bit for bit as bitsandbytes dequantises it."""
         return jnp.swapaxes(_weight(self), -1, -2)
 
 
@@ -291,7 +291,8 @@ def shares(mesh: Any, entry: Any) -> int:
 def _weight(kernel: QuantizedKernel) -> jax.Array:
     """Returns ``[*stack, out, in]`` in the kernel's dtype; the product with the scale is in float32."""
     if kernel.kind == "int8":
-        weight = kernel.codes.astype(jnp.float32) * (kernel.scales * np.float32(1 / 127))
+        # In bitsandbytes' order, for the sake of the last bit.
+        weight = kernel.codes.astype(jnp.float32) * kernel.scales * np.float32(1 / 127)
         return weight.astype(kernel.dtype)
     *stack, rows, row = kernel.codes.shape
     values = jnp.asarray(NF4)[jnp.stack([kernel.codes >> 4, kernel.codes & 15], axis=-1)].reshape(*stack, rows, 2 * row)

@@ -21,7 +21,7 @@ def dequantize(base: Any) -> Tensor:
     """Returns a quantised layer's weight, float32 ``[out, in]``."""
     if isinstance(base, bnb.nn.Linear8bitLt):
         codes, scales = _int8_state(base)
-        return codes.float() * (scales.float() / 127.0)[:, None]
+        return bnb.functional.int8_vectorwise_dequant(codes, scales)
     weight, state = _unpacked(base)
     state.dtype = torch.float32
     return bnb.functional.dequantize_4bit(weight, state)

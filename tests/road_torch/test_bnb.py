@@ -146,6 +146,9 @@ def test_dequantize_is_what_the_layer_computes_with(kind, dtype, forward_first):
     given = _bnb.dequantize(layer)
     assert given.dtype == torch.float32
     assert given.shape == (OUT, IN)
+    if kind.startswith("int8"):
+        state = layer.state if layer.state.CB is not None else layer.weight
+        assert torch.equal(given, bnb.functional.int8_vectorwise_dequant(state.CB, state.SCB))
     plain = (given - weight.float()).norm() / weight.float().norm()
     assert plain < (0.02 if kind.startswith("int8") else 0.15)
     y = layer(X.to(DTYPES[dtype])).float()
