@@ -22,6 +22,7 @@ _LONGEST = 1 << 20
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 # What `regex` reads and `re`, by which PEFT goes, takes for plain characters: fuzzy matches, POSIX classes.
 _FOREIGN = re.compile(r"\{(?!\d*,?\d*\})|\[:\^?\w+:\]")
+_PATH = re.compile(r"[\w.-]+")
 
 _ATTENTION = ["q_proj", "v_proj"]
 
@@ -120,14 +121,22 @@ def select_modules(
 
 def _nothing(config: RoadConfig, names: Sequence[str]) -> list[str]:
     wanted = config.target_modules if isinstance(config.target_modules, list) else [str(config.target_modules)]
-    ends = sorted({name.rsplit(".", 1)[-1] for name in names if name})
+    near: list[str] = []
     # Few and short ones: comparing takes long.
-    tried = [want.rsplit(".", 1)[-1] for want in wanted[:20] if len(want) < 200]
-    near = [end for want in tried for end in difflib.get_close_matches(want, ends[:500], n=3, cutoff=0.4)]
-    found = ", ".join(dict.fromkeys(near)) or ", ".join(ends[:12]) or "no modules at all"
+    for want in (want for want in wanted[:20] if len(want) < 200):
+        # A path is compared whole. The dots of an expression are no path's.
+        parts = want.count(".") + 1 if _PATH.fullmatch(want) else 1
+        end = want.split(".", want.count(".") + 1 - parts)[-1]
+        near += difflib.get_close_matches(end, _ends(names, parts)[:500], n=3, cutoff=0.4)
+    found = ", ".join(dict.fromkeys(near)) or ", ".join(_ends(names, 1)[:12]) or "no modules at all"
     raise AdapterError(
         f"RoadConfig.target_modules: expected a match for {config.target_modules!r:.200}, nearest: {found}"
     )
+
+
+def _ends(names: Sequence[str], parts: int) -> list[str]:
+    """The last so many parts of each name, each once."""
+    return sorted({".".join(name.split(".")[-parts:]) for name in names if name})
 
 
 class _Matcher:
