@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,9 @@ def load(
 
     Raises:
         AdapterError: the folder lacks something, a file is broken, the model type is unknown, or tensors are missing,
-            left over or of another shape than the config says; all of those are listed. Or the mesh cuts where the
-            model can't be cut, or there is nothing to quantise, or what can't be (`road_jax.quantize`).
+            left over or of another shape than the config says; all of those are listed. Or the mesh lacks an axis or
+            cuts where the model can't be cut, the dtype is no floating one, or there is nothing to quantise, or what
+            can't be (`road_jax.quantize`).
 
     Example:
         >>> from road_jax import models
@@ -75,6 +76,9 @@ def load(
     """
     if quantize is not None:
         check_kind(quantize)
+    if remat not in get_args(Remat):
+        raise AdapterError(f"remat: expected one of {', '.join(get_args(Remat))}, found {remat!r}")
+    dtype = None if dtype is None else _floating(dtype)
     config = read_config(directory)
     headers, _ = read_shards(directory)
     entries = {name: entry for tensors, _ in headers.values() for name, entry in tensors.items()}
@@ -124,6 +128,18 @@ def read_config(directory: str | os.PathLike) -> DecoderConfig:
     """
     path = inside(directory, "config.json")
     return DecoderConfig.from_hugging_face(read_json(path), str(path))
+
+
+def _floating(dtype: Any) -> np.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise AdapterError(
+            f"dtype: expected a floating one such as float32, bfloat16 or float16, found {found or repr(dtype)}"
+        )
+    return found
 
 
 def _dtype(entries: Mapping[str, Entry], directory: str | os.PathLike) -> str:

@@ -41,25 +41,39 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
         sizes: of the axes; those not named are 1. Without it all devices are on the data axis.
 
     Raises:
-        AdapterError: an axis isn't known, or the sizes don't multiply to the number of devices.
+        AdapterError: an axis isn't known, a size is no whole number, or the sizes don't multiply to the number of
+            devices.
     """
     count = jax.device_count()
     sizes = {"data": count} if sizes is None else sizes
     said = ",".join(f"{name}={size}" for name, size in sizes.items())
     if unknown := [name for name in sizes if name not in AXES]:
         raise AdapterError(f"mesh: expected the axes {', '.join(AXES)}, found {unknown[0]!r}")
+    if wrong := [name for name, size in sizes.items() if not isinstance(size, int | np.integer)]:
+        raise AdapterError(f"mesh: expected whole numbers as sizes, found {wrong[0]}={sizes[wrong[0]]!r}")
     if math.prod(sizes.values()) != count or min(sizes.values()) < 1:
         raise AdapterError(f"mesh: expected sizes that multiply to the {count} devices, found {said}")
     return Mesh(np.asarray(jax.devices()).reshape([sizes.get(name, 1) for name in AXES]), AXES)
 
 
-def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
-    """Refuses a mesh that cuts a model where it can't be cut.
+def check_axes(mesh: Mesh) -> None:
+    """Refuses a mesh that lacks one of the axes.
 
     Raises:
-        AdapterError: the tensor axis doesn't divide the heads, the MLP's width or the vocabulary, or the fsdp axis the
-            hidden size.
+        AdapterError: it does.
     """
+    if any(name not in mesh.axis_names for name in AXES):
+        raise AdapterError(f"mesh: expected the axes {', '.join(AXES)} (make_mesh), found {', '.join(mesh.axis_names)}")
+
+
+def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
+    """Refuses a mesh that lacks an axis or cuts a model where it can't be cut.
+
+    Raises:
+        AdapterError: there is no axis data, fsdp or tensor, the tensor axis doesn't divide the heads, the MLP's width
+            or the vocabulary, or the fsdp axis the hidden size.
+    """
+    check_axes(mesh)
     for name, axis in (
         ("num_attention_heads", "tensor"),
         ("num_key_value_heads", "tensor"),
@@ -81,7 +95,18 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 
 def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Keeps ``[batch, …]`` where the batch's rows are dealt to: left to XLA, it might follow a weight's shares."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, rows_sharding(mesh))
+    if mesh is None:
+        return x
+    # Unequal shares are known to compiled programs alone: outside of one this makes its own.
+    uneven = len(x) % (mesh.shape["data"] * mesh.shape["fsdp"])
+    return (_compiled_by_rows if uneven else _by_rows)(x, mesh)
+
+
+def _by_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, rows_sharding(mesh))
+
+
+_compiled_by_rows = jax.jit(_by_rows, static_argnums=1)
 
 
 def gathered(params: Tree, mesh: Mesh, *, under: tuple[str, ...] = ()) -> Tree:
@@ -116,8 +141,9 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) 
         kernel lie as the kernel would.
 
     Raises:
-        AdapterError: the axes don't divide a quantised kernel's codes.
+        AdapterError: the mesh lacks one of the axes, or they don't divide a quantised kernel's codes.
     """
+    check_axes(mesh)
     everywhere = NamedSharding(mesh, P())
     leaves = flatten(variables["params"])
     found = {path: _where(path, leaf, mesh, stored=stored) or everywhere for path, leaf in leaves.items()}

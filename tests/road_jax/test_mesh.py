@@ -295,3 +295,28 @@ def test_codes_that_do_not_divide_are_refused():
     said = r"q_proj\.kernel: expected nf4 codes that a mesh of 8 x 1 shares divides, found 100 x 32"
     with pytest.raises(AdapterError, match=said):
         models.shardings(kernel, models.make_mesh({"tensor": 8}))
+
+
+def test_a_mesh_without_the_axes_is_refused(checkpoints):
+    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "model"))
+    said = r"mesh: expected the axes data, fsdp, tensor \(make_mesh\), found data, model"
+    with pytest.raises(AdapterError, match=said):
+        models.load(checkpoints / "own", mesh=mesh)
+    _, variables = models.load(checkpoints / "own")
+    with pytest.raises(AdapterError, match=said):
+        models.shardings(variables, mesh)
+    for size in (8.0, "8"):
+        with pytest.raises(AdapterError, match=f"mesh: expected whole numbers as sizes, found data={size!r}"):
+            models.make_mesh({"data": size})
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_rows_that_shares_do_not_divide(scan, checkpoints):
+    module, variables = models.load(checkpoints / "own", scan=scan)
+    ids = batch(0).input_ids[:3]
+    expected = module.apply(variables, ids)
+    mesh = models.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    shared = jax.device_put(variables, models.shardings(variables, mesh))
+    module = module.clone(mesh=mesh)
+    for apply in (module.apply, jax.jit(module.apply)):
+        assert_close(apply(shared, ids), expected, "float32")

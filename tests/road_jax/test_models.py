@@ -358,6 +358,19 @@ def test_a_broken_checkpoint_is_refused(name, tmp_path):
         models.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"remat": "block"}, "remat: expected one of none, linears, full, found 'block'"),
+        ({"dtype": "bf16"}, "dtype: expected a floating one such as float32, bfloat16 or float16, found 'bf16'"),
+        ({"dtype": jnp.int32}, "dtype: expected a floating one .* found int32"),
+    ],
+)
+def test_options_that_are_none_are_refused(options, said, tmp_path):
+    with pytest.raises(AdapterError, match=said):
+        models.load(tmp_path, **options)
+
+
 def test_a_broken_index_is_refused(tmp_path):
     small_model().save_pretrained(tmp_path, max_shard_size="100KB")
     path = tmp_path / "model.safetensors.index.json"
