@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from road_core import AdapterError
 from road_jax._intervene import Intervened
+from road_jax._stack import as_ids, check_ids
 from road_jax._transform import Road
 from road_jax._tree import Tree
 from road_jax.models._decoder import Cache
@@ -22,7 +23,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     adapter: Tree | None = None,
-    adapter_ids: Sequence[int] | None = None,
+    adapter_ids: Sequence[int] | jax.Array | None = None,
     max_new_tokens: int = 128,
     eos_token_id: int | Sequence[int] = (),
     temperature: float = 0.0,
@@ -61,14 +62,15 @@ def generate(
     module = model.model if isinstance(model, Road | Intervened) else model
     vocabulary = module.config.vocab_size
     _check(prompts, vocabulary, max_new_tokens, temperature, top_k, top_p, rng)
+    if adapter_ids is not None:
+        adapter_ids = as_ids(adapter_ids)
     if adapter_ids is not None and (adapter is None or len(adapter_ids) != len(prompts)):
         raise AdapterError(
             f"adapter_ids: expected one for each of {len(prompts)} prompts, and adapters, found {len(adapter_ids)}"
         )
     if adapter_ids is not None:
-        most = jax.tree.leaves(adapter)[0].shape[-1] - 1
-        if bad := [i for i in adapter_ids if not 0 <= i <= most]:
-            raise AdapterError(f"adapter_ids: expected numbers from 0 to {most}, found {bad[0]}")
+        leaves = jax.tree.leaves(adapter)
+        check_ids(adapter_ids, leaves[0].shape[-1] - 1 if leaves else 0)
     if not prompts:
         return []
     ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)

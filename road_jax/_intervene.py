@@ -24,9 +24,9 @@ from road_core import (
 )
 from road_jax._io import from_tensors
 from road_jax._rotate import blocks, polar, rotate_blocks, rotate_rows, within
-from road_jax._stack import check_ids
+from road_jax._stack import as_ids, check_ids, of_rows
 from road_jax._transform import Road, new_names, trace, traced_anew, without
-from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, to_dict, unbox, unflatten
+from road_jax._tree import ROAD_LEAVES, Path, Tree, check_floating, dotted, flatten, to_dict, unbox, unflatten
 from road_jax.models._decoder import Block
 
 Blocks = type[nn.Module] | Callable[[nn.Module], bool]
@@ -124,6 +124,7 @@ class Intervened:
             AdapterError: the intervention isn't the config's or the model's, the mask has another shape, or a block
                 gives something else than hidden states.
         """
+        adapter_ids = None if adapter_ids is None else as_ids(adapter_ids)
         mask = prompt_of(self.model, prompt_mask, args, kwargs)
         if self.config.spans is not None and mask is None:
             return _plain(self.model).apply(variables, {}, *args, **kwargs)
@@ -167,7 +168,7 @@ class Intervened:
         if adapter_ids is not None:
             check_ids(adapter_ids, theta.shape[-1] - 1)
             # [layers, size, interventions] -> [layers, batch, size]
-            theta, alpha = (jnp.moveaxis(jnp.take(leaf, adapter_ids, axis=-1), -1, 1) for leaf in (theta, alpha))
+            theta, alpha = (jnp.moveaxis(of_rows(leaf, adapter_ids), -1, 1) for leaf in (theta, alpha))
         how: Any = {"variant": config.variant, "group_size": config.group_size}
         theta, alpha = within(theta, alpha, **how, subspace=config.subspace)
         # Each [layers of the config, groups, 1 or 2, half], or [layers, batch, …].
@@ -428,6 +429,8 @@ def parameters(intervention: Tree, config: InterventionConfig, hidden: int) -> t
             f"intervention: expected road_theta and road_alpha [{size}] of layers.<index> for "
             f"{list(config.layers)!s:.80}, found a difference in {', '.join(wrong[:5])}"
         )
+    for path, leaf in leaves.items():
+        check_floating(path, leaf)
     theta, alpha = (jnp.stack([leaves["layers", str(i), name] for i in config.layers]) for name in ROAD_LEAVES)
     return theta, alpha
 

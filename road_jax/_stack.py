@@ -1,6 +1,7 @@
 """Several adapters as one, for batches whose rows each choose theirs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,29 @@ def stack_adapters(adapters: Sequence[Tree]) -> Tree:
         rows = [identity, *(jnp.asarray(tree.get(path, identity), jnp.float32) for tree in trees)]
         stacked[path] = jnp.stack(rows, axis=-1)
     return unflatten(stacked)
+
+
+def as_ids(adapter_ids: Any) -> jax.Array:
+    """Returns ids as an array; values that are known stay so, within ``jit`` too.
+
+    Raises:
+        AdapterError: they aren't whole numbers, one a row.
+    """
+    if not isinstance(adapter_ids, jax.Array | np.ndarray):
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(adapter_ids))
+        adapter_ids = (jnp if traced else np).asarray(adapter_ids)
+    if adapter_ids.ndim != 1 or not jnp.issubdtype(adapter_ids.dtype, jnp.integer):
+        raise AdapterError(
+            f"adapter_ids: expected whole numbers [batch], found {adapter_ids.dtype} {list(adapter_ids.shape)}"
+        )
+    return adapter_ids
+
+
+def of_rows(table: jax.Array, adapter_ids: jax.Array) -> jax.Array:
+    """Returns each row's part of ``[..., adapters]``, as its last axis; ids beyond the adapters are 0, the identity."""
+    most = min(table.shape[-1] - 1, jnp.iinfo(adapter_ids.dtype).max)
+    known = jnp.where((adapter_ids < 0) | (adapter_ids > most), 0, adapter_ids)
+    return jnp.take(table, known, axis=-1, mode="clip")
 
 
 def check_ids(adapter_ids: jax.Array, count: int) -> None:

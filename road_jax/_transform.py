@@ -19,7 +19,7 @@ from road_core._errors import listed
 from road_jax import _merge, _quantize, _sharding
 from road_jax._layout import Layout, Layouts, Place, along, einsum_layout, mark_axes, marked_axes, trailing
 from road_jax._rotate import polar, rotate_polar
-from road_jax._stack import check_ids
+from road_jax._stack import as_ids, check_ids, of_rows
 from road_jax._tree import (
     ROAD_LEAVES,
     Path,
@@ -211,10 +211,11 @@ class Road:
             What ``model.apply`` returns; every rotated output keeps its dtype.
 
         Raises:
-            AdapterError: a part of the adapter has no layer, was used by no layer, or has another layer's shape;
-                or there are ``adapter_ids`` and no stacked adapters, one beyond them (not found under ``jit``), or a
-                layer whose output doesn't have the batch's rows first.
+            AdapterError: a part of the adapter has no layer, was used by no layer, or has another layer's or stack's
+                shape; or there are ``adapter_ids`` and no stacked adapters, one beyond them (under ``jit`` its row is
+                the base's instead), or a layer whose output doesn't have the batch's rows first.
         """
+        adapter_ids = None if adapter_ids is None else as_ids(adapter_ids)
         adapter = as_params(adapter, variables["params"])
         laid = {path: new_names(*ROAD_LEAVES) for path in adapted_paths(adapter)}
         used: set[Path] = set()
@@ -239,14 +240,14 @@ class Road:
             self._seen.setdefault(module.path, Place(layout, sizes))
             cosines, sines = (module.scope.get_variable("params", name) for name in leaves)
             if cosines.ndim != (1 if adapter_ids is None else 2):
-                raise AdapterError(
+                raise _AxesError(
                     f"{dotted(module.path)}.road_theta: expected [size, adapters] (stack_adapters) with adapter_ids, "
                     f"[size] without, found {list(cosines.shape)}"
                 )
             if adapter_ids is not None:
                 check_ids(adapter_ids, cosines.shape[-1] - 1)
                 # [size, adapters] -> [batch, size]
-                cosines, sines = (jnp.take(table, adapter_ids, axis=-1).T for table in (cosines, sines))
+                cosines, sines = (of_rows(table, adapter_ids).T for table in (cosines, sines))
 
             def rotate(flat: jax.Array) -> jax.Array:
                 path = dotted(module.path)
@@ -269,6 +270,8 @@ class Road:
             return along(result, layout.result, rotate)
 
         params = flatten(overlay(variables["params"], adapter))
+        if adapter_ids is not None and not laid:
+            check_ids(adapter_ids, 0)
         for path, leaves in laid.items():
             # Formed once for all layers of a stack.
             turned = polar(*(params.pop((*path, name)) for name in ROAD_LEAVES))
@@ -276,8 +279,14 @@ class Road:
         merged = {**to_dict(variables), "params": unflatten(params)}
         # The context stands inside whatever jits this call: a function that was first traced within it from outside
         # would stay adapted.
-        with nn.intercept_methods(turn):
-            result = self.model.apply(merged, *args, **kwargs)
+        try:
+            with nn.intercept_methods(turn):
+                result = self.model.apply(merged, *args, **kwargs)
+        except Exception as error:
+            # Flax's error of a stack names no module.
+            if laid and (isinstance(error, _AxesError) or not isinstance(error, AdapterError)):
+                self._explain_stacks(variables, adapter, args, kwargs, error)
+            raise
         if unused := sorted(map(dotted, laid.keys() - used)):
             raise AdapterError(f"adapter: expected every module to be used by a layer, found unused {listed(unused)}")
         return without(result, set(itertools.chain(*laid.values())), kwargs.get("mutable", False))
@@ -412,6 +421,35 @@ class Road:
             )
         return {path: self._seen[path] for path in paths if path in self._seen}
 
+    def _explain_stacks(
+        self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any, error: Exception
+    ) -> None:
+        """Says of a call that failed which θ doesn't have the stack axes of its kernel, of one adapter or several.
+
+        Raises:
+            AdapterError: that.
+        """
+        # The model may fail at these inputs by itself.
+        with contextlib.suppress(Exception):
+            self._places(variables, adapter, args, kwargs)
+        leaves = flatten(overlay(variables["params"], adapter))
+        for path in adapted_paths(adapter):
+            place = self._seen.get(path)
+            if place is None or place.marks is None:
+                continue
+            name = place.layout.kernel
+            kernel, theta = (unbox(leaves.get((*path, leaf))) for leaf in (name, "road_theta"))
+            shape = getattr(kernel.codes if isinstance(kernel, _quantize.QuantizedKernel) else kernel, "shape", ())
+            if len(shape) != len(place.marks[name]):
+                continue
+            stack = list(zip(place.stack(name), place.stack("road_theta"), strict=False))
+            if theta.ndim - len(stack) in (1, 2) and all(shape[axis] == theta.shape[at] for axis, at in stack):
+                continue
+            raise AdapterError(
+                f"{dotted(path)}.road_theta: expected the stack axes of the layer's {name} "
+                f"{list(shape)}, found {list(theta.shape)}"
+            ) from error
+
     def _saved(self, base: Mapping[Path, Any]) -> dict[Path, Any]:
         wanted = self.config.modules_to_save or ()
         saved = {path: leaf for path, leaf in base.items() if under(path, wanted)}
@@ -423,6 +461,10 @@ class Road:
                 raise AdapterError(f"{dotted(path)}: expected plain params to train whole, found {leaf.kind} codes")
         # A training step may give the adapter's buffers away, which must not be the base's.
         return {path: jnp.copy(leaf) for path, leaf in saved.items()}
+
+
+class _AxesError(AdapterError):
+    """θ has too many axes where its layer is called, or too few."""
 
 
 def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = None) -> Road:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import FrozenDict
@@ -48,7 +49,8 @@ def adapted_paths(adapter: Mapping[str, Any]) -> list[Path]:
     """Returns the paths of the modules that carry θ and α.
 
     Raises:
-        AdapterError: one of the two is missing.
+        AdapterError: one of the two is missing, is no array of floating-point numbers or has another shape than the
+            other.
     """
     leaves = flatten(adapter)
     paths = sorted({path[:-1] for path in leaves if path[-1] in ROAD_LEAVES})
@@ -56,7 +58,26 @@ def adapted_paths(adapter: Mapping[str, Any]) -> list[Path]:
         for name in ROAD_LEAVES:
             if (*path, name) not in leaves:
                 raise AdapterError(f"{dotted(path)}: expected road_theta and road_alpha, found no {name}")
+            check_floating((*path, name), leaves[*path, name])
+        theta, alpha = (list(unbox(leaves[*path, name]).shape) for name in ROAD_LEAVES)
+        if theta != alpha:
+            raise AdapterError(
+                f"{dotted(path)}: expected road_theta and road_alpha of one shape, found {theta} and {alpha}"
+            )
     return paths
+
+
+def check_floating(path: Path, leaf: Any) -> None:
+    """Refuses a θ or α that can't be computed with; shapes of them are enough.
+
+    Raises:
+        AdapterError: it is no array, or one of other numbers.
+    """
+    dtype = getattr(unbox(leaf), "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise AdapterError(
+            f"{dotted(path)}: expected an array of floating-point numbers, found {dtype or type(leaf).__name__}"
+        )
 
 
 def overlay(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from road_core import (
 from road_jax import _merge
 from road_jax._layout import Layout, Layouts, along, einsum_layout, trailing
 from road_jax._rotate import polar, rotate_polar
+from road_jax._stack import as_ids, check_ids, of_rows
 from road_jax._transform import OUTPUT_HEADS
-from road_jax._tree import ROAD_LEAVES, Tree, dotted, flatten, unflatten
+from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, unflatten
 
 
 class RoadParam(nnx.Variable):
@@ -161,7 +162,7 @@ def rotate(
                 f"{len(ids)} rows first, found theta {list(theta.shape)} and outputs {list(y.shape)}"
             )
         # [size, adapters] -> [batch, size]
-        cosines, sines = (jnp.take(table, ids, axis=-1).T for table in (cosines, sines))
+        cosines, sines = (of_rows(table, ids).T for table in (cosines, sines))
     elif cosines.ndim != 1:
         raise AdapterError(
             f"road_theta: expected one axis where the layer is called without adapter_ids, "
@@ -279,15 +280,20 @@ def apply(model: nnx.Module, *args: Any, adapter_ids: jax.Array | None = None, *
         What the model returns.
 
     Raises:
-        AdapterError: a layer's outputs don't have the batch's rows first, the model holds one adapter, or another
-            thread calls the same model.
+        AdapterError: a layer's outputs don't have the batch's rows first, the model holds one adapter, an id is beyond
+            them (under ``jit`` its row is the base's instead), or another thread calls the same model.
     """
     if adapter_ids is None:
         return model(*args, **kwargs)
-    ids = jnp.asarray(adapter_ids)
+    given = as_ids(adapter_ids)
     rotated = [node for _, node in nnx.iter_graph(model) if isinstance(node, Rotated)]
     if not rotated:
         raise AdapterError("adapter_ids: expected a model that wrap or intervene gave, found one without adapters")
+    for node in rotated:
+        # One adapter alone is refused in the call.
+        if len(several := node.road_theta.shape[len(node.lead) :]) == 2:
+            check_ids(given, several[-1] - 1)
+    ids = jnp.asarray(given)
     inputs = [(node, {"road_ids": CallInput(jnp.broadcast_to(ids, (*node.lead, *ids.shape)))}) for node in rotated]
     with during_call(inputs):
         return model(*args, **kwargs)
@@ -312,7 +318,8 @@ def set_adapter(model: nnx.Module, adapter: Tree) -> None:
             `road_jax.stack_adapters`, for `apply`.
 
     Raises:
-        AdapterError: the two don't have the same modules or shapes, or the model is merged.
+        AdapterError: the two don't have the same modules or shapes, θ or α is of no floating dtype, or the model is
+            merged.
     """
     layers = _layers(model)
     _expect_unmerged(layers)
@@ -328,6 +335,7 @@ def set_adapter(model: nnx.Module, adapter: Tree) -> None:
         expected = _one_shape(layers[path[:-1]]) if path[-1] in ROAD_LEAVES else held[path].shape
         if leaf.shape != expected and (path[-1] not in ROAD_LEAVES or leaf.shape[:-1] != expected):
             raise AdapterError(f"{dotted(path)}: expected shape {list(expected)}, found {list(leaf.shape)}")
+    adapted_paths(adapter)
     for path, leaf in given.items():
         held[path].set_value(jnp.asarray(leaf))
 

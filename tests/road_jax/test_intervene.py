@@ -300,6 +300,15 @@ def test_what_does_not_fit_is_refused(x, base, tmp_path):
             AdapterError, match=r"expected road_theta and road_alpha \[16\] of layers\.<index> for \[1\]"
         ):
             intervened.apply(variables, wrong, x)
+    whole = {"layers": {"1": {**tree["layers"]["1"], "road_theta": jnp.zeros(16, int)}}}
+    with pytest.raises(AdapterError, match=r"layers\.1\.road_theta: expected an array of floating-point .* int32"):
+        intervened.apply(variables, whole, x)
+    several = road_jax.stack_adapters([tree])
+    with pytest.raises(AdapterError, match="adapter_ids: expected numbers from 0 to 1, found 2"):
+        intervened.apply(variables, several, x, adapter_ids=[0, 1, 2])
+    turned = jax.tree.map(lambda leaf: leaf + 0.3, several)
+    apply = jax.jit(lambda ids: intervened.apply(variables, turned, x, adapter_ids=ids))
+    np.testing.assert_array_equal(apply(jnp.asarray([-1, 1, 2])), apply(jnp.asarray([0, 1, 0])))
     with pytest.raises(AdapterError, match=r"found a difference in layers\.2\.road_alpha"):
         road_jax.save_intervention(
             tmp_path / "it", {"layers": {**tree["layers"], "2": tree["layers"]["1"]}}, made().config

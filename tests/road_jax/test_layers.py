@@ -116,6 +116,15 @@ def test_a_vmapped_layer_has_an_adapter_a_copy(x):
     assert_close(found, expected, "float32")
 
 
+def test_copies_of_another_number_are_refused(x):
+    road, variables, adapter = adapt(Branches(), x)
+    wrong = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), adapter)
+    said = r"branches\.road_theta: expected the stack axes of the layer's kernel \[2, 32, 16\], found \[4, 8\]"
+    for known in (road, road_jax.transform(road.model, road.config)):
+        with pytest.raises(AdapterError, match=said):
+            known.apply(variables, wrong, x)
+
+
 class Inner(nn.Module):
     @nn.compact
     def __call__(self, x, _):

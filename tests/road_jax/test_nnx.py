@@ -319,6 +319,14 @@ def test_rows_with_their_own_adapters(x):
     assert len(traces) == 1
     with pytest.raises(AdapterError, match=r"found theta .* and outputs"):
         road_jax.nnx.apply(adapted, x, adapter_ids=jnp.asarray([1, 0]))
+    for wrong in (3, -1):
+        with pytest.raises(AdapterError, match=f"adapter_ids: expected numbers from 0 to 2, found {wrong}"):
+            road_jax.nnx.apply(adapted, x, adapter_ids=[1, 0, wrong, 2])
+        np.testing.assert_array_equal(
+            run(adapted, x, jnp.asarray([1, 0, wrong, 2])), run(adapted, x, jnp.asarray([1, 0, 0, 2]))
+        )
+    with pytest.raises(AdapterError, match=r"adapter_ids: expected whole numbers \[batch\], found float32 \[4\]"):
+        road_jax.nnx.apply(adapted, x, adapter_ids=jnp.ones(4))
     with pytest.raises(AdapterError, match="called without adapter_ids"):
         adapted(x)
     with pytest.raises(AdapterError, match=r"blocks\.heads: expected one adapter to merge"):
@@ -504,3 +512,15 @@ def test_what_does_not_fit_is_refused():
         wrap(model, RoadConfig(target_modules=["first"], init_weights=False))
     noisy = road_jax.nnx.wrap(model, RoadConfig(target_modules=["first"], init_weights=False), rngs=nnx.Rngs(3))
     assert 0.2 < float(jnp.std(noisy.first.road_alpha[...])) < 0.8
+
+
+def test_theta_and_alpha_that_do_not_go_together_are_refused():
+    adapted = road_jax.nnx.wrap(Net(nnx.Rngs(0)), RoadConfig(target_modules=["layers.0"]))
+    leaves = road_jax.nnx.get_adapter(adapted)["layers"]["0"]
+    for theta, said in (
+        (jnp.zeros((32, 3)), r"layers\.0: expected .* of one shape, found \[32, 3\] and \[32\]"),
+        (jnp.zeros(32, int), r"layers\.0\.road_theta: expected an array of floating-point numbers, found int32"),
+    ):
+        with pytest.raises(AdapterError, match=said):
+            road_jax.nnx.set_adapter(adapted, {"layers": {"0": {**leaves, "road_theta": theta}}})
+    np.testing.assert_array_equal(adapted.layers[0].road_theta[...], leaves["road_theta"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from _compare import assert_close, named_values
 from _models import small_checkpoint
+from flax import linen as nn
 
 import road_jax
 from road_core import AdapterError, RoadConfig
@@ -113,3 +114,45 @@ def test_what_does_not_fit_is_refused(mixed):
     for wrong in (4, -1):
         with pytest.raises(AdapterError, match=rf"adapter_ids: expected numbers from 0 to 3, found {wrong}"):
             road.apply(variables, stacked, TOKENS, adapter_ids=np.full(5, wrong, np.int32))
+
+
+@pytest.mark.parametrize("wrong", [7, -1, np.iinfo(np.int32).max, np.iinfo(np.int32).min])
+def test_an_id_beyond_the_adapters_is_the_base_under_jit(wrong):
+    x = jnp.asarray(named_values("x", 3, 5, 32))
+    model = nn.Sequential([nn.Dense(64)])
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules=["layers_0"]))
+    adapter = road.init(jax.random.key(0), variables, x)
+    several = road_jax.stack_adapters([filled(adapter, "a"), filled(adapter, "b")])
+    apply = jax.jit(lambda adapter, ids: road.apply(variables, adapter, x, adapter_ids=ids))
+    base, found = model.apply(variables, x), apply(several, jnp.asarray([1, wrong, 2]))
+    np.testing.assert_array_equal(found, apply(several, jnp.asarray([1, 0, 2])))
+    assert_close(found[1], base[1], "float32")
+    assert_close(found[2], apply(several, jnp.asarray([0, 0, 2]))[2], "float32", moved_from=base[2])
+    gradient = jax.jit(jax.grad(lambda adapter, ids: jnp.sum(jnp.square(apply(adapter, ids)))))
+    for leaf in jax.tree.leaves(gradient(several, jnp.asarray([wrong] * 3))):
+        np.testing.assert_array_equal(leaf[:, 1:], 0)
+
+
+def test_ids_may_be_a_list_and_are_checked(mixed):
+    road, variables, adapters = mixed
+    stacked = road_jax.stack_adapters(adapters)
+    apply = jax.jit(road.apply)
+    expected = apply(variables, stacked, TOKENS, adapter_ids=IDS)
+    said = jax.jit(lambda adapter: road.apply(variables, adapter, TOKENS, adapter_ids=IDS.tolist()))(stacked)
+    np.testing.assert_array_equal(said, expected)
+    np.testing.assert_array_equal(apply(variables, stacked, TOKENS, adapter_ids=IDS.tolist()), expected)
+    np.testing.assert_array_equal(apply(variables, stacked, TOKENS, adapter_ids=IDS.astype(np.int8)), expected)
+    said = r"adapter_ids: expected whole numbers \[batch\], found float32 \[5\]"
+    with pytest.raises(AdapterError, match=said):
+        road.apply(variables, stacked, TOKENS, adapter_ids=IDS.astype(np.float32))
+    with pytest.raises(AdapterError, match=r"adapter_ids: expected whole numbers \[batch\], found int32 \[1, 5\]"):
+        road.apply(variables, stacked, TOKENS, adapter_ids=IDS[None])
+    with pytest.raises(AdapterError, match="adapter_ids: expected numbers from 0 to 3, found 4"):
+        jax.jit(lambda: road.apply(variables, stacked, TOKENS, adapter_ids=[4, 0, 0, 0, 0]))()
+    with pytest.raises(AdapterError, match="adapter_ids: expected numbers from 0 to 0, found 9"):
+        road.apply(variables, {}, TOKENS, adapter_ids=np.full(5, 9))
+    with pytest.raises(AdapterError, match=r"adapter_ids: expected whole numbers \[batch\], found float64 \[5\]"):
+        road_jax.generate(road, variables, TOKENS.tolist(), adapter=stacked, adapter_ids=[1.5] * 5)
+    with pytest.raises(AdapterError, match="adapter_ids: expected numbers from 0 to 0, found 9"):
+        road_jax.generate(road, variables, TOKENS.tolist(), adapter={}, adapter_ids=[9] * 5)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _compare import assert_close, named_values
+from flax import errors
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
@@ -446,3 +447,57 @@ def test_a_part_that_no_layer_used_is_refused(x):
     road.apply(variables, adapter, x)
     with pytest.raises(AdapterError, match="found unused sometimes"):
         road.apply(variables, adapter, x, both=False)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "said"),
+    [
+        ("road_alpha", jnp.ones(1), r"up: expected road_theta and road_alpha of one shape, found \[64\] and \[1\]"),
+        ("road_alpha", jnp.float32(2), r"up: expected .* of one shape, found \[64\] and \[\]"),
+        ("road_alpha", jnp.ones((64, 3)), r"up: expected .* of one shape, found \[64\] and \[64, 3\]"),
+        ("road_theta", jnp.zeros(64, int), r"up\.road_theta: expected an array of floating-point numbers, found int32"),
+        ("road_alpha", "1", r"up\.road_alpha: expected an array of floating-point numbers, found str"),
+    ],
+)
+def test_theta_and_alpha_that_do_not_go_together_are_refused(leaf, value, said, x, loop):
+    road, variables, adapter = loop
+    wrong = {"blocks_0": {"up": {**adapter["blocks_0"]["up"], leaf: value}}}
+    for use in (lambda: road.apply(variables, wrong, x), lambda: road.merge(variables, wrong)):
+        with pytest.raises(AdapterError, match=rf"^blocks_0\.{said}"):
+            use()
+
+
+@pytest.mark.parametrize("how", ["scan", "scan-axis1-remat"])
+@pytest.mark.parametrize("ids", [None, [1, 0]])
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_stack_of_another_depth_is_refused(how, ids, seen, x):
+    model, config = Stack(how), RoadConfig(target_modules=["up", "down"])
+    variables = model.init(jax.random.key(0), x)
+    adapter = road_jax.transform(model, config).init(jax.random.key(0), variables, x)
+    axis = 1 if "axis1" in how else 0
+    several = road_jax.stack_adapters([adapter]) if ids else adapter
+    x = x[:2]
+    for change in (
+        lambda leaf: jnp.concatenate([leaf, leaf], axis),
+        lambda leaf: leaf.take(np.arange(1), axis),
+        lambda leaf: leaf.take(0, axis),
+    ):
+        road = road_jax.transform(model, config)
+        if seen:
+            road.init(jax.random.key(0), variables, x)
+        wrong = jax.tree.map(change, several)
+        said = {
+            f"blocks.{name}.road_theta: expected the stack axes of the layer's kernel "
+            f"{list(leaves['kernel'].shape)}, found {list(wrong['blocks'][name]['road_theta'].shape)}"
+            for name, leaves in variables["params"]["blocks"].items()
+        }
+        with pytest.raises(AdapterError) as error:
+            road.apply(variables, wrong, x, adapter_ids=ids)
+        assert str(error.value) in said
+        assert road.apply(variables, several, x, adapter_ids=ids).shape == model.apply(variables, x).shape
+
+
+def test_what_the_model_itself_refuses_stays_its_own(x, loop):
+    road, variables, adapter = loop
+    with pytest.raises(errors.ScopeParamShapeError):
+        road.apply(variables, adapter, x[..., :5])
