@@ -4,27 +4,36 @@ Sizes come from ``jax.eval_shape`` of `road_jax.models.Decoder`: nothing is allo
 
 - weights: every kernel and the embedding, split over ``model`` and, with ``fsdp``, over ``data`` as well;
 - trained: params, gradients and Adam's two moments in float32 (full: bfloat16 params besides);
-- kept: with ``remat="linears"`` a layer's input and what its linear layers gave, for each token of a chip's rows;
+- kept: with ``remat="linears"`` a layer's input and what its linear layers gave, for each token of a chip's rows; for
+  LoRA also what its factors gave;
 - passing: one layer computed anew in the backward pass, and the logits of one row with their gradient.
 
-Its activations are checked against the compiler's own memory analysis of models that compile here, at several widths,
-and the table of that check is written beside the plan. Writes ``docs/capacity.md``.
+Its activations are checked against the compiler's own memory analysis: of small models at several widths, and of the
+plan's own programs, compiled from shapes for as many pretend devices. Its FLOPs are checked against the compiler's
+count. The tables of that check are written beside the plan. Writes ``docs/capacity.md``.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 import road_jax
-from road_jax import RoadConfig
-from road_jax._tree import flatten
+from benchmarks import jax_cost
+from road_jax import RoadConfig, models
+from road_jax._quantize import quantized_shapes
+from road_jax._tree import flatten, unflatten
 from road_jax.models import Decoder, DecoderConfig
+from road_jax.models._decoder import Remat
+from road_jax.models._mesh import AXES, rows_sharding
+from road_jax.train import _step
 
 GIB = 2**30
 
@@ -68,6 +77,19 @@ PLANS = (
     Plan("405B", 4, 8, True, 16, 1, 2048),
     Plan("405B", 16, 8, True, 16, 1, 2048),
 )
+
+# What of it is compiled, for pretend devices.
+CHECKED = (
+    Plan("7B", 1, 1, False, 4.5, 4, 2048),
+    Plan("7B", 8, 1, True, 16, 1, 2048),
+    Plan("7B", 8, 1, True, 4.5, 1, 2048),
+    Plan("70B", 1, 4, False, 16, 1, 2048),
+    Plan("70B", 8, 8, True, 16, 1, 2048),
+    Plan("405B", 4, 8, True, 16, 1, 2048),
+)
+
+# Arms of `benchmarks.jax_cost`, and what they are called here.
+ARMS = {"RoAd 1": "RoAd 1", "LoRA r8 (qwix)": "LoRA r8", "all kernels": "full"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,15 +140,19 @@ def outputs(config: DecoderConfig) -> int:
     return heads + 2 * c.hidden_size + 2 * c.intermediate_size
 
 
-def activations(config: DecoderConfig, tokens: int, length: int, itemsize: int, tensor: int, logits: int) -> float:
+def activations(
+    config: DecoderConfig, tokens: int, length: int, itemsize: int, tensor: int, logits: int, method: str = "RoAd 1"
+) -> float:
     """Returns the bytes that a chip keeps and passes through, for so many tokens in rows of ``length``."""
     c = config
     # A layer's output projections are whole on every chip; the others are split over `model`.
-    split, whole = outputs(c) - 2 * c.hidden_size, 2 * c.hidden_size
-    kept = tokens * itemsize * (c.hidden_size + whole + split / tensor) * c.num_hidden_layers
-    # Anew in the backward pass: each linear's output before and after its rotation, their gradients, and attention.
+    given = 2 * c.hidden_size + (outputs(c) - 2 * c.hidden_size) / tensor
+    # The policy keeps every product with a weight: also those of LoRA's two factors, the second in full width.
+    factors = given + 7 * 8 if method == "LoRA r8" else 0
+    kept = tokens * itemsize * (c.hidden_size + given + factors) * c.num_hidden_layers
+    # Anew in the backward pass: each linear's output, that with what its adapter does, the gradient, and attention.
     scores = 3 * 4 * tokens * length * c.num_attention_heads / tensor
-    passing = tokens * itemsize * 3 * (whole + split / tensor) + scores
+    passing = tokens * itemsize * (2 if method == "full" else 3) * given + scores
     return kept + passing + 3 * 4 * logits * c.vocab_size / tensor
 
 
@@ -143,17 +169,16 @@ def bytes_a_chip(plan: Plan, method: str) -> dict[str, float]:
     return {
         "weights": weights / GIB,
         "trained": state / GIB,
-        "activations": activations(config, tokens, plan.length, 2, plan.tensor, plan.length) / GIB,
+        "activations": activations(config, tokens, plan.length, 2, plan.tensor, plan.length, method) / GIB,
     }
 
 
-def flops_a_token(model: str, length: int) -> dict[str, float]:
+def flops_a_token(config: DecoderConfig, length: int) -> dict[str, float]:
     """Returns GFLOPs a token of a step, recomputation aside: forward, and backward for what each method needs."""
-    config = config_of(*MODELS[model])
     count = sizes(config)
     products = 2 * (count["kernels"] + count["head"])
-    # Scores and their use, causal: half of the square.
-    attention = 2 * length * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    # Scores and their use: `Decoder` computes the whole square and masks half of it.
+    attention = 4 * length * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     forward = products + attention
     rotated = outputs(config) * config.num_hidden_layers
     return {
@@ -164,9 +189,72 @@ def flops_a_token(model: str, length: int) -> dict[str, float]:
     }
 
 
+def compiled(
+    config: DecoderConfig,
+    axes: Mapping[str, int],
+    rows: int,
+    length: int,
+    targets: int,
+    quantize: str | None = None,
+    remat: Remat = "linears",
+) -> Any:
+    """Compiles the gradient of RoAd 1 as `road_jax.train` computes it, float32, from shapes alone.
+
+    Args:
+        config: of the decoder.
+        axes: sizes of data, fsdp and tensor; those not named are 1.
+        rows: of a chip's batch.
+        length: tokens in a row.
+        targets: places of a row whose logits are computed.
+        quantize: a kind of `road_jax.quantize` for the layers' kernels.
+        remat: of the decoder.
+    """
+    sizes = [axes.get(name, 1) for name in AXES]
+    mesh = Mesh(np.asarray(jax.devices()[: math.prod(sizes)]).reshape(sizes), AXES)
+    model = Decoder(config, remat=remat)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear"))
+    adapter = jax.eval_shape(lambda v: road.init(jax.random.key(0), v, jnp.zeros((1, 8), jnp.int32)), variables)
+    if quantize is not None:
+        leaves = flatten(variables["params"])
+        for path, leaf in leaves.items():
+            if path[-1] == "kernel" and "layers" in path:
+                leaves[path] = quantized_shapes(quantize, leaf.shape[:-2], leaf.shape[-2:], leaf.dtype)
+        variables = {"params": unflatten(leaves)}
+
+    def lying(tree: Any, where: Any) -> Any:
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)
+
+    at_work = models.shardings(variables, mesh, stored=False)
+    adapter = lying(adapter, road_jax.shardings(adapter, at_work, config=road.config))
+    variables = lying(variables, models.shardings(variables, mesh))
+    everything = rows * mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def dealt(width: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((everything, width), dtype, sharding=rows_sharding(mesh))
+
+    batch = {
+        "input_ids": dealt(length),
+        "segments": dealt(length),
+        "logits_at": dealt(targets),
+        "targets": dealt(targets),
+        "weights": dealt(targets, jnp.float32),
+    }
+    road = _step.on_mesh(road, mesh)
+    gradient = jax.grad(lambda adapter, *rest: _step.summed_loss(road, adapter, *rest)[0])
+    return jax.jit(gradient).lower(adapter, variables, batch).compile()
+
+
 def check() -> list[tuple[str, float, float]]:
-    """Returns ``(case, planned MiB, compiled MiB)`` of activations for models that compile here."""
+    """Returns ``(case, planned MiB, compiled MiB)`` of activations.
+
+    Meshes of more devices than there are are left out.
+    """
     found = []
+
+    def add(name: str, planned: float, memory: float) -> None:
+        found.append((f"{name} tokens, float32", planned / 2**20, memory))
+
     for hidden, mlp, layers, heads, rows, length in (
         (256, 1024, 4, 4, 4, 256),
         (512, 2048, 6, 8, 4, 256),
@@ -175,41 +263,65 @@ def check() -> list[tuple[str, float, float]]:
         (1024, 2816, 4, 16, 4, 512),
     ):
         config = config_of(hidden, mlp, layers, heads, heads, 1024)
-        model = Decoder(config)
-        ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        variables = jax.eval_shape(model.init, jax.random.key(0), ids)
-        road = road_jax.transform(model, RoadConfig(target_modules="all-linear"))
-        adapter = jax.eval_shape(
-            lambda v, r=road: r.init(jax.random.key(0), v, jnp.zeros((1, 8), jnp.int32)), variables
-        )
-
-        def loss(adapter: Any, variables: Any, ids: jax.Array, apply: Callable = road.apply) -> jax.Array:
-            logits = apply(variables, adapter, ids)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
-
-        memory = jax.jit(jax.grad(loss)).lower(adapter, variables, ids).compile().memory_analysis()
+        program = compiled(config, {}, rows, length, length)
         planned = activations(config, rows * length, length, 4, 1, rows * length)
-        name = f"width {hidden}, MLP {mlp}, {layers} layers, {rows} × {length} tokens, float32"
-        found.append((name, planned / 2**20, memory.temp_size_in_bytes / 2**20))
+        add(f"width {hidden}, MLP {mlp}, {layers} layers, {rows} × {length}", planned, temp_mib(program))
+    for plan in CHECKED:
+        if plan.data * plan.tensor > jax.device_count():
+            continue
+        config, kind = config_of(*MODELS[plan.model]), "nf4" if plan.bits < 16 else None
+        axes = {"fsdp" if plan.fsdp else "data": plan.data, "tensor": plan.tensor}
+        program = compiled(config, axes, plan.rows, plan.length, plan.length // plan.rows, kind)
+        planned = activations(config, plan.rows * plan.length, plan.length, 4, plan.tensor, plan.length)
+        said = f"{plan.model}{f' in {kind}' if kind else ''} on {said_mesh(plan)}, {plan.rows} × {plan.length}"
+        add(said, planned, temp_mib(program))
+    options = jax_cost.Options()
+    tokens = options.rows * options.length
+    for name, program in jax_cost.arms(options, scan=True, remat="linears", only=tuple(ARMS)).items():
+        planned = activations(jax_cost.config(), tokens, options.length, 4, 1, tokens, ARMS[name])
+        add(f"{name} of `benchmarks.jax_cost`, {options.rows} × {options.length}", planned, program.temp_mib())
     return found
+
+
+def check_flops() -> list[tuple[str, float, float]]:
+    """Returns ``(method, planned GFLOPs a token, compiled GFLOPs a token)`` of the model of `benchmarks.jax_cost`."""
+    options = jax_cost.Options()
+    planned = flops_a_token(jax_cost.config(), options.length)
+    found = jax_cost.arms(options, scan=False, remat="none", only=tuple(ARMS))
+    tokens = options.rows * options.length
+    return [(name, planned[ARMS[name]], program.flops() / tokens / 1e9) for name, program in found.items()]
+
+
+def temp_mib(program: Any) -> float:
+    """Returns what a compiled program needs on a device besides arguments and results."""
+    return program.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def said_mesh(plan: Plan) -> str:
+    """Returns the sizes of a plan's mesh."""
+    return f"{plan.data} × {plan.tensor}{', fsdp' if plan.fsdp else ''}"
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    # Pretend devices, before anything asks for a device.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(plan.data * plan.tensor for plan in CHECKED))
     lines = [
         "# Capacity",
         "",
         "What training takes on meshes that don't stand here, computed by `python -m benchmarks.capacity` from shapes",
-        "alone. Nothing on this page was measured on those chips; the last table checks the plan's activations against",
-        "the compiler's memory analysis where models compile here.",
+        "alone. Nothing on this page was measured on those chips; the last tables check the plan's activations and",
+        "FLOPs against the compiler's own figures.",
         "",
         "## Bytes a chip",
         "",
         "GiB: weights + trained (params, gradients, Adam, float32) + activations = all. Rows of 2048 tokens; `fsdp`",
         "splits weights over `data` too. Weights of 4 bits are nf4's (4.5 with scales), for which full training has no",
         "entry.",
-        "Activations are RoAd's in every column: LoRA also keeps the inputs of its factors, full training those of all",
-        "layers, which is left out here (`benchmarks/jax_cost.py` measures it in small).",
+        "Kept are a layer's input and what its linear layers gave, from which the inputs of the others are computed",
+        'anew (`remat="linears"`). The same policy also keeps what LoRA\'s factors gave, the second in full width;',
+        "one that told them apart would bring LoRA near to RoAd.",
         "",
         "| model | mesh (data × model) | weights | rows a chip | RoAd 1 | LoRA r8 | full |",
         "|---|---|---|---|---|---|---|",
@@ -223,9 +335,8 @@ def main() -> None:
             parts = bytes_a_chip(plan, method)
             whole = " + ".join(f"{part:.2f}" if part < 1 else f"{part:.1f}" for part in parts.values())
             cells.append(f"{whole} = **{sum(parts.values()):.1f}**")
-        mesh = f"{plan.data} × {plan.tensor}{', fsdp' if plan.fsdp else ''}"
         bits = "4 bits" if plan.bits < 16 else "bfloat16"
-        lines.append(f"| {plan.model} | {mesh} | {bits} | {plan.rows} | {' | '.join(cells)} |")
+        lines.append(f"| {plan.model} | {said_mesh(plan)} | {bits} | {plan.rows} | {' | '.join(cells)} |")
     lines += [
         "",
         "## FLOPs a token",
@@ -237,20 +348,35 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     for model in MODELS:
-        count, flops = sizes(config_of(*MODELS[model])), flops_a_token(model, 2048)
+        config = config_of(*MODELS[model])
+        count, flops = sizes(config), flops_a_token(config, 2048)
         trained = " / ".join(f"{count[method]:,}" for method in ("RoAd 1", "LoRA r8", "full"))
         lines.append(f"| {model} | {trained} | " + " | ".join(f"{value:,.1f}" for value in flops.values()) + " |")
     lines += [
         "",
         "## The check",
         "",
-        'Temporary memory of the compiled gradient of RoAd 1 (`memory_analysis` on CPU, `remat="linears"`).',
+        "Temporary memory of a device in the compiled gradient, of RoAd 1 if not said (`memory_analysis`,",
+        '`remat="linears"`). Those on meshes are programs of `road-train --mesh`, compiled for as many pretend CPU',
+        "devices and not run; in float32, since XLA on CPU computes bfloat16 in float32 too.",
         "",
         "| case | planned MiB | compiled MiB | compiled / planned |",
         "|---|---|---|---|",
     ]
     lines += [
         f"| {name} | {planned:.0f} | {compiled:.0f} | {compiled / planned:.2f} |" for name, planned, compiled in check()
+    ]
+    lines += [
+        "",
+        "FLOPs of the gradient, nothing recomputed, of the model of `benchmarks.jax_cost` (XLA's count; it also counts",
+        "norms, activations and softmax, and that model's biases).",
+        "",
+        "| method | planned GFLOPs a token | compiled GFLOPs a token | compiled / planned |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {planned:.4f} | {compiled:.4f} | {compiled / planned:.3f} |"
+        for name, planned, compiled in check_flops()
     ]
     options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(options.out.read_text(encoding="utf-8"))

@@ -123,7 +123,7 @@ class Program:
 def arms(options: Options, *, scan: bool, remat: Any, only: tuple[str, ...] = ()) -> dict[str, Program]:
     """Compiles every arm, or those that are named."""
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 512, (options.rows, options.length)), jnp.int32)
-    model = Decoder(_config(), scan=scan, remat=remat)
+    model = Decoder(config(), scan=scan, remat=remat)
     variables = jax.jit(model.init)(jax.random.key(0), ids[:, :8])
     found: dict[str, Program] = {}
 
@@ -161,7 +161,8 @@ def arms(options: Options, *, scan: bool, remat: Any, only: tuple[str, ...] = ()
     return found
 
 
-def _config() -> DecoderConfig:
+def config() -> DecoderConfig:
+    """Returns the sizes of the decoder."""
     fields = {
         "model_type": "llama",
         "vocab_size": 512,

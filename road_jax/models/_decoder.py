@@ -27,8 +27,8 @@ _ACTIVATIONS = {
 # third of the memory.
 Remat = Literal["none", "linears", "full"]
 _POLICIES = {
-    # What fsdp gathers is pinned by such a constraint.
-    "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
+    # What fsdp gathers is pinned by such a constraint, behind such a barrier.
+    "none": lambda primitive, *_, **__: primitive.name not in ("sharding_constraint", "optimization_barrier"),
     "linears": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

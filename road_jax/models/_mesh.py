@@ -122,7 +122,12 @@ def gathered(params: Tree, mesh: Mesh, *, under: tuple[str, ...] = ()) -> Tree:
 
     def pinned(path: Path, leaf: Any) -> Any:
         where = _where((*under, *path), leaf, mesh, stored=False)
-        return leaf if where is None else jax.lax.with_sharding_constraint(leaf, where)
+        if where is None:
+            return leaf
+        if mesh.shape["fsdp"] > 1:
+            # XLA would otherwise lay out all layers for this gather before the loop over them: a second copy.
+            leaf = jax.lax.optimization_barrier(leaf)
+        return jax.lax.with_sharding_constraint(leaf, where)
 
     return unflatten({path: pinned(path, leaf) for path, leaf in flatten(params).items()})
 

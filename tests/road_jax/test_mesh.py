@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import road_jax
+from benchmarks import capacity
 from road_core import AdapterError, RoadConfig
 from road_jax import models
 from road_jax.models import _mesh
@@ -202,6 +203,19 @@ def test_fsdp_gathers_what_it_stores_and_nothing_of_the_batch(remat, checkpoints
     assert found["all-gather", "f32"] <= scales + leaves["model", "embed_tokens", "embedding"].size
     # Gradients, the loss and the weights' sum.
     assert found["all-reduce", "f32"] <= sum(leaf.size for leaf in jax.tree.leaves(adapter)) + 8
+
+
+@pytest.mark.parametrize(("remat", "quantize"), [("none", None), ("linears", None), ("linears", "nf4"), ("full", None)])
+def test_fsdp_keeps_its_share_of_the_base_once(remat, quantize):
+    """A second one, laid out for the gathers before the loop over the layers, would take a share's bytes again."""
+    config = capacity.config_of(hidden=256, mlp=512, layers=64, heads=4, kv_heads=4, vocabulary=64)
+    temp, arguments = {}, {}
+    for axis in ("data", "fsdp"):
+        program = capacity.compiled(config, {axis: 8}, 1, 8, 8, quantize, remat=remat)
+        memory = program.memory_analysis()
+        temp[axis], arguments[axis] = memory.temp_size_in_bytes, memory.argument_size_in_bytes
+    # Fewer than one: a layer whose kernels are gathered.
+    assert temp["fsdp"] - temp["data"] < 0.25 * arguments["fsdp"]
 
 
 def held(tree, device):
