@@ -2,11 +2,12 @@
 
 A decoder of 6 layers (width 512, MLP 2048, 8 heads, vocabulary 512), float32, 4 × 256 tokens, a loss at every token.
 Arms: the forward pass; biases alone, the floor that anything trained behind a frozen kernel pays; RoAd 1, 2 and 4; RoAd
-1 on a base of 8 and 4 bits; LoRA r8 as qwix, the field's own JAX library, builds it; all kernels; and RoAd by rotating
-the kernels, the naive way. FLOPs are XLA's count of the unrolled program, time and memory those of the scanned one, as
-it is trained, with what linear layers gave kept (``remat="linears"``) and with everything kept (``"none"``); a base's
-memory is what its arrays take. Arms take turns within a round. Writes ``benchmarks/results/jax_cost.json`` and
-``.png``.
+1 on a base of 8 and 4 bits; LoRA r8 as qwix, the field's own JAX library, builds it; all kernels; RoAd by rotating the
+kernels, merged anew in each step; and by a product of the outputs with a rotation matrix, the naive way. FLOPs are
+XLA's count of the unrolled program, time and memory those of the scanned one, as it is trained, with what linear
+layers gave kept (``remat="linears"``); memory also with everything kept (``"none"``) and with inputs alone (``"full"``,
+block-wise); a base's memory is what its arrays take. Arms take turns within a round. Writes
+``benchmarks/results/jax_cost.json`` and ``.png``.
 """
 
 import dataclasses
@@ -56,12 +57,14 @@ def main() -> None:
     flops = {name: program.flops() for name, program in arms(options, scan=False, remat="none").items()}
     scanned = arms(options, scan=True, remat="linears")
     plain = arms(options, scan=True, remat="none")
+    blockwise = arms(options, scan=True, remat="full")
     for name, program in scanned.items():
         results["arms"][name] = {
             "flops": flops[name],
             "flops_over_floor": flops[name] / flops[FLOOR],
             "temp_mib": program.temp_mib(),
             "temp_mib_nothing_recomputed": plain[name].temp_mib(),
+            "temp_mib_blocks_recomputed": blockwise[name].temp_mib(),
             "trained": program.trained,
             "base_mib": program.base_mib(),
         }
@@ -158,6 +161,7 @@ def arms(options: Options, *, scan: bool, remat: Any, only: tuple[str, ...] = ()
     kernels, rest = _split(variables, lambda path: path[-1] == "kernel" and "lm_head" not in path)
     add("all kernels", lambda trained, frozen: model.apply(_join(trained, frozen), ids), kernels, rest)
     add("RoAd 1, kernels rotated", lambda a, v: model.apply(road.merge(v, a), ids), adapter, variables)
+    add("RoAd 1, dense rotations", lambda a, v: _turned(model, v, a, ids), adapter, variables)
     return found
 
 
@@ -185,6 +189,28 @@ def _lora(model: Decoder, ids: jax.Array) -> tuple[nn.Module, Any]:
     return lora, variables
 
 
+def _turned(model: Decoder, variables: Any, adapter: Any, ids: jax.Array) -> jax.Array:
+    """Applies a model whose linear layers' outputs are multiplied by a matrix made of θ and α."""
+
+    def turn(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        y, module = next_fn(*args, **kwargs), context.module
+        if context.method_name != "__call__" or not module.has_variable("params", "road_theta"):
+            return y
+        return y @ rotation_matrix(*(module.get_variable("params", f"road_{name}") for name in ("theta", "alpha")))
+
+    with nn.intercept_methods(turn):
+        return model.apply(_join(adapter, variables), ids)
+
+
+def rotation_matrix(theta: jax.Array, alpha: jax.Array, group_size: int = 64) -> jax.Array:
+    """Returns road_1's ``[out, out]``, to multiply outputs ``[..., out]`` with from the right."""
+    out, (cosines, sines) = 2 * theta.size, (alpha * jnp.cos(theta), alpha * jnp.sin(theta))
+    pairs = np.arange(out).reshape(-1, 2, group_size // 2)
+    first, second = pairs[:, 0].ravel(), pairs[:, 1].ravel()
+    matrix = jnp.zeros((out, out), theta.dtype).at[first, first].set(cosines).at[second, second].set(cosines)
+    return matrix.at[second, first].set(-sines).at[first, second].set(sines)
+
+
 def _split(variables: Any, wanted: Callable[[tuple[str, ...]], bool]) -> tuple[Any, Any]:
     """Returns the params that are trained, and variables with the others."""
     leaves = flatten(variables["params"])
@@ -202,12 +228,18 @@ def _join(trained: Any, frozen: Any) -> Any:
 def table(results: dict[str, Any]) -> Table:
     """The figures of all arms."""
     shown = Table(title="a gradient in JAX, float32", caption=results["device"])
-    for column in ("arm", "trained", "FLOPs / floor", "time / floor", "base MiB", "temp MiB", "temp MiB, all kept"):
+    sizes = {
+        "base MiB": "base_mib",
+        "temp MiB": "temp_mib",
+        "all kept": "temp_mib_nothing_recomputed",
+        "block-wise": "temp_mib_blocks_recomputed",
+    }
+    for column in ("arm", "trained", "FLOPs / floor", "time / floor", *sizes):
         shown.add_column(column, justify="left" if column == "arm" else "right")
     for name, row in results["arms"].items():
         timed = f"{row['time_over_floor']:.2f}" if "time_over_floor" in row else ""
         numbers = (f"{row['trained']:,}", f"{row['flops_over_floor']:.3f}", timed)
-        memory = (f"{row[size]:.0f}" for size in ("base_mib", "temp_mib", "temp_mib_nothing_recomputed"))
+        memory = (f"{row[size]:.0f}" for size in sizes.values())
         shown.add_row(name, *numbers, *memory)
     return shown
 

@@ -7,16 +7,20 @@ import road_jax
 from benchmarks import capacity, jax_cost
 from benchmarks.jax_cost import FLOOR, Options
 
+DENSE = "RoAd 1, dense rotations"
 ROAD = ("RoAd 1", "RoAd 2", "RoAd 4")
 
 
 def test_the_rotation_adds_hardly_a_flop_to_the_floor():
     """Nothing trained behind frozen kernels can do with less than biases do."""
-    found = jax_cost.arms(Options(rows=1, length=128), scan=False, remat="none", only=(FLOOR, *ROAD, "all kernels"))
+    found = jax_cost.arms(
+        Options(rows=1, length=128), scan=False, remat="none", only=(FLOOR, *ROAD, "all kernels", DENSE)
+    )
     floor = found[FLOOR].flops()
     for name in ROAD:
         assert floor < found[name].flops() < 1.02 * floor
     assert found["all kernels"].flops() > 1.3 * floor
+    assert found[DENSE].flops() > 1.3 * floor
 
 
 def test_the_rotation_keeps_little_beyond_the_floor():
@@ -24,6 +28,15 @@ def test_the_rotation_keeps_little_beyond_the_floor():
     found = jax_cost.arms(Options(), scan=True, remat="linears", only=(FLOOR, "RoAd 1", "LoRA r8 (qwix)"))
     assert found["RoAd 1"].temp_mib() < 1.3 * found[FLOOR].temp_mib()
     assert found["RoAd 1"].temp_mib() < found["LoRA r8 (qwix)"].temp_mib()
+
+
+def test_the_dense_rotations_are_the_same():
+    theta, alpha = jnp.sin(jnp.arange(64.0)), 1 + 0.3 * jnp.cos(jnp.arange(64.0))
+    y = jnp.sin(jnp.arange(256.0)).reshape(2, 128)
+    expected = road_jax.rotate(y, theta, alpha, variant="road_1", group_size=64)
+    found = y @ jax_cost.rotation_matrix(theta, alpha)
+    assert jnp.abs(found - expected).max() < 1e-5
+    assert jnp.abs(expected - y).max() > 0.5
 
 
 def test_what_follows_a_rotation_is_computed_in_vectors():
