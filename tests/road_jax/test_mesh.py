@@ -55,7 +55,10 @@ def make(checkpoint, sizes, *, scan=True, accumulate=1, group_size=8, quantized=
     road = road_jax.transform(module, RoadConfig(target_modules="all-linear", group_size=group_size))
     adapter = road.init(jax.random.key(0), variables, np.ones((1, 8), np.int32))
     # From θ = 0 the first step would be the same however the adapter lay.
-    adapter = jax.tree.map(lambda leaf: leaf + 0.1 * np.cos(np.arange(leaf.shape[-1], dtype=np.float32)), adapter)
+    adapter = jax.tree.map(
+        lambda leaf: leaf + np.broadcast_to(0.1 * np.cos(np.arange(leaf.shape[-1], dtype=np.float32)), leaf.shape),
+        adapter,
+    )
     tx, _ = _step.optimizer(1e-2, 4, warmup=0.0, weight_decay=0.0)
     state = jax.device_get(_step.State(adapter, tx.init(adapter)))
     program = _step.make_program(road, tx, variables, state, parallel="jit", accumulate=accumulate, mesh=mesh)
@@ -149,7 +152,7 @@ class Shifts:
             scope = context.module.scope
             y = next_fn(*args, **kwargs)
             if context.method_name == "__call__" and scope.has_variable("params", "road_theta"):
-                y += jnp.repeat(scope.get_variable("params", "road_theta"), 2)
+                y += jnp.broadcast_to(jnp.repeat(scope.get_variable("params", "road_theta"), 2), y.shape)
             return y
 
         params = flatten_dict(variables["params"]) | flatten_dict(shifts)
