@@ -82,7 +82,10 @@ def bars(groups: Mapping[str, Mapping[str, float]], path: Path, *, title: str, o
 def draw_panels(
     panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path, *, title: str, log: bool = False
 ) -> None:
-    """Draws figures as bars: a panel for what is measured, in it a group a workload, in that a bar an arm."""
+    """Draws figures as bars: a panel for what is measured, in it a group a workload, in that a bar an arm.
+
+    Panels of ratios, which have a slash in their names, show where 1 is.
+    """
     from matplotlib.figure import Figure
 
     arms = list(dict.fromkeys(arm for groups in panels.values() for group in groups.values() for arm in group))
@@ -96,7 +99,8 @@ def draw_panels(
             at = [x + (i - (len(arms) - 1) / 2) * width for x in shown]
             drawn = axis.bar(at, list(shown.values()), width, label=arm)
             axis.bar_label(drawn, [f"{value:.2f}" for value in shown.values()], fontsize=8)
-        axis.axhline(1, color="black", linewidth=0.8)
+        if "/" in name:
+            axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(groups)), list(groups))
         axis.set_ylabel(name)
         if log:

@@ -219,7 +219,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Draws each step's ratios, and the memory of an adapter."""
     arms = ("road_torch", ROAD, LORA)
     shown = {
-        f"{step}, over {'a copy' if 'merge' in step else ROAD}": {
+        f"{step} / {'copy' if 'merge' in step else ROAD}": {
             base: {arm: found[step][arm][0] for arm in arms} for base, found in results["ratios"].items()
         }
         for step in ("merge", "unmerge", "load", "swap")

@@ -64,11 +64,10 @@ def generate(
     _check(prompts, vocabulary, max_new_tokens, temperature, top_k, top_p, rng)
     if adapter_ids is not None:
         adapter_ids = as_ids(adapter_ids)
-    if adapter_ids is not None and (adapter is None or len(adapter_ids) != len(prompts)):
-        raise AdapterError(
-            f"adapter_ids: expected one for each of {len(prompts)} prompts, and adapters, found {len(adapter_ids)}"
-        )
-    if adapter_ids is not None:
+        if adapter is None or len(adapter_ids) != len(prompts):
+            raise AdapterError(
+                f"adapter_ids: expected one for each of {len(prompts)} prompts, and adapters, found {len(adapter_ids)}"
+            )
         leaves = jax.tree.leaves(adapter)
         check_ids(adapter_ids, leaves[0].shape[-1] - 1 if leaves else 0)
     if not prompts:

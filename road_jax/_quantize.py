@@ -94,17 +94,17 @@ def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[st
         (128, 32)
     """
     leaves = flatten(variables["params"])
-    return quantize_kernels(variables, kind, [path for path in leaves if _looks_dense(leaves, path)], exclude)
+    stay = excluded(leaves, exclude)
+    return quantize_kernels(
+        variables, kind, [path for path in leaves if path not in stay and _looks_dense(leaves, path)]
+    )
 
 
-def quantize_kernels(
-    variables: Mapping[str, Any], kind: Kind, paths: Collection[Path], exclude: Collection[str]
-) -> dict[str, Any]:
+def quantize_kernels(variables: Mapping[str, Any], kind: Kind, paths: Collection[Path]) -> dict[str, Any]:
     """As `quantize`, for the kernels at given paths, with stack axes in front."""
     check_kind(kind)
     leaves = flatten(variables["params"])
-    stay = excluded(leaves, exclude)
-    found = {path: _quantized(dotted(path[:-1]), leaves[path], kind) for path in paths if path not in stay}
+    found = {path: _quantized(dotted(path[:-1]), leaves[path], kind) for path in paths}
     if not found:
         raise AdapterError("quantize: expected kernels of Dense layers, found none")
     return replace_leaves(variables, {("params", *path): leaf for path, leaf in found.items()})

@@ -368,18 +368,20 @@ class Road:
             kernel = leaves.get((*path, place.layout.kernel))
             if not place.dense or isinstance(kernel, _quantize.QuantizedKernel):
                 continue
+            if (*path, place.layout.kernel) in stay:
+                continue
             if kernel is None:
                 raise AdapterError(
                     f"{dotted(path)}: expected a {place.layout.kernel} in variables['params'], found none"
                 )
             stack = place.stack(place.layout.kernel)
-            if stack != tuple(range(len(stack))) and (*path, place.layout.kernel) not in stay:
+            if stack != tuple(range(len(stack))):
                 raise AdapterError(
                     f"{dotted(path)}: expected a stack's axes before the kernel's own to quantise it, found them at "
                     f"{list(stack)} (exclude leaves it as it is)"
                 )
             paths.append((*path, place.layout.kernel))
-        return _quantize.quantize_kernels(variables, kind, paths, exclude)
+        return _quantize.quantize_kernels(variables, kind, paths)
 
     def shardings(self, adapter: Tree, variables_shardings: Tree, *, allow_cut: bool = False) -> Tree:
         """Returns shardings for an adapter that follow those of its layers' kernels, wherever these have their outputs.

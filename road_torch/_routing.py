@@ -186,9 +186,7 @@ class Shared:
         if self.limit is None:
             idle = [name for name in idle if not isinstance(name, str)]
             surplus = sum(not isinstance(name, str) for name in (*self.rows, *missing)) - MIXES
-        else:
-            surplus = len(self.rows) + len(missing) - self.limit
-        if self.limit is not None and surplus > len(idle):
+        elif (surplus := len(self.rows) + len(missing) - self.limit) > len(idle):
             raise AdapterError(
                 f"max_loaded: expected at most {self.limit} adapters at once, those that are active or in another call "
                 f"among them, found {len(kept)}"

@@ -171,16 +171,19 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
     _processes.join(options.coordinator, options.processes, options.process)
     console = console or Console(stderr=True, quiet=not _processes.is_first())
     mesh = _processes.agreed(lambda: _check(options))
-    _processes.check_same(_shared_fields(options), "options")
+    fingerprint = _processes.agreed(lambda: _fingerprint(options))
+    _processes.check_same(_shared_fields(options, fingerprint), "options")
+    if options.resume:
+        _check_begun(options, fingerprint)
     if options.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
     with console.status(f"reading {options.data}"):
         tokenizer = _processes.agreed(lambda: load_tokenizer(options.base))
         examples, held_out = _examples(options, tokenizer)
         total = options.steps or _count_steps(options, examples)
-        tokens = _digest([*examples, *held_out])
+        fingerprint[_TOKENS] = _digest([*examples, *held_out])
         if options.resume:
-            _check_begun(options, tokens)
+            _check_begun(options, fingerprint)
     with console.status(f"loading {options.base}"):
         module, variables = _processes.agreed(lambda: _load(options, mesh))
         models.check_mesh(module.config, mesh)
@@ -198,7 +201,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         )
         variables = program.place(variables)
 
-    run = _Run(options, examples, total, tokens)
+    run = _Run(options, examples, total, fingerprint)
     with run.open(state) as (checkpoints, state, step):
         state = program.place_state(state)
 
@@ -326,8 +329,10 @@ class _Profile:
 class _Run:
     """The folder of a run: its log, its place in the data, and what a resumption takes up again."""
 
-    def __init__(self, options: TrainOptions, examples: list[_data.Example], total: int, tokens: str) -> None:
-        self.options, self.total, self._tokens = options, total, tokens
+    def __init__(
+        self, options: TrainOptions, examples: list[_data.Example], total: int, fingerprint: dict[str, Any]
+    ) -> None:
+        self.options, self.total, self._fingerprint = options, total, fingerprint
         self.records: list[dict[str, Any]] = []
         epochs = None if options.steps else options.epochs
         self._batches = _data.packed(
@@ -343,7 +348,7 @@ class _Run:
         _processes.wait("checked")
         if not options.resume and _processes.is_first():
             options.out.mkdir(parents=True, exist_ok=True)
-            write_file(options.out / "options.json", dump_json(_fingerprint(options, self._tokens)))
+            write_file(options.out / "options.json", dump_json(self._fingerprint))
         _processes.wait("begun")
         with Checkpoints(options.out) as checkpoints:
             step = 0
@@ -446,14 +451,13 @@ def _check(options: TrainOptions) -> Mesh:
         return mesh
     if not (options.out / "options.json").is_file():
         raise AdapterError(f"{options.out}: expected a run to resume, found no options.json")
-    _check_begun(options)
     return mesh
 
 
-def _check_begun(options: TrainOptions, tokens: str | None = None) -> None:
+def _check_begun(options: TrainOptions, now: dict[str, Any]) -> None:
     """Refuses to resume a run that was begun with other options or data; other tokens too, where they are known."""
-    begun, now = read_json(options.out / "options.json"), _fingerprint(options, tokens)
-    if tokens is None:
+    begun = read_json(options.out / "options.json")
+    if _TOKENS not in now:
         begun.pop(_TOKENS, None)
     changed = sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name))
     if changed:
@@ -475,23 +479,20 @@ def _sizes(mesh: str) -> dict[str, int]:
     return sizes
 
 
-def _fingerprint(options: TrainOptions, tokens: str | None) -> dict[str, Any]:
-    """The options that decide a run's result, and the digests of the data and, where they are known, of its tokens."""
+def _fingerprint(options: TrainOptions) -> dict[str, Any]:
+    """The options that decide a run's result, and the data's digests; that of its tokens is added once it is known."""
     fields = {name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE}
     fields = json.loads(json.dumps(fields, default=str))
     for name in ("data", "eval_data"):
         path = getattr(options, name)
         if path is not None and Path(path).is_file():
             fields[f"{name}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if tokens is not None:
-        fields[_TOKENS] = tokens
     return fields
 
 
-def _shared_fields(options: TrainOptions) -> dict[str, Any]:
+def _shared_fields(options: TrainOptions, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """What the processes of a run must be given alike; each may have its files elsewhere."""
-    fields = _fingerprint(options, None)
-    fields |= {name: getattr(options, name) for name in ("resume", "checkpoint_every")}
+    fields = fingerprint | {name: getattr(options, name) for name in ("resume", "checkpoint_every")}
     return {name: value for name, value in fields.items() if name not in ("base", "data", "eval_data")}
 
 
