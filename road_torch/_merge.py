@@ -1,4 +1,4 @@
-"""Merging in closed form: rows of the weight rotated in float32, rounded once, checked, and only then stored."""
+"""Merging in closed form, and back: rows of the weight rotated in float32, rounded once, checked, then stored."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,56 +53,114 @@ class Kept:
             _bnb.put_beside_weight(base, self._beside)
 
 
-def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True) -> float | None:
+class Inverse:
+    """What rotates a layer's weight and bias back where the old ones weren't kept: exact but for rounding.
+
+    Args:
+        passes: the rotations that were applied, one after the other.
+        path: of the layer.
+
+    Raises:
+        AdapterError: a block has no inverse.
+    """
+
+    def __init__(self, passes: Sequence[Pass], path: str) -> None:
+        self.passes = []
+        for first, cross, group_size, _ in reversed(passes):
+            back = Pass(*default.inverse(first, cross, group_size), group_size)
+            # One that isn't finite in float32 rotates nothing back either.
+            singular = ~(back.first.isfinite() & back.cross.isfinite())
+            if blocks := int((singular | default.partner(singular, group_size)).sum()) // 2:
+                raise AdapterError(
+                    f"{path}: expected 2x2 blocks that have an inverse where keep_weights is False, found {blocks} "
+                    "without, as one of α = 0 is"
+                )
+            self.passes.append(back)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Does what the layer's ``_apply`` does."""
+        self.passes = [Pass(moved(f, fn), moved(c, fn), size) for f, c, size, _ in self.passes]
+
+
+def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True, keep: bool = True) -> float | None:
     """Rotates a layer's weight and bias, so that the base alone gives what base and adapters gave.
 
     Args:
         layer: one that is not merged.
         names: adapters, applied one after the other; those that the layer doesn't have are passed over.
         check: whether to refuse a result that isn't finite.
+        keep: whether the old weight and bias stay beside the new ones, for `unmerge` to put back bit for bit; else it
+            rotates the new ones back.
 
     Returns:
         For a quantised base, how far the weight moved by being quantised anew, relative to its norm; else None.
 
     Raises:
-        AdapterError: the weight can't be rotated, or the result isn't finite; the layer is as it was.
+        AdapterError: the weight can't be rotated, or not back, or the result isn't finite; the layer is as it was.
     """
-    base: Any = bare(layer.base_layer)
-    path = layer.module_path
     with torch.inference_mode(False), torch.no_grad():
         passes = layer.passes(names)
         if not passes:
             return None
-        quantized = _is_quantized(base)
-        if not quantized:
-            _check_plain(path, base, "weight")
-        if getattr(base, "bias", None) is not None:
-            _check_plain(path, base, "bias")
-        error = None
-        if quantized:
-            kept, error = _merge_quantized(layer, passes, check)
-        else:
-            weight = base.weight
-            merged = _rotate_rows(weight.T if is_conv1d(base) else weight, passes)
-            bias = _bias(base, passes)
-            if check:
-                _check_finite(path, merged, bias)
-            kept = Kept(base, quantized=False)
-            # A new parameter, for the old one may be tied to an embedding, which must stay as it is.
-            base.weight = _like(weight, merged.T.contiguous() if is_conv1d(base) else merged)
-            if bias is not None:
-                base.bias = _like(base.bias, bias)
-    layer.unmerged = kept
+        inverse = None if keep else Inverse(passes, layer.module_path)
+        kept, error = _rotate(layer, passes, check)
+    layer.unmerged = inverse or kept
     layer.merged_adapters = [name for name in names if name in layer.road_theta]
     return error
 
 
-def unmerge(layer: RoadLayer) -> None:
-    """Puts back, bit for bit, what `merge` replaced."""
+def attempt(layer: RoadLayer, names: Sequence[str], *, check: bool = True, keep: bool = True) -> float | None:
+    """Returns and raises what `merge` would; the layer is as it was."""
+    with torch.inference_mode(False), torch.no_grad():
+        if not keep:
+            Inverse(layer.passes(names), layer.module_path)
+    try:
+        return merge(layer, names, check=check)
+    finally:
+        unmerge(layer)
+
+
+def unmerge(layer: RoadLayer) -> float | None:
+    """Puts back what `merge` replaced, or rotates it back where that wasn't kept.
+
+    Returns:
+        For a quantised base that was rotated back, how far the weight moved by being quantised anew, relative to its
+        norm; else None.
+    """
+    error = None
     if layer.merged_adapters:
-        layer.unmerged.put_back(bare(layer.base_layer))
+        if isinstance(layer.unmerged, Inverse):
+            with torch.inference_mode(False), torch.no_grad():
+                _, error = _rotate(layer, layer.unmerged.passes, check=False)
+        else:
+            layer.unmerged.put_back(bare(layer.base_layer))
         layer.unmerged = None
         layer.merged_adapters = []
+    return error
+
+
+def _rotate(layer: RoadLayer, passes: Sequence[Pass], check: bool) -> tuple[Kept, float | None]:
+    """Replaces a layer's weight and bias by rotated ones; returns the old ones and what quantising anew has moved."""
+    base: Any = bare(layer.base_layer)
+    path = layer.module_path
+    quantized = _is_quantized(base)
+    if not quantized:
+        _check_plain(path, base, "weight")
+    if getattr(base, "bias", None) is not None:
+        _check_plain(path, base, "bias")
+    if quantized:
+        return _rotate_quantized(layer, passes, check)
+    weight = base.weight
+    rotated = _rotate_rows(weight.T if is_conv1d(base) else weight, passes)
+    bias = _bias(base, passes)
+    if check:
+        _check_finite(path, rotated, bias)
+    kept = Kept(base, quantized=False)
+    # A new parameter, for the old one may be tied to an embedding, which must stay as it is.
+    base.weight = _like(weight, rotated.T.contiguous() if is_conv1d(base) else rotated)
+    if bias is not None:
+        base.bias = _like(base.bias, bias)
+    return kept, None
 
 
 def _is_quantized(base: nn.Module) -> bool:
@@ -130,7 +188,7 @@ def _check_plain(path: str, base: Any, name: str) -> None:
         )
 
 
-def _merge_quantized(layer: RoadLayer, passes: Sequence[Pass], check: bool) -> tuple[Kept, float]:
+def _rotate_quantized(layer: RoadLayer, passes: Sequence[Pass], check: bool) -> tuple[Kept, float]:
     from road_torch import _bnb
 
     base: Any = bare(layer.base_layer)
@@ -139,11 +197,16 @@ def _merge_quantized(layer: RoadLayer, passes: Sequence[Pass], check: bool) -> t
     if check:
         _check_finite(layer.module_path, merged, bias)
     kept = Kept(base, quantized=True)
-    _bnb.requantize(base, merged)
-    error = (_bnb.dequantize(base) - merged).norm() / merged.norm().clamp_min(torch.finfo(torch.float32).tiny)
-    if check and not torch.isfinite(error):
+    try:
+        _bnb.requantize(base, merged)
+        error = (_bnb.dequantize(base) - merged).norm() / merged.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        if check and not torch.isfinite(error):
+            raise AdapterError(
+                f"{layer.module_path}: expected a merged weight that can be quantised, found it too large"
+            )
+    except BaseException:
         kept.put_back(base)
-        raise AdapterError(f"{layer.module_path}: expected a merged weight that can be quantised, found it too large")
+        raise
     if bias is not None:
         base.bias = _like(base.bias, bias)
     return kept, float(error)

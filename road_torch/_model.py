@@ -7,6 +7,7 @@ import inspect
 import operator
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -490,14 +491,14 @@ class RoadModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While open, the model computes as the base did; merged adapters are unmerged and merged again after."""
-        before, merged, checked = self._shared.off, self.merged_adapters, self._shared.merge_checked
+        before, merged, options = self._shared.off, self.merged_adapters, self._shared.merge_options
         self.disable_adapter_layers()
         try:
             yield
         finally:
             self._shared.off = before
             if merged:
-                self.merge_adapter(merged, checked)
+                self.merge_adapter(merged, *options)
 
     def disable_adapter_layers(self) -> None:
         """Makes the model compute as the base did until `enable_adapter_layers`; merged adapters are unmerged."""
@@ -510,51 +511,68 @@ class RoadModel(nn.Module):
         self._shared.off = False
 
     def merge_adapter(
-        self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True
+        self,
+        adapter_names: str | Sequence[str] | None = None,
+        safe_merge: bool = True,
+        keep_weights: bool = True,
     ) -> dict[str, float]:
         """Rotates the base's weights and biases themselves, in float32 and rounded once.
 
-        The old weights are kept, so that `unmerge_adapter` puts them back bit for bit. Copies of whole modules that the
-        adapters bring are used meanwhile.
+        Copies of whole modules that the adapters bring are used meanwhile.
 
         Args:
             adapter_names: one name, or several, applied one after the other; the active ones if not given.
             safe_merge: whether to refuse weights that aren't finite.
+            keep_weights: whether to keep the old weights, so that `unmerge_adapter` puts them back bit for bit. Else
+                there is no memory for more than one layer's beside the model, and unmerging multiplies by each block's
+                inverse: float32 weights come back to within rounding, others as near as their dtype is fine, those of a
+                quantised base quantised twice. Weights that other modules hold too are kept in any case.
 
         Returns:
             For each layer with a quantised base, how far its weight moved by being quantised anew, relative to its
             norm.
 
         Raises:
-            AdapterError: an unknown name, something is merged already, or a layer can't be merged; nothing has changed.
+            AdapterError: an unknown name, something is merged already, a layer can't be merged, or without
+                ``keep_weights`` a block has no inverse, as with α = 0; nothing has changed.
         """
         names = self._to_merge(adapter_names)
-        errors = {}
+        if keep_weights:
+            kept, check = list(layers(self)), safe_merge
+            errors = {}
+        else:
+            # All are tried first, for the way back isn't exact.
+            errors = {
+                layer.module_path: _merge.attempt(layer, names, check=safe_merge, keep=False) for layer in layers(self)
+            }
+            kept, check = self._held_twice(), False
         done = []
         try:
             for layer in layers(self):
-                error = _merge.merge(layer, names, check=safe_merge)
+                errors[layer.module_path] = _merge.merge(layer, names, check=check, keep=layer in kept)
                 done.append(layer)
-                if error is not None:
-                    errors[layer.module_path] = error
         except BaseException:
             for layer in done:
                 _merge.unmerge(layer)
             raise
-        self._shared.merged, self._shared.merge_checked = tuple(names), safe_merge
-        return errors
+        self._shared.merged, self._shared.merge_options = tuple(names), (safe_merge, keep_weights)
+        return {path: error for path, error in errors.items() if error is not None}
 
-    def unmerge_adapter(self) -> None:
-        """Puts back the weights that `merge_adapter` replaced, bit for bit.
+    def unmerge_adapter(self) -> dict[str, float]:
+        """Puts back the weights that `merge_adapter` replaced, bit for bit; where it kept none it rotates them back.
+
+        Returns:
+            For each layer with a quantised base whose weight wasn't kept, how far it moved by being quantised anew,
+            relative to its norm.
 
         Raises:
             AdapterError: nothing is merged.
         """
         if not self.merged_adapters:
             raise AdapterError("unmerge_adapter: expected merged adapters, found none")
-        for layer in layers(self):
-            _merge.unmerge(layer)
+        errors = {layer.module_path: _merge.unmerge(layer) for layer in layers(self)}
         self._shared.merged = ()
+        return {path: error for path, error in errors.items() if error is not None}
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
@@ -577,13 +595,7 @@ class RoadModel(nn.Module):
         """
         if not self.merged_adapters:
             names = self._to_merge(adapter_names)
-            errors = {}
-            for layer in layers(self):
-                try:
-                    errors[layer.module_path] = _merge.merge(layer, names, check=safe_merge)
-                finally:
-                    _merge.unmerge(layer)
-            _warn_of(errors)
+            _warn_of({layer.module_path: _merge.attempt(layer, names, check=safe_merge) for layer in layers(self)})
             untied = self._unties(names)
             for layer in track(list(layers(self)), "Merging", disable=not progressbar):
                 _merge.merge(layer, names, check=False)
@@ -999,6 +1011,11 @@ class RoadModel(nn.Module):
                 if ".road_" not in parameter_name:
                     parameter.requires_grad_(False)
             self.set_adapter(name)
+
+    def _held_twice(self) -> list[RoadLayer]:
+        """The layers whose weight another module holds too, such as a tied head's: keeping it takes no memory."""
+        holders = Counter(id(p) for module in self.modules() for p in module._parameters.values() if p is not None)
+        return [layer for layer in layers(self) if holders[id(bare(layer.base_layer)._parameters.get("weight"))] > 1]
 
     def _to_merge(self, adapter_names: str | Sequence[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else _as_list(adapter_names)

@@ -110,7 +110,7 @@ class Shared:
         active: the adapters that a plain call applies, one after the other.
         off: True while adapters are disabled.
         merged: the adapters that stand in the base's weights, in the order in which they were applied.
-        merge_checked: whether merging them would have refused weights that aren't finite.
+        merge_options: ``safe_merge`` and ``keep_weights`` that they were merged with.
         configs: of every adapter, in the order in which they came.
         rows: the row of the banks for each adapter and mix that has one, the least recently used first; 0 is the
             identity.
@@ -126,7 +126,7 @@ class Shared:
         self.active: tuple[str, ...] = ()
         self.off = False
         self.merged: tuple[str, ...] = ()
-        self.merge_checked = True
+        self.merge_options = True, True
         self.configs: dict[str, RoadConfig] = {}
         self.rows: dict[Name, int] = {}
         self.limit = limit

@@ -137,3 +137,10 @@ def compose(first: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], group_siz
     """Returns the coefficients of one rotation after another of the same group size, in closed form."""
     (f, c), (g, d) = first, then
     return g * f + d * partner(c, group_size), g * c + d * partner(f, group_size)
+
+
+def inverse(first: Tensor, cross: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Returns the coefficients that rotate back, formed in float64; not finite where a block has no inverse."""
+    f, c = first.double(), cross.double()
+    determinant = f * partner(f, group_size) - c * partner(c, group_size)
+    return (partner(f, group_size) / determinant).to(first.dtype), (-c / determinant).to(cross.dtype)

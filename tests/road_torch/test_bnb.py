@@ -211,6 +211,30 @@ def test_a_copy_and_a_cast_while_merged(kind, forward_first):
         assert torch.equal(model(X), y)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_weight_is_quantised_twice_and_says_how_far_it_moved(kind):
+    inner, _ = make(kind, torch.float32)
+    model, layer = road(Model(inner))
+    with torch.no_grad():
+        layer.road_theta["a"].clamp_(-0.5, 0.5)
+        layer.road_alpha["a"].clamp_(0.7, 1.4)
+    quantized = layer.base_layer
+    plain, bias = _bnb.dequantize(quantized), quantized.bias.clone()
+    model.merge_adapter(["a"], keep_weights=False)
+    merged = _bnb.dequantize(quantized).double()
+    theta, alpha = layer.road_theta["a"].double(), layer.road_alpha["a"].double()
+    # The float64 reference's blocks as one matrix, and its inverse.
+    matrix = torch.from_numpy(road_core.merge(torch.eye(OUT).double(), theta, alpha, variant="road_2", group_size=8))
+    expected = torch.linalg.solve(matrix, merged)
+    errors = model.unmerge_adapter()
+    found = _bnb.dequantize(quantized).double()
+    error = float((found - expected).norm() / expected.norm())
+    assert errors == {"inner.proj": pytest.approx(error, rel=1e-3)}
+    assert 0 < error < (0.02 if kind == "int8" else 0.15)
+    assert float((found - plain).norm() / plain.norm()) < (0.05 if kind == "int8" else 0.3)
+    torch.testing.assert_close(quantized.bias, bias)
+
+
 @pytest.mark.parametrize("kind", ["nf4-double", "int8"])
 def test_training_on_a_quantised_base(kind):
     inner, _ = make(kind, torch.float32)

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from _compare import assert_close, named_values
+from _compare import TOLERANCE, assert_close, named_values
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers.pytorch_utils import Conv1D
@@ -124,6 +124,43 @@ def test_parity(kind, dtype, variant, group_size):
         model.unmerge_adapter()
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]), name
+
+
+def weights(model):
+    return {
+        name.replace("base_layer.", ""): value.clone()
+        for name, value in model.named_parameters()
+        if ".road_" not in name
+    }
+
+
+@pytest.mark.parametrize("group_size", [2, 64])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_weights_come_back_by_the_inverse(kind, dtype, variant, group_size):
+    base = Model(make_base(kind, DTYPES[dtype]))
+    before = weights(base)
+    parameters = adapters(variant, group_size, "a")
+    config, theta, alpha = parameters["a"]
+    # Blocks that are far from singular: what rounding did isn't blown up.
+    parameters["a"] = config, theta.clip(-0.3, 0.3), alpha.clip(0.8, 1.25)
+    model = fill(RoadModel(base), parameters)
+    model.merge_adapter(["a"], keep_weights=False)
+    merged = weights(base)
+    transposed = kind == "conv1d"
+    weight = before["inner.proj.weight"].T if transposed else before["inner.proj.weight"]
+    expected = road_core.merge(weight.double(), *parameters["a"][1:], variant=variant, group_size=group_size)
+    found = merged["inner.proj.weight"].T if transposed else merged["inner.proj.weight"]
+    assert_close(found.double(), expected, dtype)
+    assert model.unmerge_adapter() == {}
+    assert model.merged_adapters == []
+    back = weights(base)
+    assert {n: (v.dtype, v.shape) for n, v in back.items()} == {n: (v.dtype, v.shape) for n, v in before.items()}
+    for name, value in before.items():
+        # Rounded twice.
+        atol = 2 * TOLERANCE[dtype] * float(value.abs().max())
+        torch.testing.assert_close(back[name], value, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

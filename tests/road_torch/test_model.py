@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import io
 import weakref
 from unittest import mock
@@ -342,6 +343,88 @@ def test_merging_for_good_that_is_interrupted_rotates_nothing_twice(names):
         model.merge_and_unload(adapter_names=names)
     assert_close(logits(model), expected, "float32", moved_from=base)
     assert_close(logits(model.merge_and_unload(adapter_names=names)), expected, "float32", moved_from=base)
+
+
+def test_no_old_weight_is_alive_and_several_adapters_come_back():
+    model = with_adapters("a")
+    torch.manual_seed(2)
+    model.add_adapter("b", config(group_size=4, variant="road_2"))
+    model.set_adapter(["a", "b"])
+    expected = logits(model)
+    old = [weakref.ref(m.base_layer.weight) for m in model.modules() if isinstance(m, RoadLayer)]
+    model.merge_adapter(keep_weights=False)
+    gc.collect()
+    assert [ref() for ref in old] == [None] * len(old)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert model.active_adapters == ["a", "b"]
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(small_model()), rtol=1e-3, atol=1e-3)
+
+
+def test_a_copy_a_cast_and_a_pause_while_merged():
+    model = with_adapters("a")
+    expected, base = logits(model), logits(small_model())
+    model.merge_adapter(keep_weights=False)
+    twin = copy.deepcopy(model).double()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), base, rtol=1e-4, atol=1e-4)
+    assert model.merged_adapters == ["a"]
+    assert all(isinstance(m.unmerged, _merge.Inverse) for m in model.modules() if isinstance(m, RoadLayer))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    twin.unmerge_adapter()
+    torch.testing.assert_close(logits(twin).float(), expected, rtol=1e-4, atol=1e-4)
+    twin.unload()
+    torch.testing.assert_close(logits(twin).float(), base, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_weight_stays_tied():
+    model = with_adapters("a", base=small_model(tie_word_embeddings=True), target_modules=["q_proj", "lm_head"])
+    embedding = model.base_model.model.embed_tokens.weight
+    model.merge_adapter(keep_weights=False)
+    assert model.base_model.lm_head.base_layer.weight is not embedding
+    model.unmerge_adapter()
+    assert model.base_model.lm_head.base_layer.weight is embedding
+
+
+def test_a_block_without_inverse_is_refused_with_its_layer():
+    model = with_adapters("a", variant="road_2")
+    *_, last = (m for m in model.modules() if isinstance(m, RoadLayer))
+    with torch.no_grad():
+        # Both elements of the first pair of a group of 8.
+        last.road_alpha["a"][0] = last.road_alpha["a"][4] = 0.0
+    expected, before = logits(model), state(model)
+    with pytest.raises(AdapterError, match=rf"^{last.module_path}: expected 2x2 blocks .* inverse .*, found 1 without"):
+        model.merge_adapter(keep_weights=False)
+    assert_same(before, state(model))
+    assert torch.equal(logits(model), expected)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("when", ["tried", "merged"])
+def test_an_interruption_leaves_nothing_merged(when):
+    model = with_adapters("a")
+    expected, before = logits(model), state(model)
+    count, calls = sum(isinstance(m, RoadLayer) for m in model.modules()), []
+    merge = _merge.merge
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == (5 if when == "tried" else count + 5):
+            raise KeyboardInterrupt
+        return merge(*args, **kwargs)
+
+    with mock.patch.object(_merge, "merge", interrupted), pytest.raises(KeyboardInterrupt):
+        model.merge_adapter(keep_weights=False)
+    if when == "tried":
+        assert torch.equal(logits(model), expected)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert before[::2] == state(model)[::2]
+    model.merge_adapter(keep_weights=False)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_module_that_stands_in_two_places_is_adapted_in_both():
