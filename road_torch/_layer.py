@@ -157,7 +157,7 @@ class RoadLayer(nn.Module):
                 return self._differentiable(y, routing)
             if y.requires_grad:
                 for first, cross, group_size, index in plan.passes:
-                    y = _ops.rotate(y, *default.rows(y, first, cross, index), group_size, shared.kernel)
+                    y = _ops.rotate(y, first, cross, group_size, index, shared.kernel)
                 return y
         if not unseen and self._gives_new:
             # A hook may hold what the base gave, or what stands in place of its forward.
@@ -384,17 +384,11 @@ class RoadLayer(nn.Module):
         if not _is_compiling():
             self.expire()
 
-        def rotate(y: Tensor, first: Tensor, cross: Tensor, size: int) -> Tensor:
-            if _is_compiling():
-                # Expanded first, the coefficients' gradients are summed in float32.
-                return default.rotate(y, first.expand(y.shape), cross.expand(y.shape), size)
-            return _ops.rotate(y, first, cross, size, self._shared.kernel)
-
         if routing.names is None:
             for first, cross, size, _ in self._passes(
                 [part for name in routing.used for part in parts(name)], y.device
             ):
-                y = rotate(y, first, cross, size)
+                y = self._recorded(y, first, cross, size)
             return y
         self._check_order(routing)
         self._check_checkpointed(routing)
@@ -408,9 +402,16 @@ class RoadLayer(nn.Module):
             cross = torch.cat((torch.zeros_like(cross[:1]), cross))
             rows = [here.index(name) + 1 if name in here else 0 for name in routing.names]
             index = torch.tensor(rows, device=y.device).repeat_interleave(repeats)
-            shape = (len(y), *[1] * (y.ndim - 2), self.out_features)
-            y = rotate(y, first[index].view(shape), cross[index].view(shape), size)
+            y = self._recorded(y, first, cross, size, index)
         return y
+
+    def _recorded(self, y: Tensor, first: Tensor, cross: Tensor, size: int, index: Tensor | None = None) -> Tensor:
+        """A rotation with gradients."""
+        if _is_compiling() and self._shared.kernel != "triton":
+            # Expanded first, the coefficients' gradients are summed in float32.
+            first, cross = (table.expand(y.shape) for table in default.gather(y, first, cross, index))
+            return default.rotate(y, first, cross, size)
+        return _ops.rotate(y, first, cross, size, index, self._shared.kernel)
 
     def _traced(self, y: Tensor, routing: Routing) -> Tensor:
         """What ``torch.compile`` sees: a gather by tensors alone: another choice of adapters is no new graph."""
@@ -429,7 +430,10 @@ class RoadLayer(nn.Module):
             if self.out_features % size == 0:
                 if routing.mixed and (repeats := routing.repeats(y, self.module_path, len(index))) > 1:
                     index = index.repeat_interleave(repeats)
-                y = default.rotate(y, bank.first, bank.cross, size, index)
+                if self._shared.kernel == "triton":
+                    y = _ops.rotate(y, bank.first, bank.cross, size, index, "triton")
+                else:
+                    y = default.rotate(y, bank.first, bank.cross, size, index)
         return y
 
     def _device(self) -> torch.device:

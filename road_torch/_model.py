@@ -491,14 +491,14 @@ class RoadModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While open, the model computes as the base did; merged adapters are unmerged and merged again after."""
-        before, merged, options = self._shared.off, self.merged_adapters, self._shared.merge_options
+        before, merged, (safe, keep) = self._shared.off, self.merged_adapters, self._shared.merge_options
         self.disable_adapter_layers()
         try:
             yield
         finally:
             self._shared.off = before
             if merged:
-                self.merge_adapter(merged, *options)
+                self.merge_adapter(merged, safe, keep_weights=keep)
 
     def disable_adapter_layers(self) -> None:
         """Makes the model compute as the base did until `enable_adapter_layers`; merged adapters are unmerged."""
@@ -514,6 +514,7 @@ class RoadModel(nn.Module):
         self,
         adapter_names: str | Sequence[str] | None = None,
         safe_merge: bool = True,
+        *,
         keep_weights: bool = True,
     ) -> dict[str, float]:
         """Rotates the base's weights and biases themselves, in float32 and rounded once.

@@ -68,12 +68,12 @@ def partner(y: Tensor, group_size: int) -> Tensor:
     return y.reshape(-1, 2, group_size // 2).roll(1, 1).view(y.shape)
 
 
-def rows(y: Tensor, first: Tensor, cross: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the coefficients of ``y`` in its dtype, those of a table gathered: ``[batch, 1, …, out]``."""
+def gather(y: Tensor, first: Tensor, cross: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns coefficients that broadcast against ``y``, those of a table gathered: ``[batch, 1, …, out]``."""
     if index is not None:
         shape = (len(index), *[1] * (y.ndim - 2), y.shape[-1]) if y.ndim > 1 else y.shape
         first, cross = first[index].view(shape), cross[index].view(shape)
-    return first.to(y.dtype), cross.to(y.dtype)
+    return first, cross
 
 
 def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tensor | None = None) -> Tensor:
@@ -86,14 +86,14 @@ def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tens
         group_size: even; divides ``out``.
         index: the table's row for each of ``y``'s first axis, int64 ``[batch]``; ``[1]`` is one for all.
     """
-    first, cross = rows(y, first, cross, index)
+    first, cross = (table.to(y.dtype) for table in gather(y, first, cross, index))
     return torch.addcmul(y * first, partner(y, group_size), cross)
 
 
 def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tensor | None = None) -> Tensor:
     """As `rotate`, but overwrites ``y``, which must be contiguous."""
     if index is not None or first.dtype is not y.dtype:
-        first, cross = rows(y, first, cross, index)
+        first, cross = (table.to(y.dtype) for table in gather(y, first, cross, index))
     if y.numel() > SMALL:
         other = partner(y, group_size)
     else:

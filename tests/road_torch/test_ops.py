@@ -64,27 +64,32 @@ def test_compose(group_size):
     assert_close(default.rotate(y, *both, group_size), expected, "float64", moved_from=y)
 
 
-def samples():
-    for dtype in (torch.float32, torch.bfloat16):
-        for rows in ((), (2, 1)):
-            y = torch.randn(2, 3, 16, dtype=dtype, requires_grad=True)
-            first, cross = (torch.randn(*rows, 16, requires_grad=True) for _ in range(2))
-            yield pytest.param((y, first, cross, 8), id=f"{dtype}-{rows}".replace("torch.", ""))
+INDICES = {"one for all": None, "rows": None, "table": [2, 0], "a table's row": [1]}
 
 
-@pytest.mark.parametrize("args", samples())
-def test_opcheck(args):
-    torch.library.opcheck(torch.ops.road.rotate.default, args)
-
-
-@pytest.mark.parametrize("rows", [(), (3, 1)])
-def test_gradients(rows):
+def make(kind, dtype=torch.float32, wide=torch.float32):
+    """``y`` of two rows, coefficients that fit it in this way, and the index if they are a table."""
     torch.manual_seed(0)
-    y = torch.randn(3, 2, 8, dtype=torch.float64, requires_grad=True)
-    first, cross = (torch.randn(*rows, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    g = torch.randn(3, 2, 8, dtype=torch.float64)
-    given = torch.autograd.grad((_ops.rotate(y, first, cross, 4) * g).sum(), (y, first, cross))
-    expected = torch.autograd.grad((default.rotate(y, first, cross, 4) * g).sum(), (y, first, cross))
+    lead = {"one for all": (), "rows": (2, 1)}.get(kind, (4,))
+    y = torch.randn(2, 3, 16, dtype=dtype, requires_grad=True)
+    first, cross = (torch.randn(*lead, 16, dtype=wide, requires_grad=True) for _ in range(2))
+    return y, first, cross, INDICES[kind] and torch.tensor(INDICES[kind])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", INDICES)
+def test_opcheck(kind, dtype):
+    y, first, cross, index = make(kind, dtype)
+    torch.library.opcheck(torch.ops.road.rotate.default, (y, first, cross, 8, index))
+
+
+@pytest.mark.parametrize("kind", INDICES)
+def test_gradients(kind):
+    y, first, cross, index = make(kind, torch.float64, torch.float64)
+    g = torch.randn(y.shape, dtype=torch.float64)
+    leaves = y, first, cross
+    given = torch.autograd.grad((_ops.rotate(*leaves, 4, index) * g).sum(), leaves)
+    expected = torch.autograd.grad((default.rotate(*leaves, 4, index) * g).sum(), leaves)
     for a, b in zip(given, expected, strict=True):
         # Sums over rows are kept in float32.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

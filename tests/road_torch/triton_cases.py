@@ -64,17 +64,18 @@ def test_more_pairs_than_a_program_has(monkeypatch):
     torch.testing.assert_close(triton.rotate(y, first[0], cross[0], 64), default.rotate(y, first[0], cross[0], 64))
 
 
-def test_opcheck_and_gradients():
-    for rows in ((), (2, 1)):
-        y = torch.randn(2, 3, 16, requires_grad=True)
-        first, cross = (torch.randn(*rows, 16, requires_grad=True) for _ in range(2))
-        torch.library.opcheck(torch.ops.road.rotate.default, (y, first, cross, 8, "triton"))
-        given, expected = (
-            torch.autograd.grad(_ops.rotate(y, first, cross, 8, kernel).square().sum(), (y, first, cross))
-            for kernel in ("triton", "default")
-        )
-        for a, b in zip(given, expected, strict=True):
-            torch.testing.assert_close(a, b)
+@pytest.mark.parametrize("index", [None, [2, 0], [1]])
+def test_opcheck_and_gradients(index):
+    y = torch.randn(2, 3, 16, requires_grad=True)
+    first, cross = (torch.randn(*(() if index is None else (4,)), 16, requires_grad=True) for _ in range(2))
+    index = index and torch.tensor(index)
+    torch.library.opcheck(torch.ops.road.rotate.default, (y, first, cross, 8, index, "triton"))
+    given, expected = (
+        torch.autograd.grad(_ops.rotate(y, first, cross, 8, index, kernel).square().sum(), (y, first, cross))
+        for kernel in ("triton", "default")
+    )
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class Net(nn.Module):
@@ -111,3 +112,38 @@ def test_a_model_with_this_kernel():
     # One a layer; gathering needs none of its own.
     assert len(launches) == 2
     assert _kernels.choose("auto", torch.device("cpu")) is _kernels.DEFAULT
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_compiled_model_with_this_kernel(train):
+    models = [RoadModel(Net(), kernel=kernel) for kernel in ("triton", "default")]
+    for model in models:
+        for name in "ab":
+            torch.manual_seed(ord(name))
+            fields = {"target_modules": ["up", "down"], "init_weights": False, "group_size": 16}
+            model.add_adapter(name, RoadConfig(**fields, inference_mode=not train))
+        model.set_adapter(["a"])
+    backend = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(models[0], backend=backend)
+    x = torch.from_numpy(named_values("x", 4, 3, 16))
+    for names in (["a", "b", "__base__", "a"], ["b", "b", "a", "__base__"]):
+        with torch.set_grad_enabled(train):
+            given, expected = compiled(x, adapter_names=names), models[1](x, adapter_names=names)
+        torch.testing.assert_close(given, expected)
+        if train:
+            for result in (given, expected):
+                result.square().sum().backward()
+            for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+                assert (a.grad is None) == (b.grad is None)
+                if a.grad is not None:
+                    torch.testing.assert_close(a.grad, b.grad)
+    assert backend.frame_count <= (2 if train else 1)
+    launches = []
+    kernel = triton._launch
+    triton._launch = lambda *args: launches.append(args) or kernel(*args)
+    try:
+        with torch.no_grad():
+            compiled(x, adapter_names=["a", "b", "b", "a"])
+    finally:
+        triton._launch = kernel
+    assert len(launches) == 2
