@@ -6,7 +6,8 @@ Arms: the forward pass; biases alone, the floor that anything trained behind a f
 kernels, merged anew in each step; and by a product of the outputs with a rotation matrix, the naive way. FLOPs are
 XLA's count of the unrolled program, time and memory those of the scanned one, as it is trained, with what linear
 layers gave kept (``remat="linears"``); memory also with everything kept (``"none"``) and with inputs alone (``"full"``,
-block-wise); a base's memory is what its arrays take. Arms take turns within a round. Writes
+block-wise). A base's memory is what its arrays take; a program's peak is its arguments, results and temporary memory,
+all that it holds. Arms take turns within a round. Writes
 ``benchmarks/results/jax_cost.json`` and ``.png``.
 """
 
@@ -58,13 +59,16 @@ def main() -> None:
     scanned = arms(options, scan=True, remat="linears")
     plain = arms(options, scan=True, remat="none")
     blockwise = arms(options, scan=True, remat="full")
+    kept = {"": scanned, "_nothing_recomputed": plain, "_blocks_recomputed": blockwise}
     for name, program in scanned.items():
         results["arms"][name] = {
             "flops": flops[name],
             "flops_over_floor": flops[name] / flops[FLOOR],
-            "temp_mib": program.temp_mib(),
-            "temp_mib_nothing_recomputed": plain[name].temp_mib(),
-            "temp_mib_blocks_recomputed": blockwise[name].temp_mib(),
+            **{
+                f"{kind}_mib{of}": getattr(by_name[name], f"{kind}_mib")()
+                for kind in ("temp", "peak")
+                for of, by_name in kept.items()
+            },
             "trained": program.trained,
             "base_mib": program.base_mib(),
         }
@@ -117,6 +121,11 @@ class Program:
     def temp_mib(self) -> float:
         """Returns what the program needs besides arguments and results."""
         return self.compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    def peak_mib(self) -> float:
+        """Returns what the program holds, the base among its arguments."""
+        sizes = self.compiled.memory_analysis()
+        return self.temp_mib() + (sizes.argument_size_in_bytes + sizes.output_size_in_bytes) / 2**20
 
     def base_mib(self) -> float:
         """Returns what the frozen params take."""
@@ -233,6 +242,8 @@ def table(results: dict[str, Any]) -> Table:
         "temp MiB": "temp_mib",
         "all kept": "temp_mib_nothing_recomputed",
         "block-wise": "temp_mib_blocks_recomputed",
+        "peak MiB": "peak_mib",
+        "block-wise peak": "peak_mib_blocks_recomputed",
     }
     for column in ("arm", "trained", "FLOPs / floor", "time / floor", *sizes):
         shown.add_column(column, justify="left" if column == "arm" else "right")
