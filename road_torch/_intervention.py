@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from road_core import AdapterError, Intervention, InterventionConfig, read_intervention
 from road_torch._bank import Bank
+from road_torch._checkpoint import checkpoints
 from road_torch._io import to_tensor
 from road_torch._kernels import default
-from road_torch._model import checkpoints
 from road_torch._routing import BASE, LOCK
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
@@ -14,14 +13,13 @@ from road_core import AdapterError
 from road_core._compose import Part, compose_module
 from road_torch import _kernels, _ops
 from road_torch._bank import Bank
+from road_torch._checkpoint import in_another
 from road_torch._kernels import default
 from road_torch._routing import LOCAL, LOCK, Mix, Name, Pass, Plan, Routing, Shared, about_to_trace, parts
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _linear = nn.functional.linear
-# torch 2.8 brought it; before, torch's own error must do.
-_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 
 
 class _Parameters(nn.ParameterDict):
@@ -329,7 +327,7 @@ class RoadLayer(nn.Module):
             return Plan(y.dtype, known.passes, known.sources, known.changes)
         self._check_order(routing)
         self._check_checkpointed(routing)
-        self._unrecorded |= routing.with_grad and not _is_grad_enabled()
+        self._unrecorded |= routing.with_grad and not (_is_grad_enabled() or LOCAL.unrecorded)
         self._kernel = _kernels.choose(self._shared.kernel, y.device)
         names: list[Name] = []
         sources: list[Tensor] = []
@@ -354,10 +352,7 @@ class RoadLayer(nn.Module):
 
     def _check_checkpointed(self, routing: Routing) -> None:
         # The other form of checkpointing shows while it records; what it computes anew wouldn't fit that.
-        if not routing.batch or not _is_grad_enabled() or _is_compiling():
-            return
-        hooks = _saving_hooks(False)
-        if hooks is not None and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__:
+        if routing.batch and _is_grad_enabled() and not _is_compiling() and in_another():
             raise AdapterError(
                 f"{self.module_path}: expected a mixed batch without checkpointing, found a call in "
                 "torch.utils.checkpoint, which computes this layer a second time after the call"

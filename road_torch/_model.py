@@ -1,6 +1,7 @@
 """`RoadModel`: a base model with RoAd adapters, in PEFT's vocabulary."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -31,7 +32,7 @@ from road_core import (
 from road_core._compose import check_group_sizes
 from road_core._errors import listed
 from road_core._files import check_free, new_directory
-from road_torch import _kernels, _layer, _merge
+from road_torch import _checkpoint, _kernels, _layer, _merge
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, bare, features, is_conv1d, layers
 from road_torch._routing import BASE, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
@@ -723,8 +724,12 @@ class RoadModel(nn.Module):
         names = None if adapter_names is None else self._check_names(adapter_names, args, kwargs)
         # A generation records none.
         with_grad = torch.is_grad_enabled() and not generates
+        checkpointed = names is not None and with_grad and self.training and _checkpoint.follow(self.base_model)
         with LOCK:
-            if self._shared.off or (names is None and not generates):
+            if self._shared.off and names is not None:
+                # A backward pass may come when they are enabled again.
+                names = [BASE] * len(names)
+            if names is None and (self._shared.off or not generates):
                 routing = self._shared.plain
             else:
                 self._place([name for name in dict.fromkeys(names or ()) if name != BASE])
@@ -736,7 +741,45 @@ class RoadModel(nn.Module):
                     layer.expire()
             elif self._shared.traced:
                 self._place_for_traced(routing)
-            return routed(routing, with_grad, functools.partial(self._before_traced, routing, trains))
+            again = None
+            if checkpointed:
+                configs = {n: self._shared.configs[n] for name in routing.used for n, _ in parts(name)}
+                again = functools.partial(self._again, routing.names, configs, self._shared.active)
+            return routed(routing, with_grad, functools.partial(self._before_traced, routing, trains), again)
+
+    @torch.compiler.disable
+    def _again(self, names: Sequence[Name], configs: Mapping[str, RoadConfig], active: Sequence[str]) -> routed:
+        """Returns the context of a mixed call once more, for what its backward pass computes a second time.
+
+        Args:
+            names: of the call.
+            configs: those that its adapters had: each adapter, loaded or swapped, has one of its own.
+            active: the adapters that were active, as `Shared` had them.
+
+        Raises:
+            AdapterError: layers would compute something else.
+        """
+        shared = self._shared
+        with LOCK:
+            found = [
+                f"{n!r} replaced or deleted" for n, config in configs.items() if shared.configs.get(n) is not config
+            ]
+            if configs and shared.active is not active:
+                found.append("others active")
+            if shared.merged or (configs and shared.off):
+                found.append("some merged" if shared.merged else "all disabled")
+            if found:
+                raise AdapterError(
+                    "adapter_names: expected the adapters of a call with gradient checkpointing as they were until its "
+                    f"backward pass is over, found {found[0]}"
+                )
+            # Others may have taken their rows.
+            self._place([name for name in dict.fromkeys(names) if name != BASE])
+            routing = Routing(shared, names, with_grad=True)
+            if routing.trainable and shared.traced:
+                for layer in layers(self):
+                    layer.expire()
+            return routed(routing, True, functools.partial(self._before_traced, routing, routing.trainable))
 
     def _before_traced(self, routing: Routing, trains: bool) -> None:
         with LOCK:
@@ -763,11 +806,6 @@ class RoadModel(nn.Module):
             raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(names)}")
         self._check_unmerged("adapter_names")
         check_media(self.base_model, names, args, kwargs)
-        if torch.is_grad_enabled() and self.training and checkpoints(self.base_model):
-            raise AdapterError(
-                "adapter_names: expected a model without gradient checkpointing, found one that would compute its "
-                "layers a second time after the call"
-            )
         return names
 
     def _place(self, names: Sequence[Name], also_active: Sequence[str] | None = None) -> None:
@@ -994,7 +1032,8 @@ class RoadModel(nn.Module):
             if layer is not module:
                 wrapped[bare(module)] = layer
         first = not self._shared.configs
-        self._shared.configs[name] = config
+        # A backward pass knows by it that this is another adapter than one of the same name before.
+        self._shared.configs[name] = copy.copy(config)
         # Wherever a shared module stands, its wrapper takes its place.
         for parent in list(self.base_model.modules()):
             for key, child in list(parent._modules.items()):
@@ -1031,6 +1070,7 @@ class RoadModel(nn.Module):
             layer.unmerged = None
         self._unwrap(lambda layer: True)
         self._put_back(lambda module: module.original_module)
+        _checkpoint.leave(self.base_model)
         # The layers are gone; what they looked at must not say that there are adapters.
         self._shared.active, self._shared.merged, self._shared.rows, self._shared.configs = (), (), {}, {}
         self._shared.plain = Routing(self._shared, None, lasting=True)
@@ -1154,11 +1194,6 @@ def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
         if isinstance(value, Tensor) and value.ndim > 0:
             return len(value)
     return None
-
-
-def checkpoints(model: nn.Module) -> bool:
-    """True where a backward pass may compute some layers a second time."""
-    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -326,6 +326,11 @@ class _Local(threading.local):
         self.with_grad = True
         # Makes the rows right that the call reads.
         self.place: Callable[[], None] | None = None
+        # Opens the call anew for what its backward pass computes a second time; None where nothing is.
+        self.again: Callable[[], routed] | None = None
+        # Within what is computed a second time: what saved tensors as it began, and whether that was without gradients.
+        self.saving: tuple[Any, ...] | None = None
+        self.unrecorded = False
 
 
 LOCAL = _Local()
@@ -341,19 +346,27 @@ def about_to_trace() -> None:
 class routed:  # noqa: N801 - a context manager, and so lean because it stands around every call
     """While it is open, the calls of this thread on this model follow a routing."""
 
-    def __init__(self, routing: Routing, with_grad: bool, place: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        routing: Routing,
+        with_grad: bool,
+        place: Callable[[], None],
+        again: "Callable[[], routed] | None" = None,
+    ) -> None:
         self._routing = routing
         self._with_grad = with_grad
         self._place = place
+        self._again = again
         routing.shared.calls.append(routing)
 
     @torch.compiler.disable
     def __enter__(self) -> None:
-        self._before = LOCAL.routing, LOCAL.with_grad, LOCAL.place
+        self._before = LOCAL.routing, LOCAL.with_grad, LOCAL.place, LOCAL.again
         LOCAL.routing, LOCAL.with_grad, LOCAL.place = self._routing, self._with_grad, self._place
+        LOCAL.again = self._again
 
     @torch.compiler.disable
     def __exit__(self, *error: object) -> None:
-        LOCAL.routing, LOCAL.with_grad, LOCAL.place = self._before
+        LOCAL.routing, LOCAL.with_grad, LOCAL.place, LOCAL.again = self._before
         with LOCK:
             self._routing.shared.calls.remove(self._routing)

@@ -800,14 +800,6 @@ def test_experts_are_refused_in_a_mixed_batch():
         model(torch.randn(4, 8), adapter_names=["default"] * 4)
 
 
-def test_gradient_checkpointing_and_a_mixed_batch():
-    model = with_adapters("a", inference_mode=False).train()
-    model.base_model.gradient_checkpointing_enable()
-    with pytest.raises(AdapterError, match="without gradient checkpointing"):
-        model(IDS, adapter_names=["a"] * 4)
-    model(IDS).logits.sum().backward()
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     gradients = []
