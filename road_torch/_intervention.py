@@ -14,6 +14,7 @@ from road_torch._bank import Bank
 from road_torch._checkpoint import checkpoints
 from road_torch._io import to_tensor
 from road_torch._kernels import default
+from road_torch._layer import HOOKED
 from road_torch._routing import BASE, LOCK
 
 
@@ -241,8 +242,8 @@ class InterventionModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Before __init__ has run there is no base model to ask.
-            if name == "base_model" or "base_model" not in self._modules:
+            # Before __init__ has run there is no base model to ask, and what accelerate hooked is hooked by itself.
+            if name in ("base_model", *HOOKED) or "base_model" not in self._modules:
                 raise
             return getattr(self._modules["base_model"], name)
 

@@ -21,6 +21,9 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _linear = nn.functional.linear
 
+# What accelerate leaves on a module that it hooks.
+HOOKED = ("_hf_hook", "_old_forward")
+
 
 class _Parameters(nn.ParameterDict):
     """θ or α by adapter. They keep their dtype when the model is cast, and count how often one is replaced."""
@@ -32,6 +35,14 @@ class _Parameters(nn.ParameterDict):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self.changes[0] += 1
         super().register_parameter(name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook" and hasattr(value, "detach_hook"):
+            # Accelerate has put them away until this is called, which nobody does: they stay where they were.
+            self.changes[0] += 1
+            value.detach_hook(self)
+        else:
+            super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         self.changes[0] += 1

@@ -34,7 +34,7 @@ from road_core._errors import listed
 from road_core._files import check_free, new_directory
 from road_torch import _checkpoint, _kernels, _layer, _merge
 from road_torch._io import to_adapter, to_tensor
-from road_torch._layer import RoadLayer, bare, features, is_conv1d, layers
+from road_torch._layer import HOOKED, RoadLayer, bare, features, is_conv1d, layers
 from road_torch._routing import BASE, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
 from road_torch._rows import check_media, stray
 from road_torch._saved import SavedModule, copy_of, saved_modules
@@ -697,8 +697,8 @@ class RoadModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Before __init__ has run there is no base model to ask.
-            if name in ("base_model", "_shared") or "base_model" not in self._modules:
+            # Before __init__ has run there is no base model to ask, and what accelerate hooked is hooked by itself.
+            if name in ("base_model", "_shared", *HOOKED) or "base_model" not in self._modules:
                 raise
             return getattr(self._modules["base_model"], name)
 

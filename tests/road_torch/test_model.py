@@ -902,6 +902,36 @@ def test_a_base_that_accelerate_keeps_on_disk(tmp_path):
     assert torch.equal(model(IDS).logits, expected(IDS).logits)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("how", ["disk", "cpu", "dispatched"])
+@torch.no_grad()
+def test_adapters_whose_base_accelerate_takes_away_later(how, whole, tmp_path):
+    names = ["a", "__base__", "b", "a"]
+    expected, model = with_adapters(), with_adapters()
+    target = model if whole else model.base_model
+    if how == "disk":
+        accelerate.disk_offload(target, tmp_path / "disk", execution_device="cpu")
+    elif how == "cpu":
+        accelerate.cpu_offload(target, execution_device="cpu")
+    else:
+        blocks = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
+        ends = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+        places = {f"base_model.{path}" if whole else path: place for path, place in (blocks | ends).items()}
+        accelerate.dispatch_model(target, places, main_device="cpu", offload_dir=tmp_path / "disk", force_hooks=True)
+    assert model.base_model.model.layers[1].mlp.up_proj.weight.is_meta
+    assert not any(p.is_meta for name, p in model.named_parameters() if ".road_" in name)
+    assert torch.equal(logits(model), logits(expected))
+    assert torch.equal(logits(model, adapter_names=names), logits(expected, adapter_names=names))
+    model.save_pretrained(tmp_path / "saved")
+    model.load_adapter(tmp_path / "saved" / "b", "c")
+    model.hotswap_adapter(tmp_path / "saved" / "b", "a")
+    given = logits(model, adapter_names=["a", "__base__", "b", "c"])
+    assert torch.equal(given, logits(expected, adapter_names=["b", "__base__", "b", "b"]))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert not any(p.is_meta for p in model.parameters())
+    assert torch.equal(logits(model, adapter_names=["a", "__base__", "b", "c"]), given)
+
+
 def test_config_reaches_the_base():
     model = with_adapters()
     assert model.config.model_type == "llama"
