@@ -188,6 +188,48 @@ def test_merge_and_unmerge(kind, forward_first):
     assert torch.equal(quantized.bias, bias)
 
 
+def quantized_anew(kind, weight, dtype):
+    """What bitsandbytes makes of a float32 weight that was quantised from this dtype, and gives back."""
+    if kind.startswith("int8"):
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        return bnb.functional.int8_vectorwise_dequant(codes, scales)
+    options = {"quant_type": KINDS[kind]["quant_type"], "compress_statistics": KINDS[kind]["compress_statistics"]}
+    codes, state = bnb.functional.quantize_4bit(weight.to(dtype), blocksize=64, **options)
+    state.dtype = torch.float32
+    return bnb.functional.dequantize_4bit(codes, state)
+
+
+@pytest.mark.parametrize("group_size", [8, 64])
+@pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4", "int8"])
+def test_a_merged_weight_is_the_reference_s_quantised_anew(kind, dtype, variant, group_size):
+    model, layer = road(Model(make(kind, DTYPES[dtype])[0]), variant, group_size)
+    quantized = layer.base_layer
+    theta, alpha = layer.road_theta["a"].detach(), layer.road_alpha["a"].detach()
+
+    def rotated(value):
+        return torch.from_numpy(
+            road_core.merge(value.double(), theta, alpha, variant=variant, group_size=group_size)
+        ).float()
+
+    weight, bias = _bnb.dequantize(quantized), quantized.bias
+    exact, exact_bias = rotated(weight), rotated(bias)
+    errors = model.merge_adapter(["a"])
+    merged = _bnb.dequantize(quantized)
+    expected = quantized_anew(kind, exact, DTYPES[dtype])
+    # Where float32 and float64 fall on two sides of the middle between codes, a weight may be the neighbour.
+    assert torch.isclose(merged, expected, rtol=1e-4, atol=1e-6).double().mean() > 0.99
+    assert float((expected - exact).norm()) < 0.2 * float((exact - weight).norm())
+    assert errors == {"inner.proj": pytest.approx(float((expected - exact).norm() / exact.norm()), rel=1e-2)}
+    assert quantized.bias.dtype == DTYPES[dtype]
+    assert_close(quantized.bias.double(), exact_bias, dtype, moved_from=bias.double())
+    y = model(X.to(DTYPES[dtype]))
+    assert y.dtype == DTYPES[dtype]
+    # As above: the layers compute in less than their dtype.
+    assert_close(y.double(), nn.functional.linear(X, expected, exact_bias).double(), "bfloat16")
+
+
 @pytest.mark.parametrize("forward_first", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_and_a_cast_while_merged(kind, forward_first):
