@@ -219,6 +219,9 @@ def load(directory: str | os.PathLike, *, quantize: str = "none", dtype: str = "
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=getattr(torch, stored) if dtype == "auto" else chosen,
         )
+    # transformers imports torchao where it is installed, which complains about kernels and enums at once.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
