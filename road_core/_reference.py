@@ -33,8 +33,10 @@ def check_group_size(out: int, group_size: int, where: str) -> None:
     """Refuses a group size that doesn't divide a layer's outputs; ``where`` names the layer.
 
     Raises:
-        AdapterError: ``out`` is no multiple of ``group_size``.
+        AdapterError: ``out`` is no multiple of ``group_size``, or that isn't even.
     """
+    if group_size < 2 or group_size % 2:
+        raise AdapterError(f"{where}: expected an even group_size from 2 up, found {group_size}")
     if out % group_size:
         raise AdapterError(f"{where}: expected a number of outputs that group_size {group_size} divides, found {out}")
 

@@ -12,6 +12,7 @@ import numpy as np
 from road_core import AdapterError, RoadConfig, check_group_size, output_size, parameter_size, subspace_mask
 from road_core._compose import check_group_sizes, compose_configs
 from road_core._config import VARIANTS
+from road_core._errors import expect
 from road_jax._rotate import coefficients, within
 from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, unflatten
 
@@ -71,6 +72,8 @@ def compose(
     if len(numbers) != len(adapters):
         raise AdapterError(f"weights: expected one for each of {len(adapters)} adapters, found {len(numbers)}")
     names = [f"adapter {i + 1}" for i in range(len(adapters))]
+    for name, config in zip(names, configs, strict=True):
+        expect(f"config of {name}", config, RoadConfig)
     check_group_sizes(configs, names)
     needed = max((config.variant for config in configs), key=VARIANTS.index)
     chosen = variant or needed

@@ -13,7 +13,8 @@ from road_core import AdapterError
 from road_jax._intervene import Intervened
 from road_jax._stack import as_ids, check_ids
 from road_jax._transform import Road
-from road_jax._tree import Tree
+from road_jax._tree import Tree, params_of
+from road_jax.models._config import DecoderConfig
 from road_jax.models._decoder import Cache
 
 
@@ -60,7 +61,15 @@ def generate(
     if isinstance(model, Road | Intervened) != (adapter is not None):
         raise AdapterError("generate: expected a Road together with an adapter, or a plain model without one")
     module = model.model if isinstance(model, Road | Intervened) else model
+    if not isinstance(getattr(module, "config", None), DecoderConfig):
+        raise AdapterError(f"model: expected a decoder of road_jax.models, found {type(module).__name__}")
+    params_of(variables)
     vocabulary = module.config.vocab_size
+    # An array has no truth value.
+    prompts = list(prompts)
+    ends = np.atleast_1d(np.asarray(eos_token_id))
+    if ends.size and not np.issubdtype(ends.dtype, np.integer):
+        raise AdapterError(f"eos_token_id: expected a token or several, found {eos_token_id!r}")
     _check(prompts, vocabulary, max_new_tokens, temperature, top_k, top_p, rng)
     if adapter_ids is not None:
         adapter_ids = as_ids(adapter_ids)
@@ -72,7 +81,6 @@ def generate(
         check_ids(adapter_ids, leaves[0].shape[-1] - 1 if leaves else 0)
     if not prompts:
         return []
-    ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     rows, length = _bucket(len(prompts), 1), _bucket(max(map(len, prompts)), 16)
     ids, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     for row, prompt in enumerate(prompts):
@@ -85,7 +93,7 @@ def generate(
     )
     tokens, ended = _run(
         model,
-        _bucket(max_new_tokens, 16),
+        _bucket(int(max_new_tokens), 16),
         "greedy" if temperature == 0 else "draw" if top_k is None and top_p is None else "filter",
         variables,
         adapter,
@@ -185,20 +193,25 @@ def _check(
     rng: jax.Array | None,
 ) -> None:
     for row, prompt in enumerate(prompts):
-        if len(prompt) == 0:
+        ids = np.asarray(prompt)
+        if ids.ndim == 1 and not ids.size:
             raise AdapterError(f"generate: expected tokens in every prompt, found none in row {row}")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            found = min(prompt) if min(prompt) < 0 else max(prompt)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            found = ids.dtype if ids.ndim == 1 else type(prompt).__name__
+            raise AdapterError(f"generate: expected a list of token ids in every prompt, found {found} in row {row}")
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            found = ids.min() if ids.min() < 0 else ids.max()
             raise AdapterError(f"generate: expected tokens from 0 to {vocabulary - 1}, found {found} in row {row}")
-    if max_new_tokens < 1:
+    if not hasattr(max_new_tokens, "__index__") or max_new_tokens < 1:
         raise AdapterError(f"max_new_tokens: expected a number from 1 up, found {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
+    if not hasattr(temperature, "__float__") or not 0 <= temperature < float("inf"):
         raise AdapterError(f"temperature: expected a number from 0 up, found {temperature}")
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise AdapterError("top_k and top_p: expected a temperature above 0 beside them, found 0")
-    if top_k is not None and top_k < 1:
+    if top_k is not None and (not hasattr(top_k, "__index__") or top_k < 1):
         raise AdapterError(f"top_k: expected a number from 1 up, found {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (hasattr(top_p, "__float__") and 0 < top_p <= 1):
         raise AdapterError(f"top_p: expected a number above 0 and up to 1, found {top_p}")
-    if temperature > 0 and rng is None:
-        raise AdapterError("rng: expected a key to draw with, found none")
+    if temperature > 0 and not isinstance(rng, jax.Array | np.ndarray):
+        found = "none" if rng is None else type(rng).__name__
+        raise AdapterError(f"rng: expected a key to draw with, found {found}")

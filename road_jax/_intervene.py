@@ -22,11 +22,23 @@ from road_core import (
     read_intervention,
     write_intervention,
 )
+from road_core._errors import expect
 from road_jax._io import from_tensors
 from road_jax._rotate import blocks, polar, rotate_blocks, rotate_rows, within
 from road_jax._stack import as_ids, check_ids, of_rows
 from road_jax._transform import Road, new_names, trace, traced_anew, without
-from road_jax._tree import ROAD_LEAVES, Path, Tree, check_floating, dotted, flatten, to_dict, unbox, unflatten
+from road_jax._tree import (
+    ROAD_LEAVES,
+    Path,
+    Tree,
+    check_floating,
+    dotted,
+    flatten,
+    params_of,
+    to_dict,
+    unbox,
+    unflatten,
+)
 from road_jax.models._decoder import Block
 
 Blocks = type[nn.Module] | Callable[[nn.Module], bool]
@@ -144,7 +156,7 @@ class Intervened:
             where = dotted(module.path)
             return at_prompt(where, result, lambda h: rotate(h, first, second), self.config, mask)
 
-        params = flatten(variables["params"])
+        params = flatten(params_of(variables))
         for path, leaves in laid.items():
             params.update(zip(((*path, name) for name in leaves), added[path], strict=True))
         with nn.intercept_methods(self._on_blocks(turn)):
@@ -270,6 +282,9 @@ def intervene(model: nn.Module, config: InterventionConfig, *, blocks: Blocks = 
     Returns:
         `Intervened`: ``init`` and ``apply``.
 
+    Raises:
+        AdapterError: the config is no `InterventionConfig`, or ``blocks`` neither a class nor a function.
+
     Example:
         >>> import jax, jax.numpy as jnp, road_jax
         >>> from flax import linen as nn
@@ -284,6 +299,7 @@ def intervene(model: nn.Module, config: InterventionConfig, *, blocks: Blocks = 
         >>> model.apply(variables, intervention, x).shape
         (2, 5, 64)
     """
+    check_choice(config, blocks)
     return Intervened(model, config, blocks)
 
 
@@ -301,7 +317,9 @@ def save_intervention(
     Raises:
         AdapterError: the folder already holds something, or the intervention isn't whole and finite.
     """
-    leaves = {dotted(path): np.asarray(jax.device_get(leaf)) for path, leaf in flatten(intervention).items()}
+    expect("config", config, InterventionConfig)
+    found = flatten(intervention, "intervention")
+    leaves = {dotted(path): np.asarray(jax.device_get(leaf)) for path, leaf in found.items()}
     keys = {i: (f"layers.{i}.road_theta", f"layers.{i}.road_alpha") for i in config.layers}
     if wrong := sorted(leaves.keys() ^ {key for pair in keys.values() for key in pair}):
         raise AdapterError(
@@ -336,7 +354,7 @@ def prompt_of(model: Any, prompt_mask: jax.Array | None, args: Any, kwargs: Any)
         AdapterError: the model isn't called like that.
     """
     if prompt_mask is not None:
-        return prompt_mask
+        return jnp.asarray(prompt_mask)
     method = type(model).__call__
     if isinstance(model, nn.Module):
         method = kwargs.get("method") or method
@@ -389,6 +407,17 @@ def at_prompt(
     return (turned, *rest) if isinstance(result, tuple) else turned
 
 
+def check_choice(config: InterventionConfig, blocks: Any) -> None:
+    """Refuses another config, and ``blocks`` that tell nothing of a module.
+
+    Raises:
+        AdapterError: it is one, or they do.
+    """
+    expect("config", config, InterventionConfig)
+    if not callable(blocks):
+        raise AdapterError(f"blocks: expected a class of modules or a function, found {type(blocks).__name__}")
+
+
 def check_blocks(model: Any, config: InterventionConfig, total: int, hidden: Mapping[str, int]) -> None:
     """Refuses a model whose blocks, ``total`` in the places of ``hidden``, the config doesn't fit.
 
@@ -415,7 +444,7 @@ def parameters(intervention: Tree, config: InterventionConfig, hidden: int) -> t
     Raises:
         AdapterError: the intervention isn't one of the config's for this hidden size.
     """
-    leaves = flatten(intervention)
+    leaves = flatten(intervention, "intervention")
     size = parameter_size(config.variant, hidden)
     rows = {jnp.shape(leaf)[1:] for leaf in leaves.values()}
     shape = (size, *rows.pop()) if len(rows) == 1 else (size,)

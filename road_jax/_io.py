@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from road_core import Adapter, AdapterError, RoadConfig, bfloat16, read_flax, write_flax
+from road_core._errors import expect
 from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, unflatten
 
 
@@ -43,6 +44,7 @@ def load_adapter(directory: str | os.PathLike) -> tuple[Tree, RoadConfig]:
 
 def to_record(adapter: Tree, config: RoadConfig) -> Adapter:
     """Returns the framework-free record of an adapter; arrays are fetched to the host."""
+    expect("config", config, RoadConfig)
     leaves = {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten(adapter).items()}
     # Such names come back as several, which `Road.apply` takes for the one.
     if len(set(map(dotted, leaves))) < len(leaves):

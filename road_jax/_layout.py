@@ -1,12 +1,14 @@
 """Where a linear layer's outputs stand in its result, its kernel and its bias."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from road_core import AdapterError
 from road_jax._tree import Path, unbox
 
 
@@ -78,11 +80,16 @@ def einsum_layout(equation: str, *, kernel: str = "kernel", bias: str = "bias") 
         kernel: the kernel's name among the layer's params.
         bias: the bias's name.
 
+    Raises:
+        AdapterError: the equation has other operands, or no result.
+
     Example:
         >>> import road_jax
         >>> road_jax.einsum_layout("btd,hdk->bthk", kernel="w").kernel_axes
         (-3, -1)
     """
+    if not isinstance(equation, str) or not re.fullmatch(r"[^,>]*,[^,>]*->[^,>]*", equation):
+        raise AdapterError(f"einsum: expected two operands and a result, as in 'btd,df->btf', found {equation!r}")
     x, operand, result = equation.replace(" ", "").replace("...", ".").replace("->", ",").split(",")
     outputs = [axis for axis in result if axis in operand and axis not in x]
     if not outputs or "." in operand:

@@ -14,7 +14,18 @@ from road_core import AdapterError, RoadConfig, check_group_size, output_size
 from road_jax._layout import Layout, Place, along
 from road_jax._quantize import QuantizedKernel
 from road_jax._rotate import coefficients, determinants, inverse_coefficients, rotate_blocks
-from road_jax._tree import ROAD_LEAVES, Path, Tree, adapted_paths, dotted, flatten, overlay, replace_leaves, unbox
+from road_jax._tree import (
+    ROAD_LEAVES,
+    Path,
+    Tree,
+    adapted_paths,
+    dotted,
+    flatten,
+    overlay,
+    params_of,
+    replace_leaves,
+    unbox,
+)
 
 # Axes of an array and of θ that are the same stack's, outermost first.
 Stack = list[tuple[int, int]]
@@ -34,7 +45,7 @@ def merge(
     leave one choice.
     """
     paths = adapted_paths(adapter)
-    leaves = flatten(overlay(variables["params"], adapter))
+    leaves = flatten(overlay(params_of(variables), adapter))
     if invert and (whole := sorted(p for p in flatten(adapter) if p[-1] not in ROAD_LEAVES)):
         raise AdapterError(f"unmerge: expected θ and α alone, found the saved module {dotted(whole[0][:-1])}")
     for path in paths:

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from road_core import AdapterError
 from road_core._bitsandbytes import NF4
-from road_jax._tree import Path, dotted, flatten, replace_leaves, unbox, under
+from road_jax._tree import Path, dotted, flatten, params_of, replace_leaves, unbox, under
 
 Kind = Literal["nf4", "int8"]
 
@@ -93,7 +93,7 @@ def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[st
         >>> road_jax.quantize(variables, "nf4")["params"]["proj"]["kernel"].codes.shape
         (128, 32)
     """
-    leaves = flatten(variables["params"])
+    leaves = flatten(params_of(variables))
     stay = excluded(leaves, exclude)
     return quantize_kernels(
         variables, kind, [path for path in leaves if path not in stay and _looks_dense(leaves, path)]
@@ -103,7 +103,7 @@ def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[st
 def quantize_kernels(variables: Mapping[str, Any], kind: Kind, paths: Collection[Path]) -> dict[str, Any]:
     """As `quantize`, for the kernels at given paths, with stack axes in front."""
     check_kind(kind)
-    leaves = flatten(variables["params"])
+    leaves = flatten(params_of(variables))
     found = {path: _quantized(dotted(path[:-1]), leaves[path], kind) for path in paths}
     if not found:
         raise AdapterError("quantize: expected kernels of Dense layers, found none")
@@ -116,7 +116,9 @@ def excluded(paths: Collection[Path], names: Collection[str]) -> set[Path]:
     Raises:
         AdapterError: no module has one of them; ``lm_head``, the default, a tied model may lack.
     """
-    names = (names,) if isinstance(names, str) else tuple(names)
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise AdapterError(f"exclude: expected names of modules, found {names!r}")
     for name in names:
         if name != "lm_head" and not any(under(path, [name]) for path in paths):
             raise AdapterError(f"exclude: expected modules of the params, found no {name!r}")
@@ -131,7 +133,7 @@ def check_kind(kind: Kind) -> None:
 
 def dequantize(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns variables with plain kernels in place of quantised ones, in the dtype that they had."""
-    leaves = flatten(variables["params"])
+    leaves = flatten(params_of(variables))
     plain = {path: _dequantized(leaf) for path, leaf in leaves.items() if isinstance(leaf, QuantizedKernel)}
     return replace_leaves(variables, {("params", *path): leaf for path, leaf in plain.items()})
 

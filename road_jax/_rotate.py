@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from road_core import AdapterError, check_group_size, output_size, parameter_size, subspace_mask
+from road_jax._tree import check_floating
 
 Subspace = tuple[float, float] | None
 
@@ -110,11 +111,13 @@ def rotate(
         >>> abs(dense(params, jnp.array([[1.0, 0.0]]))).round(5).tolist()
         [[0.0, 2.0]]
     """
-    check_layer("rotate", theta.shape[-1], y.shape[-1], variant=variant, group_size=group_size)
+    for name, array in (("y", y), ("theta", theta), ("alpha", alpha)):
+        check_floating((name,), array)
     if theta.ndim != 1 or alpha.shape != theta.shape:
         raise AdapterError(
             f"theta and alpha: expected one axis and one shape, found {list(theta.shape)} and {list(alpha.shape)}"
         )
+    check_layer("rotate", len(theta), y.shape[-1], variant=variant, group_size=group_size)
     return rotate_blocks(y, *coefficients(theta, alpha, variant=variant, group_size=group_size, subspace=subspace))
 
 

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from road_core import AdapterError, RoadConfig, output_size
 from road_jax._layout import Place
 from road_jax._quantize import QuantizedKernel, filled, shares
-from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, unflatten
+from road_jax._tree import ROAD_LEAVES, Path, Tree, dotted, flatten, params_of, unflatten
 
 
 def shardings(
@@ -59,7 +59,7 @@ def along_kernels(
     allow_cut: bool,
 ) -> Tree:
     """`shardings`, with the places of layers that are known."""
-    given = flatten(variables_shardings["params"])
+    given = flatten(params_of(variables_shardings, "variables_shardings"))
     found = {}
     for path, leaf in flatten(adapter).items():
         if path[-1] not in ROAD_LEAVES:

@@ -1,6 +1,6 @@
 """Several adapters as one, for batches whose rows each choose theirs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from road_core import AdapterError
-from road_jax._tree import ROAD_LEAVES, Tree, dotted, flatten, unflatten
+from road_jax._tree import ROAD_LEAVES, Tree, check_floating, dotted, flatten, unflatten
 
 
 def stack_adapters(adapters: Sequence[Tree]) -> Tree:
@@ -30,6 +30,8 @@ def stack_adapters(adapters: Sequence[Tree]) -> Tree:
         >>> road_jax.stack_adapters([adapter, adapter])["proj"]["road_theta"].shape
         (32, 3)
     """
+    if isinstance(adapters, Mapping):
+        raise AdapterError("stack_adapters: expected a list of adapters, found a dict")
     if not adapters:
         raise AdapterError("stack_adapters: expected at least one adapter, found none")
     trees = [flatten(adapter) for adapter in adapters]
@@ -38,6 +40,8 @@ def stack_adapters(adapters: Sequence[Tree]) -> Tree:
             raise AdapterError(
                 f"stack_adapters: expected θ and α alone, found the saved module {dotted(saved[0][:-1])} in adapter {i}"
             )
+        for path, leaf in tree.items():
+            check_floating(path, leaf)
     stacked = {}
     for path in sorted({path for tree in trees for path in tree}):
         shapes = {tree[path].shape for tree in trees if path in tree}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules, subspace_blocks
-from road_core._errors import listed
+from road_core._errors import expect, listed
 from road_jax import _merge, _quantize, _sharding
 from road_jax._layout import Layout, Layouts, Place, along, einsum_layout, mark_axes, marked_axes, trailing
 from road_jax._rotate import polar, rotate_polar
@@ -29,6 +29,7 @@ from road_jax._tree import (
     dotted,
     flatten,
     overlay,
+    params_of,
     to_dict,
     unbox,
     under,
@@ -143,7 +144,7 @@ class Road:
         traced = trace(shapes, rng, args, kwargs)
         declared = flatten(unbox(traced["params"]))
         leaves = {path: leaf for path, leaf in declared.items() if path[-1] in _FILL}
-        base = flatten(unbox(variables["params"]))
+        base = flatten(unbox(params_of(variables)))
         paths = {dotted(path[:-1]): path[:-1] for path in leaves}
         linear = list(paths)
         try:
@@ -216,7 +217,7 @@ class Road:
                 the base's instead), or a layer whose output doesn't have the batch's rows first.
         """
         adapter_ids = None if adapter_ids is None else as_ids(adapter_ids)
-        adapter = as_params(adapter, variables["params"])
+        adapter = as_params(adapter, params_of(variables))
         laid = {path: new_names(*ROAD_LEAVES) for path in adapted_paths(adapter)}
         used: set[Path] = set()
 
@@ -269,7 +270,7 @@ class Road:
 
             return along(result, layout.result, rotate)
 
-        params = flatten(overlay(variables["params"], adapter))
+        params = flatten(overlay(params_of(variables), adapter))
         if adapter_ids is not None and not laid:
             check_ids(adapter_ids, 0)
         for path, leaves in laid.items():
@@ -310,7 +311,7 @@ class Road:
         Raises:
             AdapterError: a part of the adapter has no layer or another layer's shape, or sample inputs are needed.
         """
-        adapter = as_params(adapter, variables["params"])
+        adapter = as_params(adapter, params_of(variables))
         return _merge.merge(variables, adapter, self.config, self._places(variables, adapter, args, kwargs))
 
     def unmerge(self, variables: Mapping[str, Any], adapter: Tree, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -329,7 +330,7 @@ class Road:
             AdapterError: a block is singular (not found under ``jit``), the adapter holds whole modules, or it has
                 another layer's shape.
         """
-        adapter = as_params(adapter, variables["params"])
+        adapter = as_params(adapter, params_of(variables))
         return _merge.merge(
             variables, adapter, self.config, self._places(variables, adapter, args, kwargs), invert=True
         )
@@ -361,7 +362,7 @@ class Road:
         places = {path: place for path, place in self._seen.items() if place.marks is not None}
         if not places:
             raise AdapterError("quantize: expected sample inputs of the model, or Road.init before, found none")
-        leaves = flatten(variables["params"])
+        leaves = flatten(params_of(variables))
         stay = _quantize.excluded(leaves, exclude)
         paths = []
         for path, place in places.items():
@@ -401,7 +402,7 @@ class Road:
             AdapterError: as for `road_jax.shardings`; or `init` wasn't called before (``jax.eval_shape`` of it is
                 enough).
         """
-        adapter = as_params(adapter, variables_shardings["params"])
+        adapter = as_params(adapter, params_of(variables_shardings, "variables_shardings"))
         known = {path: self._seen[path] for path in adapted_paths(adapter) if path in self._seen}
         for path in adapted_paths(adapter):
             if path not in known or known[path].marks is None:
@@ -434,7 +435,7 @@ class Road:
         # The model may fail at these inputs by itself.
         with contextlib.suppress(Exception):
             self._places(variables, adapter, args, kwargs)
-        leaves = flatten(overlay(variables["params"], adapter))
+        leaves = flatten(overlay(params_of(variables), adapter))
         for path in adapted_paths(adapter):
             place = self._seen.get(path)
             if place is None or place.marks is None:
@@ -487,6 +488,9 @@ def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = 
     Returns:
         `Road`: ``init``, ``apply``, ``merge`` and ``unmerge``.
 
+    Raises:
+        AdapterError: the model is no Linen module, or the config no `RoadConfig`.
+
     Example:
         >>> import jax, jax.numpy as jnp, road_jax
         >>> from flax import linen as nn
@@ -499,6 +503,9 @@ def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = 
         >>> bool((road.apply(variables, adapter, jnp.ones((1, 32))) == model.apply(variables, jnp.ones((1, 32)))).all())
         True
     """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"model: expected a Linen module (for NNX: road_jax.nnx.wrap), found {type(model).__name__}")
+    expect("config", config, RoadConfig)
     return Road(model, config, layers or {})
 
 

@@ -24,9 +24,34 @@ def to_dict(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {k: to_dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
-    """Returns ``{path: leaf}``."""
-    return traverse_util.flatten_dict(to_dict(tree))
+def flatten(tree: Mapping[str, Any], what: str = "adapter") -> dict[Path, Any]:
+    """Returns ``{path: leaf}``.
+
+    Raises:
+        AdapterError: ``what``, as the error calls the tree, is no nested dict, or has names that are no strings.
+    """
+    if not isinstance(tree, Mapping):
+        raise AdapterError(f"{what}: expected a nested dict of arrays, found {type(tree).__name__}")
+    leaves = traverse_util.flatten_dict(to_dict(tree))
+    for path in leaves:
+        for name in path:
+            if not isinstance(name, str):
+                raise AdapterError(f"{what}: expected strings as names, found {name!r}")
+    return leaves
+
+
+def params_of(variables: Mapping[str, Any], what: str = "variables") -> Mapping[str, Any]:
+    """Returns the params among a model's variables.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    params = variables.get("params") if isinstance(variables, Mapping) else None
+    if isinstance(params, Mapping):
+        return params
+    names = listed(list(map(str, variables))) or "nothing" if isinstance(variables, Mapping) else ""
+    found = f"one with {names}" if names else type(variables).__name__
+    raise AdapterError(f"{what}: expected a dict with params under 'params', found {found}")
 
 
 def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
@@ -90,7 +115,8 @@ def overlay(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, 
     folders = {path[:n] for path in base for n in range(len(path))}
     lost = sorted(
         {
-            dotted(path[:-1])
+            # An entry at the top stands in no module.
+            dotted(path[:-1] or path)
             for path in leaves
             if (path[:-1] not in folders if path[-1] in ROAD_LEAVES else path not in base)
         }

@@ -4,7 +4,7 @@ Shapes: ``batch``, ``length`` (new tokens), ``places`` (of a cache), ``heads``, 
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from road_core import AdapterError
+from road_core._errors import expect
 from road_jax.models import _mesh
 from road_jax.models._config import DecoderConfig
 
@@ -32,6 +34,16 @@ _POLICIES = {
     "linears": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def check_remat(remat: str) -> None:
+    """Refuses a choice that isn't known.
+
+    Raises:
+        AdapterError: it isn't.
+    """
+    if remat not in get_args(Remat):
+        raise AdapterError(f"remat: expected one of {', '.join(get_args(Remat))}, found {remat!r}")
 
 
 class Cache(NamedTuple):
@@ -277,7 +289,15 @@ class Decoder(nn.Module):
 
         Returns:
             Logits ``[batch, length or n, vocab]`` in ``dtype``, or ``(logits, cache)``.
+
+        Raises:
+            AdapterError: ``input_ids`` or ``attention_mask`` aren't such arrays, or an attribute can't be used.
         """
+        expect("Decoder.config", self.config, DecoderConfig)
+        check_remat(self.remat)
+        if self.mesh is not None:
+            _mesh.check_axes(self.mesh)
+        _check_inputs(input_ids, attention_mask)
         segments = jnp.ones_like(input_ids) if attention_mask is None else attention_mask.astype(jnp.int32)
 
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -293,6 +313,16 @@ class Decoder(nn.Module):
             dense = nn.Dense if mesh is None else _gathering(nn.Dense, mesh, "lm_head")
             logits = dense(c.vocab_size, use_bias=False, name="lm_head", **types)(x)
         return logits if kept is None else (logits, kept)
+
+
+def _check_inputs(input_ids: jax.Array, attention_mask: jax.Array | None) -> None:
+    dtype, shape = getattr(input_ids, "dtype", None), getattr(input_ids, "shape", ())
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or len(shape) != 2:
+        found = type(input_ids).__name__ if dtype is None else f"{dtype} {list(shape)}"
+        raise AdapterError(f"input_ids: expected an array of whole numbers [batch, length], found {found}")
+    if attention_mask is not None and getattr(attention_mask, "shape", None) != shape:
+        given = list(attention_mask.shape) if hasattr(attention_mask, "shape") else type(attention_mask).__name__
+        raise AdapterError(f"attention_mask: expected an array {list(shape)}, as input_ids, found {given}")
 
 
 def _gathering(module: type[nn.Module], mesh: Mesh, *under: str) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Collection, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten
 from road_jax.models._codes import read_codes
 from road_jax.models._config import DecoderConfig
-from road_jax.models._decoder import Decoder, Remat
+from road_jax.models._decoder import Decoder, Remat, check_remat
 from road_jax.models._mesh import check_mesh, shardings
 
 # Flax's leaf -> PyTorch's. A kernel is a weight transposed.
@@ -76,8 +76,7 @@ def load(
     """
     if quantize is not None:
         check_kind(quantize)
-    if remat not in get_args(Remat):
-        raise AdapterError(f"remat: expected one of {', '.join(get_args(Remat))}, found {remat!r}")
+    check_remat(remat)
     dtype = None if dtype is None else _floating(dtype)
     config = read_config(directory)
     headers, _ = read_shards(directory)

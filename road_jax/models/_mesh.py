@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from road_core import AdapterError
 from road_jax._quantize import QuantizedKernel, quantized_shardings
-from road_jax._tree import Path, Tree, dotted, flatten, unflatten
+from road_jax._tree import Path, Tree, dotted, flatten, params_of, unflatten
 from road_jax.models._config import DecoderConfig
 
 # Rows of a batch are dealt over the first two; the second also keeps a share of each weight, the third computes one.
@@ -62,8 +62,10 @@ def check_axes(mesh: Mesh) -> None:
     Raises:
         AdapterError: it does.
     """
-    if any(name not in mesh.axis_names for name in AXES):
-        raise AdapterError(f"mesh: expected the axes {', '.join(AXES)} (make_mesh), found {', '.join(mesh.axis_names)}")
+    names = getattr(mesh, "axis_names", None)
+    if names is None or any(name not in names for name in AXES):
+        found = type(mesh).__name__ if names is None else ", ".join(names)
+        raise AdapterError(f"mesh: expected the axes {', '.join(AXES)} (make_mesh), found {found}")
 
 
 def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
@@ -150,7 +152,7 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) 
     """
     check_axes(mesh)
     everywhere = NamedSharding(mesh, P())
-    leaves = flatten(variables["params"])
+    leaves = flatten(params_of(variables))
     found = {path: _where(path, leaf, mesh, stored=stored) or everywhere for path, leaf in leaves.items()}
     return {"params": unflatten(found)}
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from road_core import AdapterError, InterventionConfig, output_size, parameter_size
-from road_jax._intervene import at_prompt, check_blocks, hidden_states, parameters, prompt_of
+from road_jax._intervene import at_prompt, check_blocks, check_choice, hidden_states, parameters, prompt_of
 from road_jax._transform import trace
 from road_jax._tree import ROAD_LEAVES, Tree
 from road_jax.nnx._wrap import Around, CallInput, RoadLayer, RoadParam, Rotated, during_call, modules_of, rotate
@@ -153,6 +153,7 @@ def intervene(
         >>> road_jax.nnx.get_intervention(adapted)["layers"]["1"]["road_theta"].shape
         (32,)
     """
+    check_choice(config, blocks)
     is_block = (lambda node: isinstance(node, blocks)) if isinstance(blocks, type) else blocks
     modules = list(modules_of(model))
     if adapted := [name for name, node in modules if isinstance(node, RoadBlock)]:

@@ -19,6 +19,7 @@ from road_core import (
     select_modules,
     subspace_blocks,
 )
+from road_core._errors import expect
 from road_jax import _merge
 from road_jax._layout import Layout, Layouts, along, einsum_layout, trailing
 from road_jax._rotate import polar, rotate_polar
@@ -196,8 +197,8 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
             before Flax's own types, and for a subclass of one whose ``__call__`` isn't its parent's.
 
     Raises:
-        AdapterError: no layer matches, a match is no linear layer, the group size doesn't divide its outputs, or the
-            model is adapted already.
+        AdapterError: no layer matches, a match is no linear layer, the group size doesn't divide its outputs, the model
+            is adapted already or no NNX module, or the config no `RoadConfig`.
 
     Example:
         >>> from flax import nnx
@@ -207,6 +208,13 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
         >>> nnx.state(adapted, road_jax.nnx.RoadParam)["layers"][0]["road_theta"].shape
         (32,)
     """
+    if not isinstance(model, nnx.Module):
+        raise AdapterError(
+            f"model: expected an NNX module (for Linen: road_jax.transform), found {type(model).__name__}"
+        )
+    expect("config", config, RoadConfig)
+    if rngs is not None:
+        expect("rngs", rngs, nnx.Rngs)
     for path, node in nodes_of(model):
         if isinstance(node, Around):
             raise AdapterError(
@@ -330,12 +338,12 @@ def set_adapter(model: nnx.Module, adapter: Tree) -> None:
             f"set_adapter: expected the model's modules, found no {', '.join(lacking[:3]) or '—'} "
             f"but {', '.join(spare[:3]) or 'nothing'} besides"
         )
+    adapted_paths(adapter)
     # One axis more, the last, where adapters are stacked. The model may hold some already.
     for path, leaf in given.items():
         expected = _one_shape(layers[path[:-1]]) if path[-1] in ROAD_LEAVES else held[path].shape
         if leaf.shape != expected and (path[-1] not in ROAD_LEAVES or leaf.shape[:-1] != expected):
             raise AdapterError(f"{dotted(path)}: expected shape {list(expected)}, found {list(leaf.shape)}")
-    adapted_paths(adapter)
     for path, leaf in given.items():
         held[path].set_value(jnp.asarray(leaf))
 

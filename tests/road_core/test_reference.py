@@ -89,6 +89,8 @@ def test_identity_at_the_start():
         (lambda: road_core.coefficients(np.ones(8), np.ones(4), variant="road_1", group_size=8), "shape of theta"),
         (lambda: road_core.parameter_size("road_3", 8), "road_3"),
         (lambda: road_core.check_group_size(100, 64, "model.q_proj"), r"model\.q_proj.*64 divides, found 100"),
+        (lambda: road_core.check_group_size(9, 3, "a"), "a: expected an even group_size from 2 up, found 3"),
+        (lambda: road_core.check_group_size(8, 0, "a"), "a: expected an even group_size from 2 up, found 0"),
         (
             lambda: road_core.unmerge(np.ones(4), np.ones(2), np.array([1.0, 0.0]), variant="road_1", group_size=2),
             "block 1",

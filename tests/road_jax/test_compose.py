@@ -106,7 +106,6 @@ def test_apply_merge_and_mixed_batches_know_the_subspace(variant, net):
     assert_close(mixed[1], expected(variables)[1], "float32")
 
 
-@pytest.mark.steps_optax
 @pytest.mark.parametrize(("axis", "variant"), [(0, "road_1"), (1, "road_2"), (0, "road_4")])
 def test_training_touches_its_blocks_only(variant, axis):
     model = Net(axis)
@@ -119,8 +118,10 @@ def test_training_touches_its_blocks_only(variant, axis):
     @jax.jit
     def step(adapter, state):
         gradient = jax.grad(lambda adapter: jnp.sum(jnp.square(road.apply(variables, adapter, X) - 1)))(adapter)
-        updates, state = tx.update(gradient, state, adapter)
-        return optax.apply_updates(adapter, updates), state, gradient
+        # optax promotes dtypes by itself.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(gradient, state, adapter)
+            return optax.apply_updates(adapter, updates), state, gradient
 
     mask = subspace_mask(OUT, variant=variant, group_size=8, subspace=(0, 0.5))
     for _ in range(2):
@@ -163,7 +164,6 @@ def test_a_layer_too_small_is_named(net):
         road.init(jax.random.key(0), variables, X)
 
 
-@pytest.mark.steps_optax
 def test_road_train(tmp_path):
     base, data = small_checkpoint(tmp_path / "base", num_hidden_layers=1), tmp_path / "data.jsonl"
     data.write_text('{"prompt": "one two", "completion": "three four"}\n' * 8)
@@ -324,6 +324,7 @@ A = (values("a"), config())
 HEAD = ({**values("h"), "head": {"kernel": jnp.ones((2, 2))}}, config(modules_to_save=["head"]))
 REFUSED = {
     "none": (lambda: call(), "expected adapters, and a config for each, found 0 and 0"),
+    "config": (lambda: call((values("a"), {})), "config of adapter 1: expected RoadConfig, found dict"),
     "number": (lambda: call(A, weights=[1, 2]), "one for each of 1 adapters, found 2"),
     "finite": (lambda: call(A, weights=[float("nan")]), "finite numbers, found nan"),
     "group sizes": (

@@ -8,6 +8,7 @@ import torch
 import transformers
 from _compare import named_values
 from _models import small_checkpoint
+from flax import linen as nn
 
 import road_jax
 from road_core import AdapterError, RoadConfig
@@ -148,8 +149,25 @@ def test_no_prompts_no_answers(small):
         ([[1]], {"top_k": 0, "temperature": 1.0}, "top_k: expected a number from 1 up, found 0"),
         ([[1]], {"top_p": 1.5, "temperature": 1.0}, "top_p: expected a number above 0 and up to 1"),
         ([[1]], {"adapter": {}}, "expected a Road together with an adapter"),
+        ([1, 2], {}, "expected a list of token ids in every prompt, found int in row 0"),
+        (["one"], {}, "found str in row 0"),
+        ([[1], [2.5]], {}, "found float64 in row 1"),
+        ([[1]], {"max_new_tokens": 2.0}, r"max_new_tokens: expected a number from 1 up, found 2\.0"),
+        ([[1]], {"eos_token_id": None}, "eos_token_id: expected a token or several, found None"),
+        ([[1]], {"temperature": None}, "temperature: expected a number from 0 up, found None"),
+        ([[1]], {"temperature": 1.0, "rng": 0}, "rng: expected a key to draw with, found int"),
+        ([[1]], {"temperature": 1.0, "top_k": 2.5}, r"top_k: expected a number from 1 up, found 2\.5"),
+        ([[1]], {"variables": None}, "variables: expected a dict with params under 'params', found NoneType"),
+        ([[1]], {"model": nn.Dense(2)}, r"model: expected a decoder of road_jax\.models, found Dense"),
     ],
 )
 def test_bad_input_is_refused(prompts, options, message, small):
     with pytest.raises(AdapterError, match=message):
-        road_jax.generate(small[0], small[1], prompts, **options)
+        road_jax.generate(**{"model": small[0], "variables": small[1], "prompts": prompts, **options})
+
+
+def test_prompts_may_be_an_array(small):
+    prompts = np.asarray([[3, 4], [5, 6]])
+    said = road_jax.generate(small[0], small[1], prompts.tolist(), max_new_tokens=4)
+    for array in (prompts, jnp.asarray(prompts)):
+        assert road_jax.generate(small[0], small[1], array, max_new_tokens=4) == said

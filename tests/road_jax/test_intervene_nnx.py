@@ -216,6 +216,8 @@ def test_what_does_not_fit_is_refused(x):
         made(group_size=64)
     with pytest.raises(AdapterError, match="expected blocks in Stack, found none; say by blocks="):
         made(blocks=nnx.Conv)
+    with pytest.raises(AdapterError, match="blocks: expected a class of modules or a function, found str"):
+        made(blocks="Block")
     with pytest.raises(AdapterError, match=r"blocks: expected a block that gives hidden states .* found \[5, 32\]"):
         made(sample=x[0, :5])
     adapted = made()

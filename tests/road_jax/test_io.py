@@ -40,6 +40,10 @@ def test_what_can_not_be_kept_is_refused(tmp_path):
         road_jax.save_adapter(tmp_path / "a", broken, config)
     with pytest.raises(AdapterError, match="names joined by dots differ, found some alike"):
         road_jax.save_adapter(tmp_path / "a", {"a.b": make()["layers"], "a": {"b": make()["layers"]}}, config)
+    with pytest.raises(AdapterError, match="config: expected RoadConfig, found InterventionConfig"):
+        road_jax.save_adapter(tmp_path / "a", make(), road_jax.InterventionConfig(layers=[0]))
+    with pytest.raises(AdapterError, match="adapter: expected a nested dict of arrays, found list"):
+        road_jax.save_adapter(tmp_path / "a", [make()], config)
     assert list(tmp_path.iterdir()) == []
     road_jax.save_adapter(tmp_path / "a", make(), config)
     with pytest.raises(AdapterError, match="already holds something"):

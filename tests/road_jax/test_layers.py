@@ -357,6 +357,12 @@ def test_a_kernel_that_does_not_show_its_outputs_is_not_guessed(equation, shape,
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("equation", ["", "td,df", "td->t", "a,b,c->abc"])
+def test_an_equation_of_other_operands_is_refused(equation):
+    with pytest.raises(AdapterError, match="einsum: expected two operands and a result, as in 'btd,df->btf', found '"):
+        road_jax.einsum_layout(equation)
+
+
 class DenseRelu(nn.Dense):
     """A layer made of Flax's own: what it does with the product comes after the rotation."""
 

@@ -44,6 +44,9 @@ KINDS = {
 }
 
 
+IDS = np.ones((1, 2), np.int32)
+
+
 @pytest.fixture(autouse=True)
 def exact_products():
     with jax.default_matmul_precision("highest"):
@@ -369,6 +372,26 @@ def test_a_broken_checkpoint_is_refused(name, tmp_path):
 def test_options_that_are_none_are_refused(options, said, tmp_path):
     with pytest.raises(AdapterError, match=said):
         models.load(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "inputs", "said"),
+    [
+        ({"remat": "block"}, [IDS], "remat: expected one of none, linears, full, found 'block'"),
+        ({"mesh": "data=2"}, [IDS], r"mesh: expected the axes data, fsdp, tensor \(make_mesh\), found str"),
+        ({"config": None}, [IDS], r"Decoder\.config: expected DecoderConfig, found NoneType"),
+        ({}, [[[1, 2]]], r"input_ids: expected an array of whole numbers \[batch, length\], found list"),
+        ({}, [np.ones((1, 2), np.float32)], r"input_ids: .* found float32 \[1, 2\]"),
+        ({}, [IDS[0]], r"input_ids: .* found int32 \[2\]"),
+        ({}, [IDS, IDS[:, :1]], r"attention_mask: expected an array \[1, 2\], as input_ids, found \[1, 1\]"),
+        ({}, [IDS, [[1, 1]]], r"attention_mask: expected .* found list"),
+    ],
+)
+def test_what_a_decoder_cannot_take_is_refused(fields, inputs, said, tmp_path):
+    small_checkpoint(tmp_path)
+    decoder = models.Decoder(**{"config": models.read_config(tmp_path), **fields})
+    with pytest.raises(AdapterError, match=f"^{said}"):
+        jax.eval_shape(lambda: decoder.init(jax.random.key(0), *inputs))
 
 
 def test_a_broken_index_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 from _compare import assert_close, named_values
-from flax import nnx
+from flax import linen, nnx
 
 import road_core
 import road_jax
@@ -76,7 +76,6 @@ def test_wrap_leaves_the_model_as_it_is_and_unwrap_gives_it_back(x):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(back), before))
 
 
-@pytest.mark.steps_optax
 def test_only_the_adapter_is_trained(x):
     adapted = wrap(Net(nnx.Rngs(0)), RoadConfig(target_modules="all-linear", group_size=8))
     base = jax.tree.map(jnp.copy, nnx.state(adapted, nnx.Param))
@@ -89,7 +88,9 @@ def test_only_the_adapter_is_trained(x):
             return jnp.mean(jnp.square(model(x) - target))
 
         value, gradients = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, RoadParam))(model)
-        optimizer.update(model, gradients)
+        # optax promotes dtypes by itself.
+        with jax.numpy_dtype_promotion("standard"):
+            optimizer.update(model, gradients)
         return value
 
     losses = [float(step(adapted, optimizer)) for _ in range(20)]
@@ -426,13 +427,13 @@ def test_save_and_load(x, tmp_path):
         road_jax.nnx.set_adapter(again, jax.tree.map(lambda leaf: jnp.ones((3, *leaf.shape[1:])), loaded))
 
 
-@pytest.mark.steps_optax
 def test_saved_modules_are_trained_whole(x):
     model, adapted, _ = small(modules_to_save=["head"])
     before = jax.tree.map(jnp.copy, nnx.state(model))
     optimizer = nnx.Optimizer(adapted, optax.adam(1e-2), wrt=RoadParam)
     gradients = nnx.grad(lambda model: jnp.sum(jnp.square(model(x))), argnums=nnx.DiffState(0, RoadParam))(adapted)
-    optimizer.update(adapted, gradients)
+    with jax.numpy_dtype_promotion("standard"):
+        optimizer.update(adapted, gradients)
     assert float(jnp.abs(adapted.head.kernel[...] - model.head.kernel[...]).min()) > 1e-3
     same = jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(model), before)
     assert jax.tree.all(same)
@@ -510,6 +511,14 @@ def test_what_does_not_fit_is_refused():
         wrap(model, RoadConfig(target_modules=["attention"]))
     with pytest.raises(AdapterError, match="expected rngs"):
         wrap(model, RoadConfig(target_modules=["first"], init_weights=False))
+    with pytest.raises(AdapterError, match="rngs: expected Rngs, found ArrayImpl"):
+        wrap(model, RoadConfig(target_modules=["first"]), rngs=jax.random.PRNGKey(0))
+    with pytest.raises(AdapterError, match=r"model: expected an NNX module \(for Linen: .*\), found Dense"):
+        wrap(linen.Dense(2), RoadConfig(target_modules=["first"]))
+    with pytest.raises(AdapterError, match="config: expected RoadConfig, found dict"):
+        wrap(model, {})
+    with pytest.raises(AdapterError, match="adapter: expected a nested dict of arrays, found NoneType"):
+        road_jax.nnx.set_adapter(wrap(model, RoadConfig(target_modules=["first"])), None)
     noisy = road_jax.nnx.wrap(model, RoadConfig(target_modules=["first"], init_weights=False), rngs=nnx.Rngs(3))
     assert 0.2 < float(jnp.std(noisy.first.road_alpha[...])) < 0.8
 
@@ -520,6 +529,7 @@ def test_theta_and_alpha_that_do_not_go_together_are_refused():
     for theta, said in (
         (jnp.zeros((32, 3)), r"layers\.0: expected .* of one shape, found \[32, 3\] and \[32\]"),
         (jnp.zeros(32, int), r"layers\.0\.road_theta: expected an array of floating-point numbers, found int32"),
+        (None, r"layers\.0\.road_theta: expected an array of floating-point numbers, found NoneType"),
     ):
         with pytest.raises(AdapterError, match=said):
             road_jax.nnx.set_adapter(adapted, {"layers": {"0": {**leaves, "road_theta": theta}}})

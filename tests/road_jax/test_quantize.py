@@ -392,6 +392,13 @@ def test_what_cannot_be_is_refused(tmp_path):
         road_jax.quantize({"params": {"a": {"kernel": kernel}}}, "fp3")
     with pytest.raises(AdapterError, match="found none"):
         road_jax.quantize({"params": {"a": {"embedding": kernel}}}, "nf4")
+    with pytest.raises(AdapterError, match="exclude: expected names of modules, found None"):
+        road_jax.quantize({"params": {"a": {"kernel": kernel}}}, "nf4", exclude=None)
+    for call in (lambda tree: road_jax.quantize(tree, "nf4"), road_jax.dequantize):
+        with pytest.raises(
+            AdapterError, match="variables: expected a dict with params under 'params', found one with a"
+        ):
+            call({"a": {"kernel": kernel}})
     with pytest.raises(AdapterError, match="a: expected inputs that blocks of 64 divide, found 32"):
         road_jax.quantize({"params": {"a": {"kernel": kernel[:32]}}}, "nf4")
     with pytest.raises(AdapterError, match="a: expected finite values"):

@@ -145,6 +145,8 @@ def test_inputs_sharded_alone_replicate_the_adapter(mesh):
 
 def test_a_module_without_a_sharding_is_named(mesh):
     adapter = {"proj": {"road_theta": np.zeros(64), "road_alpha": np.ones(64)}}
+    with pytest.raises(AdapterError, match=r"variables_shardings: expected a dict with params .* found one with proj"):
+        road_jax.shardings(adapter, {"proj": {"kernel": NamedSharding(mesh, P())}})
     with pytest.raises(AdapterError, match=r"proj\.kernel: expected a sharding for it"):
         road_jax.shardings(adapter, {"params": {"other": {"kernel": NamedSharding(mesh, P())}}})
 

@@ -98,6 +98,12 @@ def test_what_does_not_fit_is_refused(mixed):
     stacked = road_jax.stack_adapters(adapters)
     with pytest.raises(AdapterError, match="found none"):
         road_jax.stack_adapters([])
+    with pytest.raises(AdapterError, match="stack_adapters: expected a list of adapters, found a dict"):
+        road_jax.stack_adapters(adapters[0])
+    with pytest.raises(AdapterError, match="adapter: expected a nested dict of arrays, found NoneType"):
+        road_jax.stack_adapters([adapters[0], None])
+    with pytest.raises(AdapterError, match=r"a\.road_theta: expected an array of floating-point numbers, found list"):
+        road_jax.stack_adapters([{"a": {"road_theta": [0.0], "road_alpha": [1.0]}}])
     other = jax.tree.map(lambda leaf: leaf[..., :4], adapters[0])
     with pytest.raises(AdapterError, match=r"mlp\.down_proj\.road_alpha: expected one shape in all adapters"):
         road_jax.stack_adapters([adapters[0], other])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _compare import assert_close, named_values
-from flax import errors
+from flax import errors, nnx
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
@@ -233,6 +233,8 @@ def test_a_rotation_that_does_not_fit_is_refused():
         AdapterError, match=r"rotate\.road_theta: expected \[16\] for road_2 on 16 outputs, found \[8\]"
     ):
         road_jax.rotate(y, theta, theta, variant="road_2", group_size=8)
+    with pytest.raises(AdapterError, match="theta: expected an array of floating-point numbers, found int32"):
+        road_jax.rotate(y, theta.astype(int), theta, variant="road_1", group_size=8)
     with pytest.raises(AdapterError, match=r"expected one axis and one shape, found \[8\] and \[4\]"):
         road_jax.rotate(y, theta, theta[:4], variant="road_1", group_size=8)
 
@@ -437,6 +439,30 @@ def test_what_does_not_fit_is_refused(x, loop):
     flat = jax.tree.map(jnp.zeros_like, adapter)
     with pytest.raises(AdapterError, match="determinant 0"):
         road.unmerge(variables, flat)
+
+
+ANOTHER = {
+    "no adapter": (lambda road, v, a, x: road.apply(v, None, x), "adapter: expected a nested dict .* found NoneType"),
+    "inputs in its place": (lambda road, v, a, x: road.apply(v, x), "adapter: expected .* found ArrayImpl"),
+    "a list": (lambda road, v, a, x: road.merge(v, [a]), "adapter: expected a nested dict of arrays, found list"),
+    "no part": (lambda road, v, a, x: road.apply(v, {"up": None}, x), "adapter: expected .* found besides up, where"),
+    "names": (lambda road, v, a, x: road.apply(v, {0: a}, x), "adapter: expected strings as names, found 0"),
+    "no variables": (lambda road, v, a, x: road.apply(None, a, x), "variables: expected .* found NoneType"),
+    "params": (lambda road, v, a, x: road.unmerge({"up": v}, a), "variables: expected a dict .* found one with up"),
+    "nothing": (lambda road, v, a, x: road.init(jax.random.key(0), {}, x), "variables: expected .* one with nothing"),
+    "NNX": (
+        lambda road, v, a, x: road_jax.transform(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), road.config),
+        r"model: expected a Linen module \(for NNX: road_jax\.nnx\.wrap\), found Linear",
+    ),
+    "config": (lambda road, v, a, x: road_jax.transform(road.model, {}), "config: expected RoadConfig, found dict"),
+}
+
+
+@pytest.mark.parametrize("case", ANOTHER)
+def test_what_is_of_another_type_is_refused(case, x, loop):
+    call, said = ANOTHER[case]
+    with pytest.raises(AdapterError, match=f"^{said}"):
+        call(*loop, x)
 
 
 def test_a_part_that_no_layer_used_is_refused(x):
