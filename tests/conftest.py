@@ -1,10 +1,13 @@
-"""What every test stands on: the frameworks' thread counts and quiet hubs."""
+"""What every test stands on: the frameworks' thread counts, quiet hubs and strict numerics."""
 
 import os
 
 # No test may reach a hub; the tokenizers' own threads would fork under pytest.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# In JAX no dtype or rank is promoted silently, neither here nor in the commands that tests start.
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Processes of pytest-xdist share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -56,6 +56,8 @@ def test_the_readmes_commands_and_code_run(tmp_path):
     code = "\n".join(blocks("python"))
     assert "road_jax.transform" in code
     assert "adapter_names" in code
+    # The page steps an optimiser of optax, which promotes dtypes by itself.
+    environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

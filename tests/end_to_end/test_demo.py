@@ -26,8 +26,6 @@ from examples.demo.tasks import Line, Task, score_labels
 from road_core import AdapterError, read_flax, read_peft
 from road_jax.train import TrainOptions, TrainResult
 
-pytestmark = pytest.mark.steps_optax
-
 ROOT = Path(__file__).parents[2]
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

@@ -20,8 +20,6 @@ import road_torch
 from road_core import RoadConfig
 from road_jax.train import TrainOptions, train
 
-pytestmark = pytest.mark.steps_optax
-
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 IDS = np.array([[0, 0, 0, 6, 7, 8, 9], [6, 8, 10, 12, 14, 15, 3], [0, 9, 9, 10, 15, 11, 13]], np.int32)
 MASK = (IDS != 0).astype(np.int32)

@@ -15,8 +15,6 @@ from _models import small_checkpoint
 import road_jax
 import road_torch
 
-pytestmark = pytest.mark.steps_optax
-
 PROMPTS = [[9, 8, 7, 6, 10], [20, 21, 22]]
 CONFIGS = [
     road_jax.InterventionConfig(layers=(0, 2), positions="first+last:2", group_size=64, subspace=(0, 0.5)),
@@ -74,7 +72,9 @@ def test_the_pages_code_runs(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.joinpath("checkpoint").symlink_to(base)
     names: dict = {}
-    for block in code:
-        exec(compile(block, "docs/interventions.md", "exec"), names)
+    # The page steps an optimiser of optax, which promotes dtypes by itself.
+    with jax.numpy_dtype_promotion("standard"):
+        for block in code:
+            exec(compile(block, "docs/interventions.md", "exec"), names)
     assert names["tokens"].shape == (2, 7)
     np.testing.assert_allclose(names["y"][1], names["model"](names["x"])[1], rtol=1e-6)

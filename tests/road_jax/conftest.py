@@ -1,4 +1,4 @@
-"""Strict numerics on eight pretend devices, set before JAX looks at its flags."""
+"""Eight pretend devices, set before JAX looks at its flags."""
 
 import os
 
@@ -26,14 +26,4 @@ def no_leaks(request):
         with jax.checking_leaks():
             yield
     else:
-        yield
-
-
-@pytest.fixture(autouse=True)
-def strict_numerics(request):
-    """No dtype or rank is promoted silently; optax's optimisers do it, so tests that step one are marked."""
-    if request.node.get_closest_marker("steps_optax"):
-        yield
-        return
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
