@@ -47,6 +47,7 @@ def test_it_is_the_reference_between_blocks(how, kind, x):
     assert_close(actual, by_hand(x, config, tree), "float32", moved_from=plain)
 
 
+@pytest.mark.no_leaks
 @pytest.mark.parametrize("how", ["loop", "scan, remat"])
 def test_gradients_are_the_references_and_end_at_the_subspace(how, x):
     config = InterventionConfig(layers=(1, 2), positions="last:2", group_size=8, subspace=(0.5, 1))
@@ -256,6 +257,7 @@ class Masked(nn.Module):
         return Stack("loop")(nn.Dropout(0.5, deterministic=False)(x))
 
 
+@pytest.mark.no_leaks
 def test_a_mask_by_position_is_the_mask_by_name(x):
     config = InterventionConfig(layers=(1,), positions="last", group_size=8)
     intervened = road_jax.intervene(Masked(), config, blocks=Block)

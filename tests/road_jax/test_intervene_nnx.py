@@ -81,6 +81,7 @@ def test_it_is_the_reference_between_blocks_and_linens_function(how, kind, x):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(back), nnx.state(model))
 
 
+@pytest.mark.no_leaks
 @pytest.mark.parametrize("how", ["loop", "scan"])
 def test_gradients_are_linens_and_reach_road_params_alone(how, x):
     in_linen = road_jax.intervene(linen.Stack("scan"), CONFIG, blocks=linen.Block)

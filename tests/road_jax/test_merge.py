@@ -137,6 +137,7 @@ def test_a_wide_kernel_is_rotated_in_its_own_dtype():
             np.testing.assert_array_equal(new, old)
 
 
+@pytest.mark.no_leaks
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_structure_stays(frozen):
     x = jnp.asarray(named_values("x", 2, 16))

@@ -116,6 +116,7 @@ def test_computing_with_codes_is_computing_with_their_values(kind, remat):
         assert_close(gradient, expected, "float32", moved_from=np.zeros_like(expected))
 
 
+@pytest.mark.no_leaks
 def test_the_backward_pass_keeps_no_dequantised_kernel():
     """Residuals of a deep scan grow by codes, not by whole kernels."""
     model, x = Model(), jnp.ones((1, 4, 64))

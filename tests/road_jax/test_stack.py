@@ -48,6 +48,7 @@ def test_each_row_is_as_with_its_adapter_alone(mixed):
         assert_close(found[row], alone[row], "float32", moved_from=moved_from)
 
 
+@pytest.mark.no_leaks
 def test_one_program_for_any_mix(mixed):
     road, variables, adapters = mixed
     stacked = road_jax.stack_adapters(adapters)

@@ -149,6 +149,7 @@ def test_a_scanned_stack_is_the_loop(how, x, loop):
                 assert_close(jnp.take(fast["blocks"][layer][leaf], i, axis), gradient, "float32")
 
 
+@pytest.mark.no_leaks
 def test_gradients_are_those_of_the_reference(x):
     """Finite differences of the float64 reference, through one layer."""
     rng = np.random.default_rng(0)
