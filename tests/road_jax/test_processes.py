@@ -51,10 +51,23 @@ def start_two(files, out, *more, each=((), ())):
     return [start(files, out, 1, *joined, "--process", str(i), *more, *each[i]) for i in range(2)]
 
 
-def finish(*processes):
+def end(processes, code, seconds=240):
+    """Waits for all to end with a code, and returns what they said; a failure shows it."""
+    said = []
     for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+        try:
+            said.append(process.communicate(timeout=seconds)[1])
+        except subprocess.TimeoutExpired:
+            # One that failed and the one that waits for it hold each other up.
+            for each in processes:
+                each.kill()
+            said.append(process.communicate()[1])
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n".join(said)
+    return said
+
+
+def finish(*processes):
+    end(processes, 0)
 
 
 def log(out):
@@ -113,9 +126,7 @@ def test_an_interrupt_of_one_process_ends_all(files, tmp_path):
     processes = start_two(files, out, "--steps", "100000")
     reach(processes, out, lambda: (out / "metrics.jsonl").exists() and len(log(out)) > 3)
     processes[1].send_signal(signal.SIGTERM)
-    for process in processes:
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 130, errors
+    end(processes, 130, 100)
     assert (out / "checkpoints" / str(log(out)[-1]["step"])).is_dir()
 
 
@@ -131,9 +142,7 @@ def test_a_bad_line_ends_both_processes_with_one_sentence(files, tmp_path):
 
 
 def fail(processes, said):
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 2
+    for errors in end(processes, 2):
         assert said in errors
         assert "Traceback" not in errors
 
