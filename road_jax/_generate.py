@@ -1,7 +1,7 @@
 """Decoding with a static cache: one program for all prompts of a bucket of lengths."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ def generate(
     vocabulary = module.config.vocab_size
     # An array has no truth value.
     prompts = list(prompts)
-    ends = np.atleast_1d(np.asarray(eos_token_id))
+    ends = np.atleast_1d(np.asarray(tuple(eos_token_id) if isinstance(eos_token_id, Iterable) else eos_token_id))
     if ends.size and not np.issubdtype(ends.dtype, np.integer):
         raise AdapterError(f"eos_token_id: expected a token or several, found {eos_token_id!r}")
     _check(prompts, vocabulary, max_new_tokens, temperature, top_k, top_p, rng)
