@@ -30,6 +30,12 @@ def test_the_rotation_keeps_little_beyond_the_floor():
     assert found["RoAd 1"].temp_mib() < found["LoRA r8 (qwix)"].temp_mib()
 
 
+def test_peak_memory_with_blocks_recomputed():
+    found = jax_cost.arms(Options(), scan=True, remat="full", only=(FLOOR, "RoAd 1", "RoAd 1 on nf4"))
+    assert found["RoAd 1"].peak_mib() < 1.3 * found[FLOOR].peak_mib()
+    assert found["RoAd 1 on nf4"].peak_mib() < found[FLOOR].peak_mib()
+
+
 def test_the_dense_rotations_are_the_same():
     theta, alpha = jnp.sin(jnp.arange(64.0)), 1 + 0.3 * jnp.cos(jnp.arange(64.0))
     y = jnp.sin(jnp.arange(256.0)).reshape(2, 128)
