@@ -1,7 +1,7 @@
 """Decoding with a static cache: one program for all prompts of a bucket of lengths."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from road_jax._intervene import Intervened
 from road_jax._stack import as_ids, check_ids
 from road_jax._transform import Road
 from road_jax._tree import Tree, params_of
-from road_jax.models._config import DecoderConfig
 from road_jax.models._decoder import Cache
 
 
@@ -61,13 +60,13 @@ def generate(
     if isinstance(model, Road | Intervened) != (adapter is not None):
         raise AdapterError("generate: expected a Road together with an adapter, or a plain model without one")
     module = model.model if isinstance(model, Road | Intervened) else model
-    if not isinstance(getattr(module, "config", None), DecoderConfig):
+    if not isinstance(getattr(getattr(module, "config", None), "vocab_size", None), int):
         raise AdapterError(f"model: expected a decoder of road_jax.models, found {type(module).__name__}")
     params_of(variables)
     vocabulary = module.config.vocab_size
     # An array has no truth value.
     prompts = list(prompts)
-    ends = np.atleast_1d(np.asarray(tuple(eos_token_id) if isinstance(eos_token_id, Iterable) else eos_token_id))
+    ends = np.atleast_1d(_tokens([*eos_token_id] if isinstance(eos_token_id, Set) else eos_token_id))
     if ends.size and not np.issubdtype(ends.dtype, np.integer):
         raise AdapterError(f"eos_token_id: expected a token or several, found {eos_token_id!r}")
     _check(prompts, vocabulary, max_new_tokens, temperature, top_k, top_p, rng)
@@ -183,6 +182,18 @@ def _bucket(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def _tokens(values: Any) -> np.ndarray:
+    """An array of whole numbers, also where NumPy makes floats or objects of several kinds of them."""
+    array = np.asarray(values)
+    if (
+        array.ndim == 1
+        and array.dtype.kind in "fO"
+        and all(type(v) is int or isinstance(v, np.integer) for v in values)
+    ):
+        array = np.asarray([int(v) for v in values], np.int64)
+    return array
+
+
 def _check(
     prompts: Sequence[Sequence[int]],
     vocabulary: int,
@@ -193,7 +204,7 @@ def _check(
     rng: jax.Array | None,
 ) -> None:
     for row, prompt in enumerate(prompts):
-        ids = np.asarray(prompt)
+        ids = _tokens(prompt)
         if ids.ndim == 1 and not ids.size:
             raise AdapterError(f"generate: expected tokens in every prompt, found none in row {row}")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
@@ -203,13 +214,13 @@ def _check(
             found = ids.min() if ids.min() < 0 else ids.max()
             raise AdapterError(f"generate: expected tokens from 0 to {vocabulary - 1}, found {found} in row {row}")
     if not hasattr(max_new_tokens, "__index__") or max_new_tokens < 1:
-        raise AdapterError(f"max_new_tokens: expected a number from 1 up, found {max_new_tokens}")
+        raise AdapterError(f"max_new_tokens: expected a whole number from 1 up, found {max_new_tokens}")
     if not hasattr(temperature, "__float__") or not 0 <= temperature < float("inf"):
         raise AdapterError(f"temperature: expected a number from 0 up, found {temperature}")
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise AdapterError("top_k and top_p: expected a temperature above 0 beside them, found 0")
     if top_k is not None and (not hasattr(top_k, "__index__") or top_k < 1):
-        raise AdapterError(f"top_k: expected a number from 1 up, found {top_k}")
+        raise AdapterError(f"top_k: expected a whole number from 1 up, found {top_k}")
     if top_p is not None and not (hasattr(top_p, "__float__") and 0 < top_p <= 1):
         raise AdapterError(f"top_p: expected a number above 0 and up to 1, found {top_p}")
     if temperature > 0 and not isinstance(rng, jax.Array | np.ndarray):

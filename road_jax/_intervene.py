@@ -354,7 +354,7 @@ def prompt_of(model: Any, prompt_mask: jax.Array | None, args: Any, kwargs: Any)
         AdapterError: the model isn't called like that.
     """
     if prompt_mask is not None:
-        return jnp.asarray(prompt_mask)
+        return prompt_mask if isinstance(prompt_mask, int) else jnp.asarray(prompt_mask)
     method = type(model).__call__
     if isinstance(model, nn.Module):
         method = kwargs.get("method") or method

@@ -116,8 +116,8 @@ def excluded(paths: Collection[Path], names: Collection[str]) -> set[Path]:
     Raises:
         AdapterError: no module has one of them; ``lm_head``, the default, a tied model may lack.
     """
-    names = (names,) if isinstance(names, str) else names
-    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+    names = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else names
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
         raise AdapterError(f"exclude: expected names of modules, found {names!r}")
     for name in names:
         if name != "lm_head" and not any(under(path, [name]) for path in paths):

@@ -503,7 +503,7 @@ def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = 
         >>> bool((road.apply(variables, adapter, jnp.ones((1, 32))) == model.apply(variables, jnp.ones((1, 32)))).all())
         True
     """
-    if not isinstance(model, nn.Module):
+    if isinstance(model, type) or not (callable(getattr(model, "init", None)) and hasattr(model, "apply")):
         raise AdapterError(f"model: expected a Linen module (for NNX: road_jax.nnx.wrap), found {type(model).__name__}")
     expect("config", config, RoadConfig)
     return Road(model, config, layers or {})

@@ -1,5 +1,6 @@
 """Nested dicts of arrays: how an adapter lies over params."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,16 +29,11 @@ def flatten(tree: Mapping[str, Any], what: str = "adapter") -> dict[Path, Any]:
     """Returns ``{path: leaf}``.
 
     Raises:
-        AdapterError: ``what``, as the error calls the tree, is no nested dict, or has names that are no strings.
+        AdapterError: ``what``, as the error calls the tree, is no nested dict.
     """
     if not isinstance(tree, Mapping):
         raise AdapterError(f"{what}: expected a nested dict of arrays, found {type(tree).__name__}")
-    leaves = traverse_util.flatten_dict(to_dict(tree))
-    for path in leaves:
-        for name in path:
-            if not isinstance(name, str):
-                raise AdapterError(f"{what}: expected strings as names, found {name!r}")
-    return leaves
+    return traverse_util.flatten_dict(to_dict(tree))
 
 
 def params_of(variables: Mapping[str, Any], what: str = "variables") -> Mapping[str, Any]:
@@ -74,11 +70,15 @@ def adapted_paths(adapter: Mapping[str, Any]) -> list[Path]:
     """Returns the paths of the modules that carry θ and α.
 
     Raises:
-        AdapterError: one of the two is missing, is no array of floating-point numbers or has another shape than the
-            other.
+        AdapterError: a name is no string, or one of the two is missing, is no array of floating-point numbers or has
+            another shape than the other.
     """
     leaves = flatten(adapter)
-    paths = sorted({path[:-1] for path in leaves if path[-1] in ROAD_LEAVES})
+    found = {path[:-1] for path in leaves if path[-1] in ROAD_LEAVES}
+    for name in itertools.chain(*found):
+        if not isinstance(name, str):
+            raise AdapterError(f"adapter: expected strings as names, found {name!r}")
+    paths = sorted(found)
     for path in paths:
         for name in ROAD_LEAVES:
             if (*path, name) not in leaves:
@@ -160,4 +160,4 @@ def under(path: Path, names: Iterable[str]) -> bool:
 
 def dotted(path: Path) -> str:
     """Returns a path's names joined by dots."""
-    return ".".join(path)
+    return ".".join(map(str, path))

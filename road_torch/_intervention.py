@@ -14,8 +14,7 @@ from road_torch._bank import Bank
 from road_torch._checkpoint import checkpoints
 from road_torch._io import to_tensor
 from road_torch._kernels import default
-from road_torch._layer import HOOKED
-from road_torch._routing import BASE, LOCK
+from road_torch._routing import BASE, HOOKED, LOCK
 
 
 class InterventionModel(nn.Module):

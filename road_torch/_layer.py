@@ -21,9 +21,6 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _linear = nn.functional.linear
 
-# What accelerate leaves on a module that it hooks.
-HOOKED = ("_hf_hook", "_old_forward")
-
 
 class _Parameters(nn.ParameterDict):
     """θ or α by adapter. They keep their dtype when the model is cast, and count how often one is replaced."""
@@ -95,8 +92,6 @@ class RoadLayer(nn.Module):
         # These give a tensor that nobody else holds, so it may be overwritten.
         kind = type(base_layer)
         self._gives_new = kind is nn.Linear or is_conv1d(base_layer) or kind.__module__.startswith("bitsandbytes.")
-        # A mixed call that began with gradients passed here without.
-        self._unrecorded = False
         self._stray = stray
         self.train(base_layer.training)
 
@@ -146,7 +141,7 @@ class RoadLayer(nn.Module):
         routing = LOCAL.routing
         if routing is None or routing.shared is not shared:
             routing = shared.plain
-            if with_grad and self._unrecorded:
+            if with_grad and shared.unrecorded:
                 self._check_recomputed()
         if compiling:
             return self._traced(y, routing)
@@ -166,7 +161,9 @@ class RoadLayer(nn.Module):
                 return self._differentiable(y, routing)
             if y.requires_grad:
                 for first, cross, group_size, index in plan.passes:
-                    y = _ops.rotate(y, first, cross, group_size, index, shared.kernel)
+                    # Gathered, for what is saved must stay as it is, and the tables' rows are written anew.
+                    first, cross = default.gather(y, first, cross, index)
+                    y = _ops.rotate(y, first, cross, group_size, None, shared.kernel)
                 return y
         if not unseen and self._gives_new:
             # A hook may hold what the base gave, or what stands in place of its forward.
@@ -338,7 +335,7 @@ class RoadLayer(nn.Module):
             return Plan(y.dtype, known.passes, known.sources, known.changes)
         self._check_order(routing)
         self._check_checkpointed(routing)
-        self._unrecorded |= routing.with_grad and not (_is_grad_enabled() or LOCAL.unrecorded)
+        self._shared.unrecorded |= routing.with_grad and not (_is_grad_enabled() or LOCAL.unrecorded)
         self._kernel = _kernels.choose(self._shared.kernel, y.device)
         names: list[Name] = []
         sources: list[Tensor] = []
@@ -372,7 +369,8 @@ class RoadLayer(nn.Module):
     def _check_recomputed(self) -> None:
         # Only a backward pass computes forward outside of a call; which adapters its rows had isn't known any more.
         if torch._C._current_graph_task_id() != -1:
-            self._unrecorded = False
+            # Once: a plain step that follows has nothing to do with it.
+            self._shared.unrecorded = False
             raise AdapterError(
                 f"{self.module_path}: expected a mixed batch without reentrant checkpointing, found a backward pass "
                 "that computes this layer a second time after the call"
@@ -436,7 +434,10 @@ class RoadLayer(nn.Module):
             if self.out_features % size == 0:
                 if routing.mixed and (repeats := routing.repeats(y, self.module_path, len(index))) > 1:
                     index = index.repeat_interleave(repeats)
-                if self._shared.kernel == "triton":
+                if self._shared.kernel == "triton" and _is_grad_enabled():
+                    first, cross = default.gather(y, bank.first, bank.cross, index)
+                    y = _ops.rotate(y, first, cross, size, None, "triton")
+                elif self._shared.kernel == "triton":
                     y = _ops.rotate(y, bank.first, bank.cross, size, index, "triton")
                 else:
                     y = default.rotate(y, bank.first, bank.cross, size, index)

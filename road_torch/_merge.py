@@ -1,7 +1,7 @@
 """Merging in closed form, and back: rows of the weight rotated in float32, rounded once, checked, then stored."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from road_torch._routing import Pass
 
 # Rows are widened to float32 in blocks of about this many elements: little memory, and few calls a layer.
 _BLOCK = 1 << 20
+
+# How far a row may be from where it was, relative to its norm, when it is rotated forth and back.
+_WAY_BACK = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
+_WAY_BACK_QUANTIZED = 0.5
 
 # What is rotated through float32; float8 and the like have scales elsewhere.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -110,14 +114,45 @@ def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True, keep: b
 
 
 def attempt(layer: RoadLayer, names: Sequence[str], *, check: bool = True, keep: bool = True) -> float | None:
-    """Returns and raises what `merge` would; the layer is as it was."""
+    """Returns and raises what `merge` would; the layer is as it was.
+
+    Raises:
+        AdapterError: besides, a weight that isn't kept wouldn't come back.
+    """
     with torch.inference_mode(False), torch.no_grad():
-        if not keep:
-            Inverse(layer.passes(names), layer.module_path)
-    try:
-        return merge(layer, names, check=check)
-    finally:
-        unmerge(layer)
+        inverse = None if keep else Inverse(layer.passes(names), layer.module_path)
+        before = None if keep else _weight(layer)
+        try:
+            error = merge(layer, names, check=check)
+            if inverse is not None and before is not None and layer.merged_adapters:
+                _check_way_back(layer, before, inverse)
+        finally:
+            unmerge(layer)
+    return error
+
+
+def _weight(layer: RoadLayer) -> Tensor | None:
+    """A weight that can be merged into, as it is computed with: ``[out, in]``."""
+    base: Any = bare(layer.base_layer)
+    if _is_quantized(base):
+        from road_torch import _bnb
+
+        return _bnb.dequantize(base)
+    weight = base._parameters.get("weight")
+    return weight.T if weight is not None and is_conv1d(base) else weight
+
+
+def _check_way_back(layer: RoadLayer, before: Tensor, inverse: "Inverse") -> None:
+    """Refuses a merged weight of which rounding has left too little: by rows, for a block is two of them."""
+    back = _rotate_rows(cast(Tensor, _weight(layer)).float(), inverse.passes)
+    moved, size = (before.float() - back).norm(dim=1), before.float().norm(dim=1)
+    tolerance = _WAY_BACK.get(before.dtype, 0.0) if not _is_quantized(bare(layer.base_layer)) else _WAY_BACK_QUANTIZED
+    # A row that isn't finite isn't near either.
+    if lost := int((~(moved <= tolerance * size)).sum()):
+        raise AdapterError(
+            f"{layer.module_path}: expected a merged weight that its blocks' inverses bring back where keep_weights is "
+            f"False, found {lost} of {len(size)} rows that they don't"
+        )
 
 
 def unmerge(layer: RoadLayer) -> float | None:

@@ -34,8 +34,8 @@ from road_core._errors import listed
 from road_core._files import check_free, new_directory
 from road_torch import _checkpoint, _kernels, _layer, _merge
 from road_torch._io import to_adapter, to_tensor
-from road_torch._layer import HOOKED, RoadLayer, bare, features, is_conv1d, layers
-from road_torch._routing import BASE, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
+from road_torch._layer import RoadLayer, bare, features, is_conv1d, layers
+from road_torch._routing import BASE, HOOKED, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
 from road_torch._rows import check_media, stray
 from road_torch._saved import SavedModule, copy_of, saved_modules
 
@@ -536,7 +536,8 @@ class RoadModel(nn.Module):
 
         Raises:
             AdapterError: an unknown name, something is merged already, a layer can't be merged, or without
-                ``keep_weights`` a block has no inverse, as with α = 0; nothing has changed.
+                ``keep_weights`` its weight wouldn't come back: a block has no inverse, as with α = 0, or nearly none,
+                or the dtype can't hold the result. Nothing has changed.
         """
         names = self._to_merge(adapter_names)
         if keep_weights:
@@ -568,11 +569,26 @@ class RoadModel(nn.Module):
             relative to its norm.
 
         Raises:
-            AdapterError: nothing is merged.
+            AdapterError: nothing is merged, or accelerate has taken the merged weights away; they stay merged.
         """
         if not self.merged_adapters:
             raise AdapterError("unmerge_adapter: expected merged adapters, found none")
-        errors = {layer.module_path: _merge.unmerge(layer) for layer in layers(self)}
+        merged = [layer for layer in layers(self) if layer.merged_adapters]
+        for layer in merged:
+            if bare(layer.base_layer).weight.is_meta:
+                raise AdapterError(
+                    f"unmerge_adapter: expected merged weights where they were, found that accelerate took "
+                    f"{layer.module_path}'s away; remove its hooks first"
+                )
+        errors, kept = {}, [layer for layer in merged if isinstance(layer.unmerged, _merge.Kept)]
+        try:
+            for layer in merged:
+                errors[layer.module_path] = _merge.unmerge(layer)
+        except BaseException:
+            for layer in merged:
+                if not layer.merged_adapters:
+                    _merge.merge(layer, self.merged_adapters, check=False, keep=layer in kept)
+            raise
         self._shared.merged = ()
         return {path: error for path, error in errors.items() if error is not None}
 
@@ -724,7 +740,7 @@ class RoadModel(nn.Module):
         names = None if adapter_names is None else self._check_names(adapter_names, args, kwargs)
         # A generation records none.
         with_grad = torch.is_grad_enabled() and not generates
-        checkpointed = names is not None and with_grad and self.training and _checkpoint.follow(self.base_model)
+        checkpointed = names is not None and with_grad and _checkpoint.follow(self.base_model)
         with LOCK:
             if self._shared.off and names is not None:
                 # A backward pass may come when they are enabled again.

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # What a row of a batch that wants no adapter calls itself, as in PEFT.
 BASE = "__base__"
 
+# What accelerate leaves on a module that it hooks.
+HOOKED = ("_hf_hook", "_old_forward")
+
 # Several adapters as one, in the order in which they are applied: (name, weight) of each.
 Mix = tuple[tuple[str, float], ...]
 
@@ -120,6 +123,7 @@ class Shared:
         devices: where there are layers.
         kernel: the name of the rotation's implementation; "auto" is each device's own.
         traced: whether a compiled model reads the banks, which must then be right before it runs.
+        unrecorded: whether a mixed call that began with gradients passed a layer without.
     """
 
     def __init__(self, limit: int | None = None, kernel: str = "auto") -> None:
@@ -134,6 +138,7 @@ class Shared:
         self.devices: set[torch.device] = set()
         self.kernel = kernel
         self.traced = False
+        self.unrecorded = False
         self.plain = Routing(self, None, lasting=True)
 
     def __getstate__(self) -> dict[str, Any]:

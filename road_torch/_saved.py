@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from road_core import AdapterError
-from road_torch._routing import BASE, LOCAL, Name, Routing, Shared, parts
+from road_torch._routing import BASE, HOOKED, LOCAL, Name, Routing, Shared, parts
 
 
 class SavedModule(nn.Module):
@@ -91,12 +91,29 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "modules_to_save" not in self.__dict__.get("_modules", {}) or "_shared" not in self.__dict__:
+            # What accelerate hooked is hooked by itself.
+            if (
+                name in HOOKED
+                or "modules_to_save" not in self.__dict__.get("_modules", {})
+                or "_shared" not in self.__dict__
+            ):
                 raise
             return getattr(self.current(), name)
 
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        """Returns the tensors of an adapter's copy by state-dict key; none where it has no copy."""
+        return self.modules_to_save[name].state_dict() if name in self.modules_to_save else {}
+
     def _copy_for(self, name: str) -> nn.Module:
-        return self.original_module if name == BASE else self.modules_to_save[name]
+        if name == BASE:
+            return self.original_module
+        module = self.modules_to_save[name]
+        if torch.is_grad_enabled() and any(p.requires_grad and p.is_meta for p in module.parameters()):
+            raise AdapterError(
+                f"{self.module_path}: expected the copy of {name!r} on a device to be trained, found that accelerate "
+                "took it away"
+            )
+        return module
 
 
 def saved_modules(model: nn.Module) -> Iterator[SavedModule]:

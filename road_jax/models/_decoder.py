@@ -281,8 +281,9 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: int32 ``[batch, length]``.
-            attention_mask: int32 ``[batch, length]``: 0 for padding on either side, 1 for tokens. Rows that hold
-                several texts number them 1, 2, …; a text sees itself only, and its positions begin with 0.
+            attention_mask: int32 ``[batch, length]``, or one row for all: 0 for padding on either side, 1 for tokens.
+                Rows that hold several texts number them 1, 2, …; a text sees itself only, and its positions begin
+                with 0.
             logits_at: int32 ``[batch, n]``: places whose logits are wanted; all of them if not given.
             cache: of the tokens before. New tokens go to its next places, of which it must have enough.
             cache_size: makes a cache of so many places, to begin one.
@@ -299,6 +300,7 @@ class Decoder(nn.Module):
             _mesh.check_axes(self.mesh)
         _check_inputs(input_ids, attention_mask)
         segments = jnp.ones_like(input_ids) if attention_mask is None else attention_mask.astype(jnp.int32)
+        segments = jnp.broadcast_to(segments, input_ids.shape)
 
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Fresh params lie nowhere yet.
@@ -320,7 +322,8 @@ def _check_inputs(input_ids: jax.Array, attention_mask: jax.Array | None) -> Non
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or len(shape) != 2:
         found = type(input_ids).__name__ if dtype is None else f"{dtype} {list(shape)}"
         raise AdapterError(f"input_ids: expected an array of whole numbers [batch, length], found {found}")
-    if attention_mask is not None and getattr(attention_mask, "shape", None) != shape:
+    # One row may stand for all.
+    if attention_mask is not None and getattr(attention_mask, "shape", None) not in (shape, (1, *shape[1:])):
         given = list(attention_mask.shape) if hasattr(attention_mask, "shape") else type(attention_mask).__name__
         raise AdapterError(f"attention_mask: expected an array {list(shape)}, as input_ids, found {given}")
 

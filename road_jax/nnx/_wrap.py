@@ -208,7 +208,7 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
         >>> nnx.state(adapted, road_jax.nnx.RoadParam)["layers"][0]["road_theta"].shape
         (32,)
     """
-    if not isinstance(model, nnx.Module):
+    if not isinstance(model, nnx.Pytree | dict | list):
         raise AdapterError(
             f"model: expected an NNX module (for Linen: road_jax.transform), found {type(model).__name__}"
         )
@@ -332,13 +332,13 @@ def set_adapter(model: nnx.Module, adapter: Tree) -> None:
     layers = _layers(model)
     _expect_unmerged(layers)
     held, given = _trained(model), flatten(adapter)
+    adapted_paths(adapter)
     lacking, spare = (sorted(map(dotted, a.keys() - b.keys())) for a, b in ((held, given), (given, held)))
     if lacking or spare:
         raise AdapterError(
             f"set_adapter: expected the model's modules, found no {', '.join(lacking[:3]) or '—'} "
             f"but {', '.join(spare[:3]) or 'nothing'} besides"
         )
-    adapted_paths(adapter)
     # One axis more, the last, where adapters are stacked. The model may hold some already.
     for path, leaf in given.items():
         expected = _one_shape(layers[path[:-1]]) if path[-1] in ROAD_LEAVES else held[path].shape

@@ -142,21 +142,21 @@ def test_no_prompts_no_answers(small):
         ([[1], []], {}, "expected tokens in every prompt, found none in row 1"),
         ([[1], [160]], {}, "expected tokens from 0 to 159, found 160 in row 1"),
         ([[-1]], {}, "found -1 in row 0"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected a number from 1 up, found 0"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected a whole number from 1 up, found 0"),
         ([[1]], {"temperature": -1.0}, "temperature: expected a number from 0 up"),
         ([[1]], {"temperature": 1.0}, "rng: expected a key to draw with, found none"),
         ([[1]], {"top_k": 3}, "expected a temperature above 0 beside them"),
-        ([[1]], {"top_k": 0, "temperature": 1.0}, "top_k: expected a number from 1 up, found 0"),
+        ([[1]], {"top_k": 0, "temperature": 1.0}, "top_k: expected a whole number from 1 up, found 0"),
         ([[1]], {"top_p": 1.5, "temperature": 1.0}, "top_p: expected a number above 0 and up to 1"),
         ([[1]], {"adapter": {}}, "expected a Road together with an adapter"),
         ([1, 2], {}, "expected a list of token ids in every prompt, found int in row 0"),
         (["one"], {}, "found str in row 0"),
         ([[1], [2.5]], {}, "found float64 in row 1"),
-        ([[1]], {"max_new_tokens": 2.0}, r"max_new_tokens: expected a number from 1 up, found 2\.0"),
+        ([[1]], {"max_new_tokens": 2.0}, r"max_new_tokens: expected a whole number from 1 up, found 2\.0"),
         ([[1]], {"eos_token_id": None}, "eos_token_id: expected a token or several, found None"),
         ([[1]], {"temperature": None}, "temperature: expected a number from 0 up, found None"),
         ([[1]], {"temperature": 1.0, "rng": 0}, "rng: expected a key to draw with, found int"),
-        ([[1]], {"temperature": 1.0, "top_k": 2.5}, r"top_k: expected a number from 1 up, found 2\.5"),
+        ([[1]], {"temperature": 1.0, "top_k": 2.5}, r"top_k: expected a whole number from 1 up, found 2\.5"),
         ([[1]], {"variables": None}, "variables: expected a dict with params under 'params', found NoneType"),
         ([[1]], {"model": nn.Dense(2)}, r"model: expected a decoder of road_jax\.models, found Dense"),
     ],
@@ -164,6 +164,15 @@ def test_no_prompts_no_answers(small):
 def test_bad_input_is_refused(prompts, options, message, small):
     with pytest.raises(AdapterError, match=message):
         road_jax.generate(**{"model": small[0], "variables": small[1], "prompts": prompts, **options})
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.array, jnp.int32, list, set, "mixed"])
+def test_what_ends_a_row(kind, small):
+    module, variables, _, _ = small
+    ((end, *_),) = road_jax.generate(module, variables, [[3, 4]], max_new_tokens=1)
+    several = {list: [end, 1], set: {end, 1}, "mixed": [1, np.uint64(end)]}
+    given = several[kind] if kind in several else kind(end)
+    assert road_jax.generate(module, variables, [[3, 4]], max_new_tokens=3, eos_token_id=given) == [[]]
 
 
 def test_prompts_may_be_an_array(small):

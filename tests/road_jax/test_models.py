@@ -104,6 +104,10 @@ def test_packed_texts_see_themselves_only(kind, tmp_path):
         assert_close(packed[:, start:end], alone, "float32")
     whole = apply(variables, ids)
     assert np.abs(np.asarray(whole - packed)[:, 5:14]).max() > 0.05
+    # One row may stand for a batch.
+    twice = np.concatenate([ids, ids[:, ::-1]])
+    for_all = apply(variables, twice, attention_mask=segments)
+    assert np.array_equal(for_all, apply(variables, twice, attention_mask=np.repeat(segments, 2, axis=0)))
 
 
 def test_logits_where_they_are_wanted(tmp_path):

@@ -499,6 +499,22 @@ def test_layer_types_that_are_not_flaxs(x):
     assert_close(unwrap(adapted)(x), expected, "float32")
 
 
+class Tree(nnx.Pytree):
+    def __init__(self):
+        self.up = nnx.Linear(4, 64, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.up(x)
+
+
+def test_trees_that_are_no_modules_are_wrapped():
+    config = RoadConfig(target_modules=["up"], group_size=8)
+    adapted = road_jax.nnx.wrap(Tree(), config)
+    assert adapted(jnp.ones((2, 4))).shape == (2, 64)
+    for tree in (adapted, road_jax.nnx.wrap({"up": nnx.Linear(4, 64, rngs=nnx.Rngs(0))}, config)):
+        assert road_jax.nnx.get_adapter(tree)["up"]["road_theta"].shape == (32,)
+
+
 def test_what_does_not_fit_is_refused():
     model = Net(nnx.Rngs(0))
     with pytest.raises(AdapterError, match="nearest: first"):

@@ -466,6 +466,29 @@ def test_what_is_of_another_type_is_refused(case, x, loop):
         call(*loop, x)
 
 
+class Numbered(nn.Module):
+    """Has params whose names are numbers."""
+
+    @nn.compact
+    def __call__(self, x):
+        scales = self.param("scales", lambda key: {0: jnp.full(WIDTH, 2.0), 1: jnp.ones(WIDTH)})
+        return nn.Dense(WIDTH, name="up")(x) * scales[0][None, None]
+
+
+def test_params_may_have_numbers_as_names(x):
+    model = Numbered()
+    variables = model.init(jax.random.key(0), x)
+    config = RoadConfig(target_modules=["up"], group_size=8, init_weights=False)
+    road = road_jax.transform(model, config)
+    adapter = road.init(jax.random.key(1), variables, x)
+    merged = road.merge(variables, adapter)
+    assert_close(
+        model.apply(merged, x), road.apply(variables, adapter, x), "float32", moved_from=model.apply(variables, x)
+    )
+    coded = road_jax.quantize(variables, "int8")
+    assert jax.tree.structure(road_jax.dequantize(coded)) == jax.tree.structure(variables)
+
+
 def test_a_part_that_no_layer_used_is_refused(x):
     model = OneOfTwo()
     variables = model.init(jax.random.key(0), x)

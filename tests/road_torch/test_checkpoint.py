@@ -270,3 +270,37 @@ def test_checkpointing_that_can_not_be_followed():
     model = RoadModel(Blocks(inner=None, outer=None), config(target_modules=["up"]), "a").train()
     with pytest.raises(AdapterError, match="through transformers' gradient_checkpointing_enable, found Blocks with"):
         model(torch.randn(2, 8), adapter_names=["a", "a"])
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_blocks_in_training_below_a_model_that_evaluates():
+    expected = made()
+    loss(expected, NAMES).backward()
+    model = made(True)
+    torch.nn.Module.train(model.base_model)
+    model.training = False
+    loss(model, NAMES).backward()
+    assert_same(gradients(model), gradients(expected))
+
+
+class Reentrant(nn.Module):
+    """Computes its layers a second time by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+        return x
+
+
+def test_plain_steps_go_on_after_a_refused_backward_pass():
+    model = RoadModel(Reentrant(), config(target_modules=r"layers\.\d"), "a")
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    with pytest.raises(AdapterError, match="expected a mixed batch without reentrant checkpointing"):
+        model(x, adapter_names=["a", "__base__"]).sum().backward()
+    for _ in range(2):
+        model(x).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".road_" in name)

@@ -404,6 +404,70 @@ def test_a_block_without_inverse_is_refused_with_its_layer():
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("nearly singular", torch.float32),
+        ("nearly singular", torch.bfloat16),
+        ("too small", torch.float16),
+        ("too large", torch.float16),
+    ],
+)
+def test_a_merge_without_a_way_back_is_refused(case, dtype):
+    model = with_adapters("a", base=small_model().to(dtype), variant="road_2")
+    *others, last = (m for m in model.modules() if isinstance(m, RoadLayer))
+    with torch.no_grad():
+        for layer in others:
+            layer.road_theta["a"].clamp_(-0.3, 0.3)
+            layer.road_alpha["a"].clamp_(0.8, 1.25)
+        theta, alpha = last.road_theta["a"], last.road_alpha["a"]
+        if case == "nearly singular":
+            # cos² + sin·0, but for how π/2 is rounded.
+            theta[0], theta[4], alpha[0], alpha[4] = torch.pi / 2, 0.0, 1.0, 1.0
+        else:
+            theta.zero_()
+            alpha.fill_(1e-8 if case == "too small" else 1e6)
+    before = state(model)
+    with pytest.raises(AdapterError, match=rf"^{last.module_path}: expected a merged weight .* found \d+ of \d+ rows"):
+        model.merge_adapter(safe_merge=False, keep_weights=False)
+    assert_same(before, state(model))
+
+
+def test_unmerging_that_fails_leaves_all_merged():
+    model = with_adapters("a")
+    model.merge_adapter(keep_weights=False)
+    expected, calls, rotate = logits(model), [], _merge._rotate
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return rotate(*args, **kwargs)
+
+    with mock.patch.object(_merge, "_rotate", failing), pytest.raises(RuntimeError, match="out of memory"):
+        model.unmerge_adapter()
+    assert model.merged_adapters == ["a"]
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_merged_weights_that_accelerate_took_away_are_not_unmerged(keep):
+    model = with_adapters("a")
+    expected = logits(model)
+    model.merge_adapter(keep_weights=keep)
+    accelerate.cpu_offload(model.base_model, execution_device="cpu")
+    for call in (model.unmerge_adapter, model.unload, model.disable_adapter_layers):
+        with pytest.raises(AdapterError, match="expected merged weights where they were, found that accelerate took"):
+            call()
+    assert model.merged_adapters == ["a"]
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    accelerate.hooks.remove_hook_from_submodules(model.base_model)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("when", ["tried", "merged"])
 def test_an_interruption_leaves_nothing_merged(when):
     model = with_adapters("a")

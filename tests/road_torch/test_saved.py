@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -319,3 +320,25 @@ def test_missing_tensors_by_the_caller_s_word(tmp_path):
     write_peft(tmp_path / "extra", dataclasses.replace(read_peft(folder), config=narrower))
     with pytest.raises(AdapterError, match="only for modules that target_modules selects"):
         model.load_adapter(tmp_path / "extra", "b", strict=False)
+
+
+@pytest.mark.parametrize("first", ["wrapped", "offloaded"])
+def test_copies_that_accelerate_took_away_are_neither_trained_nor_saved(first, tmp_path):
+    base = small_model()
+    if first == "offloaded":
+        accelerate.cpu_offload(base, execution_device="cpu")
+    config = RoadConfig(target_modules=["q_proj"], group_size=8, modules_to_save=["lm_head"])
+    model = RoadModel(base, config, "a").train()
+    if first == "wrapped":
+        accelerate.cpu_offload(model.base_model, execution_device="cpu")
+    expected = logits(small_model())
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(AdapterError, match=r"^lm_head: expected the copy of 'a' on a device to be trained"):
+        model(IDS)
+    with pytest.raises(AdapterError, match=r"^lm_head\.weight: expected the values of 'a' to save"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    if first == "wrapped":
+        accelerate.hooks.remove_hook_from_submodules(model.base_model)
+        assert torch.equal(logits(model), expected)
+        model.save_pretrained(tmp_path / "saved")

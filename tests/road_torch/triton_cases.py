@@ -147,3 +147,21 @@ def test_a_compiled_model_with_this_kernel(train):
     finally:
         triton._launch = kernel
     assert len(launches) == 2
+
+
+@pytest.mark.parametrize("kernel", ["triton", "default"])
+def test_tables_may_be_written_before_the_backward_pass(kernel):
+    model = RoadModel(Net(), kernel=kernel)
+    for name in "ab":
+        fields = {"target_modules": ["up", "down"], "init_weights": False, "group_size": 16}
+        model.add_adapter(name, RoadConfig(**fields, inference_mode=True))
+    found = []
+    for write in (False, True):
+        x = torch.from_numpy(named_values("x", 2, 3, 16)).requires_grad_()
+        y = model(x, adapter_names=["a", "b"])
+        if write:
+            # Each takes a row of the tables.
+            model(x, adapter_names=["a+b", "b+a"])
+        y.square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
