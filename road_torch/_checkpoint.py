@@ -59,9 +59,9 @@ def in_another() -> bool:
     return LOCAL.saving is None or hooks[0] is not LOCAL.saving[0]
 
 
-def checkpoints(model: nn.Module) -> bool:
-    """True where a backward pass may compute some layers a second time."""
-    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+def checkpointing(model: nn.Module) -> list[nn.Module]:
+    """The modules of which a backward pass may compute layers a second time."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
 
 
 def follow(model: nn.Module) -> bool:
@@ -73,20 +73,18 @@ def follow(model: nn.Module) -> bool:
     Raises:
         AdapterError: a module has it in a way that transformers no longer has.
     """
-    found = False
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False) is True:
-            function = getattr(module, _NAME, None)
-            if function is None and module.training:
-                raise AdapterError(
-                    "adapter_names: expected gradient checkpointing through transformers' "
-                    f"gradient_checkpointing_enable, found {type(module).__name__} with its own, which would compute "
-                    "layers a second time after the call"
-                )
-            if function is not None and not isinstance(function, Checkpoint):
-                setattr(module, _NAME, Checkpoint(function))
-            found = True
-    return found
+    found = checkpointing(model)
+    for module in found:
+        function = getattr(module, _NAME, None)
+        if function is None and module.training:
+            raise AdapterError(
+                "adapter_names: expected gradient checkpointing through transformers' "
+                f"gradient_checkpointing_enable, found {type(module).__name__} with its own, which would compute "
+                "layers a second time after the call"
+            )
+        if function is not None and not isinstance(function, Checkpoint):
+            setattr(module, _NAME, Checkpoint(function))
+    return bool(found)
 
 
 def leave(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from road_core import AdapterError, Intervention, InterventionConfig, read_intervention
 from road_torch._bank import Bank
-from road_torch._checkpoint import checkpoints
+from road_torch._checkpoint import checkpointing
 from road_torch._io import to_tensor
 from road_torch._kernels import default
 from road_torch._routing import BASE, HOOKED, LOCK
@@ -201,7 +201,7 @@ class InterventionModel(nn.Module):
     ) -> "_Call":
         if len(args) > 1:
             raise AdapterError(f"forward: expected all inputs but the first by name, found {len(args)} without one")
-        if torch.is_grad_enabled() and self.training and checkpoints(self.base_model):
+        if torch.is_grad_enabled() and self.training and checkpointing(self.base_model):
             raise AdapterError(
                 "forward: expected a model without gradient checkpointing, found one that would compute its blocks a "
                 "second time after the call"

@@ -1,7 +1,7 @@
 """Merging in closed form, and back: rows of the weight rotated in float32, rounded once, checked, then stored."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,39 +119,30 @@ def attempt(layer: RoadLayer, names: Sequence[str], *, check: bool = True, keep:
     Raises:
         AdapterError: besides, a weight that isn't kept wouldn't come back.
     """
+    base: Any = bare(layer.base_layer)
     with torch.inference_mode(False), torch.no_grad():
-        inverse = None if keep else Inverse(layer.passes(names), layer.module_path)
-        before = None if keep else _weight(layer)
+        inverse, back = None if keep else Inverse(layer.passes(names), layer.module_path), None
         try:
             error = merge(layer, names, check=check)
-            if inverse is not None and before is not None and layer.merged_adapters:
-                _check_way_back(layer, before, inverse)
+            if inverse is not None and inverse.passes:
+                back = _rotate_rows(_weight(base).float(), inverse.passes)
         finally:
             unmerge(layer)
+        if back is not None:
+            _check_back(layer.module_path, base, back)
     return error
 
 
-def _weight(layer: RoadLayer) -> Tensor | None:
-    """A weight that can be merged into, as it is computed with: ``[out, in]``."""
-    base: Any = bare(layer.base_layer)
-    if _is_quantized(base):
-        from road_torch import _bnb
-
-        return _bnb.dequantize(base)
-    weight = base._parameters.get("weight")
-    return weight.T if weight is not None and is_conv1d(base) else weight
-
-
-def _check_way_back(layer: RoadLayer, before: Tensor, inverse: "Inverse") -> None:
-    """Refuses a merged weight of which rounding has left too little: by rows, for a block is two of them."""
-    back = _rotate_rows(cast(Tensor, _weight(layer)).float(), inverse.passes)
-    moved, size = (before.float() - back).norm(dim=1), before.float().norm(dim=1)
-    tolerance = _WAY_BACK.get(before.dtype, 0.0) if not _is_quantized(bare(layer.base_layer)) else _WAY_BACK_QUANTIZED
+def _check_back(path: str, base: Any, back: Tensor) -> None:
+    """Refuses a weight rotated forth and back of which rounding has left too little: by rows, a block being two."""
+    weight = _weight(base)
+    moved, size = (weight.float() - back).norm(dim=1), weight.float().norm(dim=1)
+    tolerance = _WAY_BACK_QUANTIZED if _is_quantized(base) else _WAY_BACK[weight.dtype]
     # A row that isn't finite isn't near either.
     if lost := int((~(moved <= tolerance * size)).sum()):
         raise AdapterError(
-            f"{layer.module_path}: expected a merged weight that its blocks' inverses bring back where keep_weights is "
-            f"False, found {lost} of {len(size)} rows that they don't"
+            f"{path}: expected a merged weight that its blocks' inverses bring back where keep_weights is False, "
+            f"found {lost} of {len(size)} rows that they don't"
         )
 
 
@@ -183,19 +174,42 @@ def _rotate(layer: RoadLayer, passes: Sequence[Pass], check: bool) -> tuple[Kept
         _check_plain(path, base, "weight")
     if getattr(base, "bias", None) is not None:
         _check_plain(path, base, "bias")
-    if quantized:
-        return _rotate_quantized(layer, passes, check)
-    weight = base.weight
-    rotated = _rotate_rows(weight.T if is_conv1d(base) else weight, passes)
-    bias = _bias(base, passes)
+    rotated, bias = _rotate_rows(_weight(base), passes), _bias(base, passes)
     if check:
         _check_finite(path, rotated, bias)
-    kept = Kept(base, quantized=False)
-    # A new parameter, for the old one may be tied to an embedding, which must stay as it is.
-    base.weight = _like(weight, rotated.T.contiguous() if is_conv1d(base) else rotated)
+    kept, error = Kept(base, quantized=quantized), None
+    if quantized:
+        try:
+            error = _requantize(path, base, rotated, check)
+        except BaseException:
+            kept.put_back(base)
+            raise
+    else:
+        # A new parameter, for the old one may be tied to an embedding, which must stay as it is.
+        base.weight = _like(base.weight, rotated.T.contiguous() if is_conv1d(base) else rotated)
     if bias is not None:
         base.bias = _like(base.bias, bias)
-    return kept, None
+    return kept, error
+
+
+def _weight(base: Any) -> Tensor:
+    """A layer's weight as it is rotated: ``[out, in]``, a quantised one in float32."""
+    if _is_quantized(base):
+        from road_torch import _bnb
+
+        return _bnb.dequantize(base)
+    return base.weight.T if is_conv1d(base) else base.weight
+
+
+def _requantize(path: str, base: Any, weight: Tensor, check: bool) -> float:
+    """Stores a weight quantised anew; returns how far that moved it, relative to its norm."""
+    from road_torch import _bnb
+
+    _bnb.requantize(base, weight)
+    error = (_bnb.dequantize(base) - weight).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    if check and not torch.isfinite(error):
+        raise AdapterError(f"{path}: expected a merged weight that can be quantised, found it too large")
+    return float(error)
 
 
 def _is_quantized(base: nn.Module) -> bool:
@@ -221,30 +235,6 @@ def _check_plain(path: str, base: Any, name: str) -> None:
             f"{path}: expected a plain floating-point {name} to merge into, found {type(base).__name__} with "
             f"{type(held).__name__} of {held.dtype} on {held.device}"
         )
-
-
-def _rotate_quantized(layer: RoadLayer, passes: Sequence[Pass], check: bool) -> tuple[Kept, float]:
-    from road_torch import _bnb
-
-    base: Any = bare(layer.base_layer)
-    merged = _rotate_rows(_bnb.dequantize(base), passes)
-    bias = _bias(base, passes)
-    if check:
-        _check_finite(layer.module_path, merged, bias)
-    kept = Kept(base, quantized=True)
-    try:
-        _bnb.requantize(base, merged)
-        error = (_bnb.dequantize(base) - merged).norm() / merged.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        if check and not torch.isfinite(error):
-            raise AdapterError(
-                f"{layer.module_path}: expected a merged weight that can be quantised, found it too large"
-            )
-    except BaseException:
-        kept.put_back(base)
-        raise
-    if bias is not None:
-        base.bias = _like(base.bias, bias)
-    return kept, float(error)
 
 
 def _rotate_rows(weight: Tensor, passes: Sequence[Pass]) -> Tensor:

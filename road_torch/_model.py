@@ -540,16 +540,12 @@ class RoadModel(nn.Module):
                 or the dtype can't hold the result. Nothing has changed.
         """
         names = self._to_merge(adapter_names)
-        if keep_weights:
-            kept, check = list(layers(self)), safe_merge
-            errors = {}
-        else:
+        if not keep_weights:
             # All are tried first, for the way back isn't exact.
-            errors = {
-                layer.module_path: _merge.attempt(layer, names, check=safe_merge, keep=False) for layer in layers(self)
-            }
-            kept, check = self._held_twice(), False
-        done = []
+            for layer in layers(self):
+                _merge.attempt(layer, names, check=safe_merge, keep=False)
+        kept, check = (list(layers(self)), safe_merge) if keep_weights else (self._held_twice(), False)
+        errors, done = {}, []
         try:
             for layer in layers(self):
                 errors[layer.module_path] = _merge.merge(layer, names, check=check, keep=layer in kept)

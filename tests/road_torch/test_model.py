@@ -879,18 +879,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         torch.testing.assert_close(gradients[1][name], expected, msg=name)
 
 
+class Checkpointed(nn.Module):
+    """Computes its layer a second time by itself."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.up, self.reentrant = nn.Linear(8, 8), reentrant
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.up, x, use_reentrant=self.reentrant)
+
+
 def test_a_mixed_batch_under_another_checkpointing():
     """That computes the layers a second time when the call is over."""
-
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up = nn.Linear(8, 8)
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.up, x, use_reentrant=True)
-
-    model = RoadModel(Checkpointed(), config(target_modules=["up"], inference_mode=False), "a")
+    model = RoadModel(Checkpointed(True), config(target_modules=["up"], inference_mode=False), "a")
     model.add_adapter("b", config(target_modules=["up"]))
     x = torch.randn(2, 8, requires_grad=True)
     mixed = model(x, adapter_names=["b", "a"])
@@ -911,15 +913,7 @@ def test_a_mixed_batch_under_another_checkpointing():
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("names", [["b", "a"], ["b"]])
 def test_a_mixed_batch_under_checkpointing_that_is_not_reentrant(names, trained):
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up = nn.Linear(8, 8)
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.up, x, use_reentrant=False)
-
-    model = RoadModel(Checkpointed(), config(target_modules=["up"], inference_mode=not trained), "a")
+    model = RoadModel(Checkpointed(False), config(target_modules=["up"], inference_mode=not trained), "a")
     model.add_adapter("b", config(target_modules=["up"]))
     x = torch.randn(len(names), 8, requires_grad=True)
     with pytest.raises(
