@@ -14,18 +14,27 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
+# On an accelerator the processes of several arms share its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 # What peers' imports complain about, in every process: kernels that no arm uses.
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-def device() -> str:
-    """Returns the GPU's name, or the processor's with its threads and the frameworks' versions."""
+def device(framework: str = "torch") -> str:
+    """Returns the name of the accelerator that a framework uses, or of the processor with its threads; the versions.
+
+    Args:
+        framework: ``"torch"`` or ``"jax"``; another name for what runs on the processor alone.
+    """
     import jax
     import torch
 
     versions = f"torch {torch.__version__}, jax {jax.__version__}"
-    if torch.cuda.is_available():
+    if framework == "jax" and jax.default_backend() != "cpu":
+        return f"{jax.devices()[0].device_kind}, {versions}"
+    if framework == "torch" and torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {versions}"
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):

@@ -73,13 +73,15 @@ def main() -> None:
         for arm, own in times.items()
     }
     results = {
-        "device": device(),
+        "device": device("numpy"),
         "options": settings(options),
         "bytes_an_adapter": size / options.adapters,
         "arms": arms,
     }
     write(options.out / "conversion.json", results)
-    shown = Table(title=f"{options.adapters:,} adapters of {size / options.adapters / 1e6:.2f} MB", caption=device())
+    shown = Table(
+        title=f"{options.adapters:,} adapters of {size / options.adapters / 1e6:.2f} MB", caption=device("numpy")
+    )
     for column in ("", "seconds", "ms an adapter", "time / copy"):
         shown.add_column(column, justify="right")
     for arm, found in arms.items():

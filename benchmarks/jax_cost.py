@@ -54,7 +54,7 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console()
-    results: dict[str, Any] = {"device": device(), "options": settings(options), "arms": {}}
+    results: dict[str, Any] = {"device": device("jax"), "options": settings(options), "arms": {}}
     flops = {name: program.flops() for name, program in arms(options, scan=False, remat="none").items()}
     scanned = arms(options, scan=True, remat="linears")
     plain = arms(options, scan=True, remat="none")

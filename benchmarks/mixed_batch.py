@@ -10,8 +10,9 @@ process of its own:
 The arms take turns token by token, in an order that is drawn: each makes its next one, then all go on to the one
 after, so that a busy machine slows all of them. A figure is the median over the rounds of an arm's time over the bare
 model's in the same round. Decoding is the time from the first new token to the last, so that the prompt is not in it;
-the first token is told apart, of generations that end there. Writes ``benchmarks/results/mixed_batch.json`` and
-``.png``; of other than the defaults, with the options in their names.
+the first token is told apart, of generations that end there. With ``--compiled`` every arm decodes as transformers
+compiles it: a cache of fixed size and one graph a step. Writes ``benchmarks/results/mixed_batch.json`` and ``.png``; of
+other than the defaults, with the options in their names.
 """
 
 import copy
@@ -63,6 +64,8 @@ class Options:
     # Tokens of the prompt, and new ones.
     prompt_tokens: int = 16
     new_tokens: int = 17
+    # Whether decoding is compiled (torch.compile, inductor), in all arms.
+    compiled: bool = False
     # Every arm generates once a round.
     rounds: int = 5
     # Which bases; all if none is named.
@@ -85,13 +88,15 @@ class Options:
     @property
     def title(self) -> str:
         """What is the same for all bases."""
-        return f"batch {self.rows}, adapters on {'all linears' if self.targets == 'all-linear' else 'q and v'}"
+        how = ", compiled" if self.compiled else ""
+        return f"batch {self.rows}, adapters on {'all linears' if self.targets == 'all-linear' else 'q and v'}{how}"
 
     @property
     def path(self) -> Path:
         """Of the figures, without an ending."""
         plain = (self.rows, self.targets) == (8, "all-linear")
-        return self.out / ("mixed_batch" if plain else f"mixed_batch_{self.rows}_{self.targets}")
+        name = "mixed_batch" if plain else f"mixed_batch_{self.rows}_{self.targets}"
+        return self.out / (f"{name}_compiled" if self.compiled else name)
 
 
 def main() -> None:
@@ -173,7 +178,14 @@ def _serve(
     warnings.simplefilter("ignore")
     # Frozen, as those of all arms are.
     model = _makers(options)[label](load(checkpoint, quantize=quantize, dtype=dtype)[0]).eval().requires_grad_(False)
-    kwargs = {"adapter_names": options.adapters} if mixed else {}
+    kwargs: dict[str, Any] = {"adapter_names": options.adapters} if mixed else {}
+    if options.compiled:
+        kwargs["cache_implementation"] = "static"
+        # Without dynamic sizes, for the cache has one; CUDA graphs on a GPU.
+        mode = "reduce-overhead" if torch.cuda.is_available() else "default"
+        kwargs["compile_config"] = transformers.CompileConfig(fullgraph=False, dynamic=False, mode=mode)
+        # On a CPU transformers compiles only if told so.
+        kwargs["compile_config"]._compile_all_devices = True
     ids = (torch.arange(options.rows * options.prompt_tokens) * 37 % 4000 + 1000).view(options.rows, -1)
     ids = ids.to(model.device)
     start = 0.0

@@ -2,13 +2,14 @@
 
 SmolLM2-135M-Instruct in float32, adapters on all linear layers, AdamW. Two workloads:
 
-- ``same work``: rows without padding, a loss at every token. Losses and adapter sizes are checked to be equal.
+- ``same work``: rows without padding, a loss at every token. First losses are checked to be equal.
 - ``a task``: real lines of film reviews with a loss on the answers. Flax packs them and computes logits where there is
   a loss, as ``road-train`` does; PEFT pads a batch of them to its longest line.
 
-Each arm is a process of its own, and in a round each takes a step, in an order that is drawn, so that a busy machine
-slows all of them. A figure is the median over the rounds of an arm's time over that of ``Flax RoAd`` in the same round;
-for ``a task`` it is time per line. Writes ``benchmarks/results/train_step.json`` and ``.png``.
+PEFT's arms run as they are and through ``torch.compile``, all on the device that JAX computes on. Each arm is a process
+of its own, and in a round each takes a step, in an order that is drawn, so that a busy machine slows all of them. A
+figure is the median over the rounds of an arm's time over that of ``Flax RoAd`` in the same round; for ``a task`` it is
+time per line. Writes ``benchmarks/results/train_step.json`` and ``.png``.
 """
 
 import dataclasses
@@ -70,7 +71,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console()
     checkpoint = prepare_model(options.cache / "smollm2-135m-instruct", options.cache, console=console)
-    results: dict[str, Any] = {"device": device(), "options": settings(options)}
+    results: dict[str, Any] = {"device": device("jax"), "options": settings(options)}
     for name, make in (("same work", _same_work), ("a task", _task)):
         makers, lines = make(checkpoint, options, console)
         results[name] = measure(name, makers, lines, options.rounds, console)
@@ -155,13 +156,15 @@ def _task(checkpoint: Path, options: Options, console: Console) -> tuple[dict[st
 
 
 def _makers(checkpoint: Path, ours: list[_data.Batch], theirs: list[dict[str, np.ndarray]]) -> dict[str, Maker]:
-    road = peft.RoadConfig(target_modules="all-linear")
-    lora = peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16)
-    return {
-        OURS: (_flax, (checkpoint, ours)),
-        "PEFT RoAd": (_torch, (checkpoint, road, theirs)),
-        "PEFT LoRA r8": (_torch, (checkpoint, lora, theirs)),
+    configs = {
+        "PEFT RoAd": peft.RoadConfig(target_modules="all-linear"),
+        "PEFT LoRA r8": peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16),
     }
+    makers: dict[str, Maker] = {OURS: (_flax, (checkpoint, ours))}
+    for name, config in configs.items():
+        makers[name] = _torch, (checkpoint, config, theirs, False)
+        makers[f"{name}, compiled"] = _torch, (checkpoint, config, theirs, True)
+    return makers
 
 
 def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
@@ -190,24 +193,38 @@ def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
     return step
 
 
-def _torch(checkpoint: Path, config: Any, batches: list[dict[str, np.ndarray]]) -> Step:
-    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+def _torch(checkpoint: Path, config: Any, batches: list[dict[str, np.ndarray]], compiled: bool) -> Step:
+    where = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    if where == "cuda":
+        # TF32, as XLA's products on such a GPU.
+        torch.set_float32_matmul_precision("high")
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(where)
     base.config.use_cache = False
     model = peft.get_peft_model(base, config).train()
-    tensors = [{name: torch.from_numpy(array).long() for name, array in batch.items()} for batch in batches]
+    called = torch.compile(model) if compiled else model
+    tensors = [{name: torch.from_numpy(array).long().to(where) for name, array in batch.items()} for batch in batches]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    begin = [parameter.detach().clone() for parameter in trained]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     turn = 0
 
     def step() -> float:
         nonlocal turn
         optimizer.zero_grad(set_to_none=True)
-        loss = model(**tensors[turn % len(tensors)]).loss
+        loss = called(**tensors[turn % len(tensors)]).loss
         loss.backward()
         optimizer.step()
         turn += 1
         return float(loss.detach())
 
+    for _ in batches:
+        step()
+    # As in Flax: every arm begins with a fresh adapter.
+    with torch.no_grad():
+        for parameter, value in zip(trained, begin, strict=True):
+            parameter.copy_(value)
+    optimizer.state.clear()
+    turn = 0
     return step
 
 

@@ -1,0 +1,185 @@
+"""One layer's rotation against a copy of its output: how much of the memory's bandwidth each implementation reaches.
+
+Each row of ``[rows, tokens, out]`` has an adapter of its own, and each implementation gets the tables with all of them
+and an index:
+
+- ``copy``: ``result.copy_(y)``, which reads and writes each output once;
+- ``default``: plain PyTorch, in place, as inference uses it on a CPU;
+- ``compiled``: the same through ``torch.compile``, as a compiled model fuses it, but without neighbours;
+- ``triton``: the Triton kernel, in place, as inference uses it on a GPU; left out where there is none;
+- ``PEFT RoAd``: what PEFT's layer does to its base's output in a mixed batch, with its own functions.
+
+In a round each arm runs once, in an order that is drawn. A figure is the median over the rounds of an arm's bandwidth
+over that of the copy in the same round, where the bytes are those that have to move: the output in and out, and the
+coefficients of the rows, in float32, in. An arm that moves more has a smaller figure. Writes
+``benchmarks/results/kernel.json`` and ``.png``, with a GPU's name in them on a GPU.
+"""
+
+import dataclasses
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from peft.tuners.road.layer import _apply_road
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks._common import RESULTS, device, draw_panels, settings, write
+from road_torch import _kernels
+from road_torch._kernels import default
+
+GROUP_SIZE = 64
+COPY = "copy"
+# What one layer gives: decoding, and a prompt of which its bytes are far beyond the caches'.
+SHAPES = {"a token a row": (32, 1, 4096), "a prompt": (32, 256, 4096)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Call = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Times the rotation of one layer's output against a copy of it."""
+
+    # Each arm runs once a round.
+    rounds: int = 30
+    # Where the figures go.
+    out: Path = RESULTS
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    console = Console()
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results: dict[str, Any] = {"device": device(), "options": settings(options), "cases": {}}
+    for what, shape in SHAPES.items():
+        for name, dtype in DTYPES.items():
+            results["cases"][f"{what}, {name}"] = measure(shape, dtype, where, options.rounds, console)
+    console.print(table(results))
+    own = f"_{re.sub(r'[^a-z0-9]+', '_', torch.cuda.get_device_name().lower())}" if where.type == "cuda" else ""
+    path = options.out / f"kernel{own}.json"
+    write(path, results)
+    shown = {
+        case: {arm: row["bandwidth_ratio"] for arm, row in arms.items()} for case, arms in results["cases"].items()
+    }
+    title = f"Rotating one layer's output, 32 rows of 4096 with 32 adapters\n{results['device']}"
+    draw_panels({"bandwidth / copy": shown}, path.with_suffix(".png"), title=title)
+    console.print(f"{path} and .png")
+
+
+def measure(
+    shape: tuple[int, ...], dtype: torch.dtype, where: torch.device, rounds: int, console: Console
+) -> dict[str, dict[str, Any]]:
+    """Returns each arm's seconds and bandwidth, and that over the copy's."""
+    with torch.inference_mode():
+        arms = _arms(shape, dtype, where)
+        for call in arms.values():
+            call()
+            call()
+        random.seed(0)
+        times: dict[str, list[float]] = {arm: [] for arm in arms}
+        for _ in track(range(rounds), f"{list(shape)} {dtype}", console=console):
+            for arm in random.sample([*arms], len(arms)):
+                times[arm].append(_seconds(arms[arm], where))
+    outputs = 2 * dtype.itemsize * shape[0] * shape[1] * shape[2]
+    coefficients = 2 * 4 * shape[0] * shape[2]
+    moved = {arm: outputs + (0 if arm == COPY else coefficients) for arm in arms}
+    ratios = {
+        arm: [moved[arm] / own / (moved[COPY] / copy) for own, copy in zip(times[arm], times[COPY], strict=True)]
+        for arm in arms
+    }
+    return {
+        arm: {
+            "bandwidth_ratio": statistics.median(ratios[arm]),
+            "bandwidth_ratios": ratios[arm],
+            "gigabytes_per_second": moved[arm] / statistics.median(times[arm]) / 1e9,
+            "seconds": statistics.median(times[arm]),
+        }
+        for arm in arms
+    }
+
+
+def _arms(shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> dict[str, Call]:
+    rows, _, out = shape
+    torch.manual_seed(0)
+    y = torch.randn(shape, device=where).to(dtype)
+    theta, alpha = torch.randn(rows, out // 2, device=where), torch.ones(rows, out // 2, device=where)
+    first, cross = default.coefficients(theta, alpha, "road_1", GROUP_SIZE)
+    # Out of order, as rows of a batch are.
+    index = torch.randperm(rows, device=where)
+    # As each arm's rotations follow one another, α = 1 keeps its outputs in range.
+    own = {arm: y.clone() for arm in (COPY, "default", "compiled", "triton", "PEFT RoAd")}
+    compiled = torch.compile(default.rotate)
+    arms: dict[str, Call] = {
+        COPY: lambda: own[COPY].copy_(y),
+        "default": lambda: default.rotate_(own["default"], first, cross, GROUP_SIZE, index),
+        "compiled": lambda: compiled(own["compiled"], first, cross, GROUP_SIZE, index),
+    }
+    if (kernel := _kernels.choose("auto", where)) is not _kernels.DEFAULT:
+        arms["triton"] = lambda: kernel.rotate_(own["triton"], first, cross, GROUP_SIZE, index)
+    # In the base's dtype, which is how PEFT's fastest mixed batch has them.
+    thetas, alphas, order = theta.to(dtype), alpha.to(dtype), index.tolist()
+
+    def peft_mixed() -> Tensor:
+        result = own["PEFT RoAd"]
+        for row, adapter in enumerate(order):
+            result[[row]] = _apply_road("road_1", GROUP_SIZE, thetas[adapter], alphas[adapter], result[[row]])
+        return result
+
+    arms["PEFT RoAd"] = peft_mixed
+    _check(arms, y, first, cross, index, own)
+    return arms
+
+
+def _check(
+    arms: dict[str, Call], y: Tensor, first: Tensor, cross: Tensor, index: Tensor, own: dict[str, Tensor]
+) -> None:
+    """Each arm's first result is the rotation in float64."""
+    expected = default.rotate(y.double(), first.double(), cross.double(), GROUP_SIZE, index)
+    # PEFT forms cosines and sines in the output's dtype.
+    near = 2e-2 if y.dtype is torch.bfloat16 else 1e-5
+    for arm, call in arms.items():
+        error = (call().double() - (y if arm == COPY else expected)).norm() / expected.norm()
+        if error > near:
+            raise SystemExit(f"{arm}: expected the rotation to within {near}, found an error of {error:.2e}")
+
+
+def _seconds(call: Call, where: torch.device) -> float:
+    """One call's; on a GPU of twenty, by its own clock, so that launching them is hidden behind their work."""
+    if where.type == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # Work that keeps the GPU busy until all of them are launched.
+    torch.cuda._sleep(20_000_000)
+    begin.record()
+    for _ in range(20):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / 20
+
+
+def table(results: dict[str, Any]) -> Table:
+    """The figures of all cases."""
+    cases = results["cases"]
+    shown = Table(title="bandwidth over that of a copy", caption=results["device"])
+    shown.add_column("arm")
+    for case in cases:
+        shown.add_column(case, justify="right")
+    for arm in next(iter(cases.values())):
+        shown.add_row(arm, *(f"{rows[arm]['bandwidth_ratio']:.2f}" for rows in cases.values()))
+    return shown
+
+
+if __name__ == "__main__":
+    main()
