@@ -308,6 +308,8 @@ def dump_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> b
 def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty folder beside ``path`` that takes its place when the block ends, and is gone if it fails.
 
+    An empty folder that can't be replaced (a mounted one, a link to one, the current one) gets what is in it instead.
+
     Raises:
         AdapterError: ``path`` already holds something, or can't be made or filled.
     """
@@ -315,11 +317,22 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     check_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        stays = target.is_dir() and (
+            target.is_symlink()
+            or target.is_mount()
+            or target.samefile(os.curdir)
+            or not os.access(target.parent, os.W_OK)
+        )
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if stays else target.parent))
     except OSError as error:
         raise AdapterError(f"{target}: expected a folder that can be made, found {error.strerror}") from None
     try:
         yield draft
+        if stays:
+            for file in draft.iterdir():
+                file.replace(target / file.name)
+            draft.rmdir()
+            return
         # mkdtemp makes it private; what is handed over follows the user's umask.
         umask = os.umask(0)
         os.umask(umask)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from road_core._adapter import Adapter, Array
 from road_core._config import RoadConfig
@@ -39,7 +40,10 @@ _INNER = re.compile(
 )
 
 # What `_write` adds to an adapter's metadata.
-_OWN_METADATA = ("format", "road_variant", "road_group_size", "road_digest", "road_subspace")
+_OWN_METADATA = ("format", "road_variant", "road_group_size", "road_digest", "road_subspace", "road_targets")
+
+# What chooses the layers. PEFT's RoAd knows the first alone.
+_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 _PEFT = _Format("adapter_config.json", "adapter_model.safetensors", "base_model.model.", "pt")
 _FLAX = _Format("road_config.json", "road_adapter.safetensors", "", "flax")
@@ -103,6 +107,10 @@ def _write(directory: str | os.PathLike, adapter: Adapter, form: _Format, overwr
         "road_digest": adapter.digest(),
     }
     fields = adapter.config.to_dict()
+    if form is _PEFT and any(name in fields for name in _CHOICE[1:]) and adapter.modules:
+        # PEFT would warn of fields that it doesn't know, and take more modules: it gets those that there are by name.
+        metadata["road_targets"] = json.dumps({name: fields.pop(name) for name in _CHOICE if name in fields})
+        fields["target_modules"] = [*adapter.modules]
     if "subspace" in fields:
         metadata["road_subspace"] = json.dumps(fields["subspace"])
         if form is _PEFT:
@@ -136,12 +144,32 @@ def _read(directory: str | os.PathLike, form: _Format) -> Adapter:
         adapter = Adapter(config, modules, saved, carried, base)
     except AdapterError as error:
         raise AdapterError(_with_place(error, tensors_path)) from None
+    if form is _PEFT and "road_targets" in metadata:
+        adapter = dataclasses.replace(adapter, config=_chosen(metadata["road_targets"], adapter, tensors_path))
     if metadata.get("road_digest", digest := adapter.digest()) != digest:
         raise AdapterError(
             f"{tensors_path}: expected the digest {metadata['road_digest'][:12]}… that was written with the tensors, "
             f"found {digest[:12]}…"
         )
     return adapter
+
+
+def _chosen(text: str, adapter: Adapter, path: os.PathLike) -> RoadConfig:
+    """Returns the config with the targets that it was written for, unless the file names other modules by now."""
+    config = adapter.config
+    plain = all(getattr(config, name) is None for name in _CHOICE[1:])
+    try:
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or not fields.keys() <= set(_CHOICE):
+            raise ValueError
+        before: dict[str, Any] = {name: fields.get(name) for name in _CHOICE}
+        chosen = dataclasses.replace(config, **before)
+    except (AdapterError, ValueError, RecursionError):
+        raise AdapterError(
+            f"{path}: expected target_modules and the like as road_targets, found {text!r:.60}"
+        ) from None
+    named = isinstance(config.target_modules, list) and set(config.target_modules) == adapter.modules.keys()
+    return chosen if plain and named else config
 
 
 def _subspace(text: str, path: os.PathLike) -> tuple[float, float] | None:

@@ -44,18 +44,27 @@ class Bank:
     def update(
         self, row: int, sources: Sequence[Tensor], form: Callable[[], tuple[Tensor, Tensor]], key: object = None
     ) -> None:
-        """Forms a row again if a θ or α that it is made of was replaced or written to since the last time."""
+        """Forms a row again if a θ or α that it is made of was replaced or written to since the last time.
+
+        One that is trained is formed each time: fused optimizers, collectives and FSDP write it without a trace.
+        """
+        if any(source.is_meta for source in sources):
+            # There is nothing to form it of until they have values.
+            self._written.pop(row, None)
+            return
         now = [source._version for source in sources]
-        old = self._written.get(row)
+        old, trained = self._written.pop(row, None), any(source.requires_grad for source in sources)
         if (
-            old is None
+            trained
+            or old is None
             or old.versions != now
             or any(source is not mine for source, mine in zip(sources, old.sources, strict=True))
         ):
             self.reserve(row)
             with torch.inference_mode(False), torch.no_grad():
                 self.first[row], self.cross[row] = form()
-        self._written[row] = _Written(key, sources, now)
+        if not trained:
+            self._written[row] = _Written(key, sources, now)
 
     def clear(self, row: int, key: object = None) -> None:
         """Makes a row the identity, for an adapter that this layer doesn't have gets it."""

@@ -19,7 +19,7 @@ from road_torch._routing import LOCAL, LOCK, Mix, Name, Pass, Plan, Routing, Sha
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_linear = nn.functional.linear
+_linear, _linear_forward = nn.functional.linear, nn.Linear.forward
 
 
 class _Parameters(nn.ParameterDict):
@@ -129,6 +129,8 @@ class RoadLayer(nn.Module):
             or base._forward_pre_hooks
             or _global_forward_hooks
             or _global_forward_pre_hooks
+            or nn.Linear.forward is not _linear_forward
+            or nn.functional.linear is not _linear
         ):
             y: Tensor = base(x, *args, **kwargs)
             unseen = False
@@ -162,12 +164,17 @@ class RoadLayer(nn.Module):
             if y.requires_grad:
                 for first, cross, group_size, index in plan.passes:
                     # Gathered, for what is saved must stay as it is, and the tables' rows are written anew.
-                    first, cross = default.gather(y, first, cross, index)
-                    y = _ops.rotate(y, first, cross, group_size, None, shared.kernel)
+                    y = self._recorded(y, *default.gather(y, first, cross, index), group_size)
                 return y
         if not unseen and self._gives_new:
             # A hook may hold what the base gave, or what stands in place of its forward.
-            unseen = not (base._forward_hooks or _global_forward_hooks or "forward" in base.__dict__)
+            unseen = not (
+                base._forward_hooks
+                or _global_forward_hooks
+                or "forward" in base.__dict__
+                or nn.Linear.forward is not _linear_forward
+                or nn.functional.linear is not _linear
+            )
         if unseen and y.is_contiguous():
             for step in plan.steps:
                 y = step(y)
@@ -308,7 +315,12 @@ class RoadLayer(nn.Module):
         else:
             plan = self._gather(y, routing)
         plan.shape = None if routing.lasting else y.shape
-        if plan.shape is None or y.numel() > default.LARGE or self._kernel is not _kernels.DEFAULT:
+        if (
+            plan.shape is None
+            or y.numel() > default.LARGE
+            or self._kernel is not _kernels.DEFAULT
+            or _ops.transformed()
+        ):
             plan.steps = [
                 functools.partial(self._kernel.rotate_, first=first, cross=cross, group_size=size, index=rows)
                 for first, cross, size, rows in plan.passes
@@ -325,6 +337,11 @@ class RoadLayer(nn.Module):
         return plan
 
     def _gather(self, y: Tensor, routing: Routing) -> Plan:
+        if not isinstance(y, Tensor) or y.shape[-1:] != (self.out_features,):
+            raise self._no_output(y)
+        if y.is_meta:
+            # A shape, which no rotation changes.
+            return Plan(y.dtype, [], [], self._changes[0])
         plain = self._shared.plain
         follows_plain = routing.names is None and routing is not plain
         if follows_plain and (routing.used, routing.rows) == (plain.used, plain.rows):
@@ -350,6 +367,13 @@ class RoadLayer(nn.Module):
                     sources += found
             passes = routing.gather(bank, names, y, self.module_path, self._kernel)
         return Plan(y.dtype, passes, sources, changes)
+
+    def _no_output(self, y: Any) -> AdapterError:
+        found = f"a {type(y).__name__}" if not isinstance(y, Tensor) else f"one of shape {list(y.shape)}"
+        return AdapterError(
+            f"{self.module_path}: expected a layer that gives a tensor [..., {self.out_features}], found {found} from "
+            f"{type(bare(self.base_layer)).__name__}; exclude_modules leaves it out"
+        )
 
     def _check_order(self, routing: Routing) -> None:
         if self._stray is not None and routing.batch:
@@ -387,7 +411,8 @@ class RoadLayer(nn.Module):
         # A compiled graph would be guarded by what changes here: RoadModel does it before the call.
         if not _is_compiling():
             self.expire()
-
+        if not isinstance(y, Tensor) or y.shape[-1:] != (self.out_features,):
+            raise self._no_output(y)
         if routing.names is None:
             for first, cross, size, _ in self._passes(
                 [part for name in routing.used for part in parts(name)], y.device
@@ -411,7 +436,7 @@ class RoadLayer(nn.Module):
 
     def _recorded(self, y: Tensor, first: Tensor, cross: Tensor, size: int, index: Tensor | None = None) -> Tensor:
         """A rotation with gradients."""
-        if _is_compiling() and self._shared.kernel != "triton":
+        if _ops.transformed() or (_is_compiling() and self._shared.kernel != "triton"):
             # Expanded first, the coefficients' gradients are summed in float32.
             first, cross = (table.expand(y.shape) for table in default.gather(y, first, cross, index))
             return default.rotate(y, first, cross, size)

@@ -21,51 +21,20 @@ from road_core import (
     Adapter,
     AdapterError,
     RoadConfig,
-    check_group_size,
     compose,
     parameter_size,
     read_peft,
-    select_modules,
-    subspace_blocks,
     write_peft,
 )
 from road_core._compose import check_group_sizes
 from road_core._errors import listed
 from road_core._files import check_free, new_directory
-from road_torch import _checkpoint, _kernels, _layer, _merge
+from road_torch import _base, _checkpoint, _kernels, _layer, _merge
 from road_torch._io import to_adapter, to_tensor
-from road_torch._layer import RoadLayer, bare, features, is_conv1d, layers
+from road_torch._layer import RoadLayer, bare, layers
 from road_torch._routing import BASE, HOOKED, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
 from road_torch._rows import check_media, stray
-from road_torch._saved import SavedModule, copy_of, saved_modules
-
-# What a task's head is called in transformers.
-_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-
-# Linear layers whose parent, of such a class in transformers, takes their weight instead of calling them: always, or in
-# its fused training pass or its cached decoding.
-_MAMBA = ("x_proj", "dt_proj", "out_proj")
-_READ_BY_PARENT = {
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "TDNNLayer": ("kernel",),
-    "MambaMixer": _MAMBA,
-    "FalconMambaMixer": _MAMBA,
-    "JambaMambaMixer": ("dt_proj",),
-    "Mamba2Mixer": ("out_proj",),
-    "BambaMixer": ("out_proj",),
-    "FalconH1Mixer": ("out_proj",),
-    "GraniteMoeHybridMambaLayer": ("out_proj",),
-    "NemotronHMamba2Mixer": ("out_proj",),
-    "Zamba2MambaMixer": ("out_proj",),
-    "MobileBertLMPredictionHead": ("dense", "decoder"),
-    "NeoMMEForMaskedLM": ("unembedding_projection",),
-    "LSHSelfAttention": ("query_key", "value"),
-    "LongcatFlashTopkRouter": ("classifier",),
-    "DetrMHAttentionMap": ("k_proj",),
-    "ConditionalDetrMHAttentionMap": ("k_proj",),
-    "MaskFormerDetrMHAttentionMap": ("k_proj",),
-    "DabDetrMHAttentionMap": ("k_linear",),
-}
+from road_torch._saved import SavedModule, saved_modules
 
 _Parameters = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -263,16 +232,18 @@ class RoadModel(nn.Module):
                 f"peft_config: expected a road_torch.RoadConfig (RoadConfig.from_dict takes the fields of PEFT's), "
                 f"found a {kind}"
             )
-        config = self._with_head(peft_config)
-        chosen = self._select(config)
-        saved = self._copies(config)
+        config = _base.with_head(self.base_model, peft_config)
+        chosen = _base.select(self.base_model, config)
+        saved = _base.copies(self.base_model, config)
         parameters = {}
         for path, module in chosen.items():
-            size = parameter_size(config.variant, self._check_layer(path, module, config))
+            size = parameter_size(config.variant, _base.check_layer(self.base_model, path, module, config))
+            # On the CPU also where another device is the default.
             if config.init_weights:
-                parameters[path] = (torch.zeros(size), torch.ones(size))
+                parameters[path] = (torch.zeros(size, device="cpu"), torch.ones(size, device="cpu"))
             else:
-                parameters[path] = (torch.randn(size) * 0.5, 1 + torch.randn(size) * 0.5)
+                theta, alpha = (torch.randn(size, device="cpu") * 0.5 for _ in range(2))
+                parameters[path] = (theta, 1 + alpha)
         self._install(adapter_name, config, parameters, saved)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -329,22 +300,22 @@ class RoadModel(nn.Module):
         """
         self._check_new(adapter_name)
         adapter = _read(model_id)
-        base_weights = self._check_base_weights(model_id, adapter)
+        base_weights = _base.check_base_weights(self.base_model, model_id, adapter, in_use=bool(self._shared.configs))
         config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
-        modules = self._modules_by_path()
+        modules = _base.modules_by_path(self.base_model)
         for path, (theta, _) in adapter.modules.items():
             if path not in modules:
                 raise AdapterError(
                     f"{model_id}: expected modules of {type(self.base_model).__name__}, found {path}, which it lacks"
                 )
-            out = self._check_layer(path, modules[path], config)
+            out = _base.check_layer(self.base_model, path, modules[path], config)
             size = parameter_size(config.variant, out)
             if theta.shape != (size,):
                 raise AdapterError(
                     f"{model_id}: expected {size} θ for {path} with {out} outputs ({config.variant}), "
                     f"found shape {list(theta.shape)}"
                 )
-        chosen = self._select(config)
+        chosen = _base.select(self.base_model, config)
         missing = [path for path in chosen if path not in adapter.modules]
         if missing and strict:
             raise AdapterError(
@@ -357,10 +328,12 @@ class RoadModel(nn.Module):
             )
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
         for path in missing:
-            size = parameter_size(config.variant, self._check_layer(path, chosen[path], config))
-            tensors[path] = (torch.zeros(size), torch.ones(size))
+            size = parameter_size(config.variant, _base.check_layer(self.base_model, path, chosen[path], config))
+            tensors[path] = (torch.zeros(size, device="cpu"), torch.ones(size, device="cpu"))
         saved = {path: to_tensor(array) for path, array in adapter.modules_to_save.items()}
-        self._install(adapter_name, config, tensors, self._copies(config, saved, model_id, strict=strict))
+        self._install(
+            adapter_name, config, tensors, _base.copies(self.base_model, config, saved, model_id, strict=strict)
+        )
         with torch.no_grad():
             for own, value in base_weights:
                 own.copy_(value)
@@ -413,7 +386,7 @@ class RoadModel(nn.Module):
             raise AdapterError(f"hotswap_adapter: expected an adapter that is not merged, found {adapter_name!r}")
         self._check_no_copies("hotswap_adapter", [adapter_name])
         adapter, old = _read(model_name_or_path), self._shared.configs[adapter_name]
-        self._check_base_weights(model_name_or_path, adapter)
+        _base.check_base_weights(self.base_model, model_name_or_path, adapter, in_use=True)
         if adapter.modules_to_save:
             raise AdapterError(
                 f"{model_name_or_path}: expected an adapter without modules_to_save, "
@@ -431,7 +404,7 @@ class RoadModel(nn.Module):
                 f"{model_name_or_path}: expected θ and α for the {len(mine)} modules of {adapter_name!r}, found "
                 f"{len(adapter.modules)}, differing in {listed(wrong, 3)}"
             )
-        if wrong := sorted(mine.keys() ^ self._select(adapter.config).keys()):
+        if wrong := sorted(mine.keys() ^ _base.select(self.base_model, adapter.config).keys()):
             raise AdapterError(
                 f"{model_name_or_path}: expected target_modules that select the modules of {adapter_name!r}, "
                 f"found a choice that differs in {listed(wrong, 3)}"
@@ -610,7 +583,7 @@ class RoadModel(nn.Module):
         if not self.merged_adapters:
             names = self._to_merge(adapter_names)
             _warn_of({layer.module_path: _merge.attempt(layer, names, check=safe_merge) for layer in layers(self)})
-            untied = self._unties(names)
+            untied = _base.unties(self.base_model, names)
             for layer in track(list(layers(self)), "Merging", disable=not progressbar):
                 _merge.merge(layer, names, check=False)
                 layer.unmerged = None
@@ -623,9 +596,9 @@ class RoadModel(nn.Module):
                 f"found {_as_list(adapter_names)}"
             )
         else:
-            untied = self._unties(self.merged_adapters)
+            untied = _base.unties(self.base_model, self.merged_adapters)
         if untied:
-            self._untie()
+            _base.untie(self.base_model)
         self._put_back(lambda module: module.current())
         return self._give_back()
 
@@ -672,7 +645,7 @@ class RoadModel(nn.Module):
             config = dataclasses.replace(
                 config, inference_mode=True, base_model_name_or_path=config.base_model_name_or_path or source
             )
-            base_weights = {path: self._base_weight(path) for path in self._base_weights.get(name, ())}
+            base_weights = {path: _base.base_weight(self.base_model, path) for path in self._base_weights.get(name, ())}
             if base_weights:
                 self._check_unmerged("save_pretrained with weights of the base")
             adapters[name] = to_adapter(layers(self), saved_modules(self), name, config, base_weights)
@@ -733,7 +706,8 @@ class RoadModel(nn.Module):
         generates: bool = False,
     ) -> routed:
         """Returns the context in which the layers know which adapter each row gets."""
-        names = None if adapter_names is None else self._check_names(adapter_names, args, kwargs)
+        # No rows at all are no mixed batch.
+        names = None if adapter_names is None else self._check_names(adapter_names, args, kwargs) or None
         # A generation records none.
         with_grad = torch.is_grad_enabled() and not generates
         checkpointed = names is not None and with_grad and _checkpoint.follow(self.base_model)
@@ -813,9 +787,10 @@ class RoadModel(nn.Module):
             raise AdapterError(f"adapter_names: expected a list with one name a row, found the text {adapter_names!r}")
         names = [read_name(name, self._shared.configs) for name in adapter_names]
         self._check_known([part for name in dict.fromkeys(names) if name != BASE for part, _ in parts(name)])
-        rows = _batch_size(args, kwargs)
-        if not names or (rows is not None and rows != len(names)):
-            raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(names)}")
+        rows = _batch_sizes(args, kwargs)
+        if len(names) not in rows if rows else not names:
+            expected = f"each of {rows[0]} rows" if rows else "each row"
+            raise AdapterError(f"adapter_names: expected one name for {expected}, found {len(names)}")
         self._check_unmerged("adapter_names")
         check_media(self.base_model, names, args, kwargs)
         return names
@@ -854,173 +829,11 @@ class RoadModel(nn.Module):
         self._check_one_copy("adapter_names", names)
         self._check_no_copies("adapter_names", [name for name, weight in mix if weight != 1])
 
-    def _select(self, config: RoadConfig) -> dict[str, nn.Module]:
-        """Returns the targeted modules by path, by PEFT's rules."""
-        modules = self._modules_by_path()
-        linear = {path for path, module in modules.items() if _is_plain_linear(_unwrapped(module))}
-        chosen = select_modules(
-            config,
-            list(modules),
-            linear=linear,
-            output_head=_output_head(self.base_model, modules, config),
-            model_type=getattr(getattr(self.base_model, "config", None), "model_type", None),
-        )
-        return {path: modules[path] for path in chosen}
-
-    def _modules_by_path(self) -> dict[str, nn.Module]:
-        """All modules by their path in the base model as it came: what is inside a wrapped layer isn't there.
-
-        What ``torch.compile`` returned stands where the module stands that it was made of.
-        """
-        found: dict[str, nn.Module] = {}
-        seen: set[int] = set()
-
-        def walk(module: nn.Module, path: str) -> None:
-            if id(bare(module)) in seen:
-                return
-            seen.add(id(bare(module)))
-            found[path] = module
-            if not isinstance(module, RoadLayer):
-                inner = module.original_module if isinstance(module, SavedModule) else module
-                for name, child in bare(inner)._modules.items():
-                    if child is not None:
-                        walk(child, f"{path}.{name}" if path else name)
-
-        walk(self.base_model, "")
-        return found
-
-    def _check_layer(self, path: str, module: nn.Module, config: RoadConfig) -> int:
-        """Returns a layer's number of outputs if it can carry an adapter of this config."""
-        if not path:
-            raise AdapterError("target_modules: expected modules within the model, found the model itself")
-        inner: nn.Module = self.base_model
-        for name in path.split("."):
-            inner = inner.get_submodule(name)
-            if isinstance(inner, SavedModule):
-                owner = next(iter(inner.modules_to_save))
-                raise AdapterError(f"{path}: expected a module to rotate, found one that {owner!r} brings whole")
-        module = _unwrapped(module)
-        try:
-            _, out = features(module)
-        except TypeError:
-            raise AdapterError(
-                f"{path}: expected a linear layer, found {type(module).__name__}, which has no in_features and "
-                "out_features"
-            ) from None
-        above, _, name = path.rpartition(".")
-        parent = bare(self.base_model.get_submodule(above))
-        read = any(name in _READ_BY_PARENT.get(kind.__name__, ()) for kind in type(parent).__mro__)
-        if read or isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            raise AdapterError(
-                f"{path}: expected a layer that is called, found one in {type(parent).__name__}, which reads its "
-                "weight and would leave the adapter without effect"
-            )
-        check_group_size(out, config.group_size, path)
-        subspace_blocks(out, config.subspace, path)
-        return out
-
-    def _base_weight(self, path: str) -> Tensor:
-        """Returns a tensor of the base's embedding or head.
-
-        Raises:
-            AttributeError: there is no such tensor.
-        """
-        module, _, leaf = path.rpartition(".")
-        return getattr(_unwrapped(self._modules_by_path()[module]), leaf)
-
-    def _check_base_weights(self, source: object, adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
-        """Checks the base's weights that came with an adapter.
-
-        Returns:
-            Those of the base that are to be replaced, each with its new value: none if there are adapters already.
-        """
-        if not adapter.base_weights:
-            return []
-        modules = self._modules_by_path()
-        getters = (getattr(self.base_model, f"get_{side}_embeddings", None) for side in ("input", "output"))
-        ends = [_unwrapped(module) for get in getters if get is not None and (module := get()) is not None]
-        new: dict[Tensor, tuple[str, Tensor]] = {}
-        for path, array in adapter.base_weights.items():
-            above, _, leaf = path.rpartition(".")
-            module = _unwrapped(modules[above]) if above in modules else None
-            own = getattr(module, leaf, None)
-            if not any(module is end for end in ends) or own is None:
-                raise AdapterError(
-                    f"{source}: expected beside the adapter weights of the embedding and the head of "
-                    f"{type(self.base_model).__name__}, found {path}"
-                )
-            if own.shape != array.shape or not own.is_floating_point():
-                raise AdapterError(
-                    f"{source}: expected {path} of shape {list(own.shape)} in {own.dtype} as the base has it, found "
-                    f"shape {list(array.shape)}; resize_token_embeddings and a plain head make the base fit"
-                )
-            value = to_tensor(array).to(own.device, own.dtype)
-            other, held = new.setdefault(own, (path, value))
-            if not torch.equal(value, held):
-                raise AdapterError(f"{source}: expected one value for {other} and {path}, which are tied, found two")
-            if self._shared.configs and not torch.equal(value, own):
-                raise AdapterError(
-                    f"{source}: expected {path} as the base has it, which other adapters use, found other values; "
-                    "load this adapter first"
-                )
-        return [] if self._shared.configs else [(own, value) for own, (_, value) in new.items()]
-
-    def _with_head(self, config: RoadConfig) -> RoadConfig:
-        """As PEFT: a task's head, which the checkpoint doesn't have, is trained and saved with the adapter."""
-        named = config.modules_to_save or []
-        heads = [
-            head
-            for head in _HEADS.get(config.task_type or "", ())
-            if head not in named and any(path.endswith(head) for path in self._modules_by_path())
-        ]
-        return dataclasses.replace(config, modules_to_save=[*named, *heads]) if heads else config
-
-    def _copies(
-        self,
-        config: RoadConfig,
-        tensors: Mapping[str, Tensor] | None = None,
-        source: object = "",
-        *,
-        strict: bool = True,
-    ) -> dict[str, nn.Module]:
-        """Returns a copy of each module that a config wants to be saved whole, by path.
-
-        Args:
-            config: a name in its ``modules_to_save`` stands for every module whose path ends with it, as in PEFT.
-            tensors: values by tensor path; without them the copies are like the originals.
-            source: where they are from, for errors.
-            strict: see `load_adapter`.
-        """
-        if not config.modules_to_save:
-            return {}
-        found: dict[str, nn.Module] = {}
-        for path, module in self._modules_by_path().items():
-            within = any(path.startswith(f"{other}.") for other in found)
-            if path and not within and path.endswith(tuple(config.modules_to_save)):
-                found[path] = module
-        if not found:
-            raise AdapterError(
-                f"RoadConfig.modules_to_save: expected a match for {config.modules_to_save}, found no such module"
-            )
-        groups: dict[str, dict[str, Tensor]] = {path: {} for path in found}
-        for key, value in (tensors or {}).items():
-            owner = next((path for path in found if key.startswith(f"{path}.")), None)
-            if owner is None:
-                raise AdapterError(f"{source}: expected tensors of {listed(list(found), 3)}, found {key}")
-            groups[owner][key.removeprefix(f"{owner}.")] = value
-        copies = {}
-        for path, module in found.items():
-            original = module.original_module if isinstance(module, SavedModule) else module
-            if isinstance(module, RoadLayer) or next(layers(original), None) is not None:
-                raise AdapterError(f"{path}: expected a module to save whole, found one that adapters rotate")
-            copies[path] = copy_of(path, bare(original), None if tensors is None else groups[path], strict=strict)
-        return copies
-
     def _install(
         self, name: str, config: RoadConfig, parameters: _Parameters, saved: Mapping[str, nn.Module] | None = None
     ) -> None:
         """Wraps the layers that aren't yet and hands out θ, α and copies. Everything is known to fit."""
-        modules = self._modules_by_path()
+        modules = _base.modules_by_path(self.base_model)
         wrapped: dict[nn.Module, RoadLayer | SavedModule] = {}
         for path, own in (saved or {}).items():
             module = modules[path]
@@ -1102,24 +915,6 @@ class RoadModel(nn.Module):
                 if isinstance(child, SavedModule) and (chosen := choose(child)) is not None:
                     setattr(parent, key, chosen)
 
-    def _unties(self, names: Sequence[str]) -> bool:
-        """True if merging gives a tied head a weight of its own."""
-        base = self.base_model
-        config = getattr(base, "config", None)
-        if not getattr(config, "tie_word_embeddings", False) or not hasattr(base, "get_output_embeddings"):
-            return False
-        head = base.get_output_embeddings()
-        if isinstance(head, SavedModule):
-            return head.current() is not head.original_module
-        return isinstance(head, RoadLayer) and any(name in head.road_theta for name in names)
-
-    def _untie(self) -> None:
-        """A config that says otherwise would tie the head again on loading."""
-        base: Any = self.base_model
-        base.config.tie_word_embeddings = False
-        if hasattr(base, "all_tied_weights_keys"):
-            base.all_tied_weights_keys = {}
-
     def _check_new(self, name: str) -> None:
         if not isinstance(name, str) or not name or name == BASE:
             raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {name!r}")
@@ -1199,32 +994,22 @@ def _read(folder: str | os.PathLike) -> Adapter:
     )
 
 
-def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """The number of rows that a model is called with, None if no tensor tells."""
-    named = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "pixel_values", "input_values")
-    for value in (*args, *(kwargs.get(name) for name in named), *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return len(value)
-    return None
+# What models call the arguments that have the batch's rows.
+_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "inputs",
+    "input_features",
+    "pixel_values",
+    "input_values",
+    "decoder_input_ids",
+)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    if isinstance(module, SavedModule):
-        return bare(module.original_module)
-    return bare(module.base_layer if isinstance(module, RoadLayer) else module)
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """What ``"all-linear"`` means to PEFT."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def _output_head(model: Any, modules: Mapping[str, nn.Module], config: RoadConfig) -> list[str]:
-    """What ``"all-linear"`` leaves out: a language model's head, or a classifier's."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    if head is None and get is not None and config.task_type == "SEQ_CLS":
-        head = next(
-            (found for name in ("score", "classifier") if (found := getattr(model, name, None)) is not None), None
-        )
-    return [path for path, module in modules.items() if head is not None and module is head]
+def _batch_sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
+    """The numbers of rows that a model may be called with: one where its inputs tell, none if no tensor is there."""
+    named = [kwargs[name] for name in _INPUTS if name in kwargs]
+    for values in (args, named, kwargs.values()):
+        if found := [len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0]:
+            return found[:1] if values is named else found
+    return []

@@ -88,13 +88,14 @@ class Plan:
     drops the plan of lasting routings.
     """
 
-    __slots__ = ("changes", "dtype", "passes", "shape", "sources", "steps", "versions")
+    __slots__ = ("changes", "dtype", "passes", "shape", "sources", "steps", "trained", "versions")
 
     def __init__(self, dtype: torch.dtype, passes: list[Pass], sources: Sequence[Tensor], changes: int) -> None:
         self.dtype = dtype
         self.passes = passes
         self.sources = sources
         self.versions = [source._version for source in sources]
+        self.trained = any(source.requires_grad for source in sources)
         self.changes = changes
         # None where the routing lasts: outputs of any shape, and each time a look whether θ and α were written to.
         self.shape: torch.Size | None = None
@@ -102,8 +103,8 @@ class Plan:
         self.steps: list[Callable[[Tensor], Tensor]] = []
 
     def outdated(self, changes: int) -> bool:
-        """True where θ or α were replaced or written to."""
-        return changes != self.changes or [source._version for source in self.sources] != self.versions
+        """True where θ or α were replaced or written to, or may have been, for they are trained."""
+        return self.trained or changes != self.changes or [source._version for source in self.sources] != self.versions
 
 
 class Shared:
@@ -254,15 +255,20 @@ class Routing:
         return {**self.__dict__, "plans": {}, "scratch": {}}
 
     def indices(self, repeats: int, device: torch.device) -> list[tuple[int, Tensor]]:
-        """Returns ``(group size, rows of the banks)``: for each size in a mixed batch, for each active adapter else."""
+        """Returns ``(group size, rows of the banks)``: for each size in a mixed batch, for each active adapter else.
+
+        A mixed batch has those of all the model's adapters, also of ones that no row names.
+        """
         key = (repeats, device)
         if key not in self._indices:
             if self.names is None:
                 found = [(size, [self.rows[name]]) for name, size in self.sizes.items()]
             else:
+                # All that the model's adapters have, in one order: for a compiled model others would be another graph.
+                sizes = sorted({self.shared.group_size(name) for name in self.shared.configs})
                 found = [
                     (size, [self.rows[name] if self.sizes.get(name) == size else 0 for name in self.names])
-                    for size in dict.fromkeys(self.sizes.values())
+                    for size in sizes
                 ]
             with torch.inference_mode(False):
                 self._indices[key] = [

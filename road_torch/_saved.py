@@ -41,15 +41,10 @@ class SavedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the copy of the active adapter, of each row's adapter, or the original."""
-        routing = LOCAL.routing
-        if routing is None or routing.shared is not self._shared:
-            routing = self._shared.plain
+        routing = self._routing()
         if not routing.batch or self._shared.off:
             return self.current(routing)(*args, **kwargs)
-        kinds = [
-            next((part for part, _ in parts(name) if part in self.modules_to_save), BASE)
-            for name in routing.names or ()
-        ]
+        kinds = self._kinds(routing)
         if len(set(kinds)) == 1:
             return self._copy_for(kinds[0])(*args, **kwargs)
         if self._stray is not None:
@@ -87,7 +82,7 @@ class SavedModule(nn.Module):
         return self._copy_for(next((n for n in names if isinstance(n, str) and n in self.modules_to_save), BASE))
 
     def __getattr__(self, name: str) -> Any:
-        """Looks in the module that a plain call uses: models read ``weight`` and the like."""
+        """Looks in the module that the call uses: models read ``weight`` and the like."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -98,7 +93,27 @@ class SavedModule(nn.Module):
                 or "_shared" not in self.__dict__
             ):
                 raise
-            return getattr(self.current(), name)
+            routing = self._routing()
+            kinds = set() if self._shared.off else set(self._kinds(routing))
+            if len(kinds) == 1:
+                return getattr(self._copy_for(kinds.pop()), name)
+            value = getattr(self.current(routing), name)
+            if not kinds or not isinstance(value, Tensor):
+                return value
+            several = value.detach().as_subclass(_OfSeveral)
+            several.path = f"{self.module_path}.{name}"
+            return several
+
+    def _routing(self) -> Routing:
+        routing = LOCAL.routing
+        return self._shared.plain if routing is None or routing.shared is not self._shared else routing
+
+    def _kinds(self, routing: Routing) -> list[str]:
+        """Whose copy each row of a mixed batch gets."""
+        return [
+            next((part for part, _ in parts(name) if part in self.modules_to_save), BASE)
+            for name in routing.names or ()
+        ]
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """Returns the tensors of an adapter's copy by state-dict key; none where it has no copy."""
@@ -114,6 +129,26 @@ class SavedModule(nn.Module):
                 "took it away"
             )
         return module
+
+
+class _OfSeveral(Tensor):
+    """A tensor of which each row of a call has another: how it looks can be asked, but not computed with."""
+
+    path = ""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        looks = func.__name__ in ("__get__", "size", "dim", "numel", "element_size", "is_floating_point", "__len__")
+        result = super().__torch_function__(func, types, args, kwargs or {}) if looks else None
+        if looks and not isinstance(result, Tensor):
+            return result
+        path = next((one.path for one in (*args, *(kwargs or {}).values()) if isinstance(one, cls)), "modules_to_save")
+        raise AdapterError(
+            f"{path}: expected a module that is called, found a model that computes with its tensor itself, of which "
+            "each row of adapter_names has another; give rows with one such module alone"
+        )
 
 
 def saved_modules(model: nn.Module) -> Iterator[SavedModule]:

@@ -115,6 +115,22 @@ def test_metadata_is_carried_and_says_what_the_tensors_are(tmp_path):
     assert read_peft(tmp_path / "a").metadata == {"made_by": "a test"}
 
 
+def test_choices_that_peft_lacks_stand_in_the_metadata(tmp_path):
+    adapter = make_adapter(exclude_modules=["k_proj"], layers_to_transform=[0, 1])
+    write_peft(tmp_path / "a", adapter)
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert fields["target_modules"] == [*adapter.modules]
+    assert not {"exclude_modules", "layers_to_transform", "layers_pattern"} & fields.keys()
+    again = read_peft(tmp_path / "a")
+    assert again.config == adapter.config
+    assert again.metadata == {}
+    write_peft(tmp_path / "b", again)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    # Who chose otherwise since is right.
+    rewrite(tmp_path / "a" / "adapter_config.json", lambda f: f.update(target_modules=["proj"]))
+    assert read_peft(tmp_path / "a").config == RoadConfig(target_modules=["proj"])
+
+
 def rewrite(path, change):
     fields = json.loads(path.read_text())
     change(fields)
@@ -213,6 +229,14 @@ BROKEN = {
     "an embedding that isn't finite": (
         lambda d: set_tensors(d, lambda t: t.update({HEAD + "weight": WEIGHT * np.nan})),
         r"lm_head\.weight: expected finite values",
+    ),
+    "targets that are none": (
+        lambda d: set_tensors(d, lambda t: None, metadata={"road_targets": '{"variant": "road_2"}'}),
+        "expected target_modules and the like as road_targets",
+    ),
+    "targets that don't parse": (
+        lambda d: set_tensors(d, lambda t: None, metadata={"road_targets": "[" * 100_000}),
+        "as road_targets, found '\\[",
     ),
     "nothing": (lambda d: set_tensors(d, lambda t: t.clear()), "at least one module"),
     "changed": (

@@ -67,6 +67,32 @@ def test_a_row_of_a_mixed_batch_is_what_it_is_alone(way):
     assert texts == [False, True, False, False]
 
 
+def test_compiled_decoding_has_one_graph_for_all_mixes():
+    """As transformers compiles it: a cache of fixed size, and the graph is made once."""
+    torch.compiler.reset()
+    model, graphs = with_adapters(), []
+
+    # A function, for generate copies its config deeply.
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiling = transformers.CompileConfig(backend=backend, mode=None, dynamic=False)
+    # On a CPU it compiles only if told so.
+    compiling._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": compiling}
+    for names in (["b", "__base__", "a", "c"], ["a", "a", "c", "b"], ["c", "b+b", "__base__", "a"]):
+        kwargs = {**GREEDY, "attention_mask": MASK, "adapter_names": names}
+        assert torch.equal(model.generate(IDS, **kwargs, **static), model.generate(IDS, **kwargs))
+        assert len(graphs) == 1
+    # The active adapter for all rows is another, for each group size.
+    for name in ("b", "c"):
+        model.set_adapter(name)
+        kwargs = {**GREEDY, "attention_mask": MASK}
+        assert torch.equal(model.generate(IDS, **kwargs, **static), model.generate(IDS, **kwargs))
+        assert len(graphs) == 2
+
+
 def test_assisted_generation_with_an_adapted_assistant():
     model, assistant = with_adapters(), with_adapters(small_model(seed=1))
     assistant.set_adapter("b")

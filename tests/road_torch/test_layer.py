@@ -316,6 +316,99 @@ def test_a_change_of_parameters_shows_at_once(way):
     assert torch.equal(again[1], model(x)[1])
 
 
+@pytest.mark.parametrize("names", [None, ["a", "__base__", "a"]])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_leaves_no_trace_shows(fused, names):
+    """Fused optimizers don't change a parameter's version. Something was evaluated since the pass with gradients."""
+    model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_2", 8, "a", train=True))
+    layer, x = model.base_model.inner["proj"], torch.randn(3, IN)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, fused=fused)
+    model(x, adapter_names=names).sum().backward()
+    versions = [p._version for p in trained]
+    with torch.no_grad():
+        before = model(x, adapter_names=names)
+        optimizer.step()
+        assert (versions == [p._version for p in trained]) is fused
+        after, y = model(x, adapter_names=names), layer.base_layer(x).double()
+        theta, alpha = (v["a"].numpy() for v in (layer.road_theta, layer.road_alpha))
+        expected = torch.from_numpy(road_core.rotate(y.numpy(), theta, alpha, variant="road_2", group_size=8))
+        if names:
+            expected[1] = y[1]
+        assert_close(after, expected, "float32", moved_from=before)
+        # What was formed while it was trained isn't kept for later.
+        model.set_adapter("a", inference_mode=True)
+        assert torch.equal(model(x, adapter_names=names), after)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("names", [None, ["a", "b", "__base__"]])
+def test_derivatives_of_functions(names, frozen):
+    """torch.func and forward mode, which differentiate plain operations only."""
+    base = make_base("linear", torch.float64)
+    model = fill(RoadModel(Model(base)), adapters("road_4", 8, "ab", train=not frozen))
+    x, tangent = torch.randn(3, IN, dtype=torch.float64), torch.randn(3, IN, dtype=torch.float64)
+
+    def function(x):
+        return model(x, adapter_names=names)
+
+    with torch.no_grad():
+        # Linear up to the bias.
+        expected = function(x + tangent) - function(x)
+    assert_close(torch.func.jvp(function, (x,), (tangent,))[1].detach(), expected, "float32")
+    with torch.autograd.forward_ad.dual_level():
+        dual = function(torch.autograd.forward_ad.make_dual(x, tangent))
+        assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent.detach(), expected, "float32")
+    leaf = x.clone().requires_grad_()
+    function(leaf).square().sum().backward()
+    assert_close(torch.func.grad(lambda x: function(x).square().sum())(x).detach(), leaf.grad, "float32")
+    forward, reverse = torch.func.jacfwd(function)(x).detach(), torch.func.jacrev(function)(x).detach()
+    assert_close(forward, reverse, "float32")
+    assert_close(torch.einsum("iojk,jk->io", reverse, tangent), expected, "float32")
+
+
+@torch.no_grad()
+def test_a_class_whose_forward_is_replaced(monkeypatch):
+    model, x = (
+        fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "a")),
+        torch.randn(2, IN),
+    )
+    plain, kept, before = nn.Linear.forward, [], model(x)
+    base = plain(model.base_model.inner["proj"].base_layer, x)
+
+    def doubled(layer, x):
+        kept.append(2 * plain(layer, x))
+        return kept[-1]
+
+    monkeypatch.setattr(nn.Linear, "forward", doubled)
+    assert_close(model(x), 2 * before, "float32", moved_from=before)
+    # Who saw the base's output keeps it as it was.
+    assert torch.equal(kept[0], 2 * base)
+
+
+class Pairs(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Groups(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).unflatten(-1, (2, -1))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "found"), [(Pairs, "a tuple from Pairs"), (Groups, r"shape \[2, 2, 64\] from Groups")]
+)
+def test_a_linear_layer_whose_output_is_none_is_named(kind, found, grad):
+    model = RoadModel(
+        Model(nn.ModuleDict({"proj": kind(IN, OUT)})), adapters("road_1", 8, "a", train=True)["a"][0], "a"
+    )
+    for names in (None, ["a", "__base__"]):
+        with torch.set_grad_enabled(grad), pytest.raises(AdapterError, match=rf"proj: expected .*128.*{found}"):
+            model(torch.randn(2, IN), adapter_names=names)
+
+
 def test_coefficients_are_float32_whatever_the_default_is():
     torch.set_default_dtype(torch.bfloat16)
     try:

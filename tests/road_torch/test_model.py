@@ -188,6 +188,92 @@ def test_save_and_load(tmp_path):
     assert sum(p.requires_grad for p in trainable.parameters()) == 2 * 7 * 3
 
 
+@pytest.mark.parametrize("where", ["the current folder", "a link", "an empty folder"])
+def test_saving_into_a_folder_that_is_there(where, tmp_path, monkeypatch):
+    model, folder = with_adapters(["default"]), tmp_path / "there"
+    folder.mkdir()
+    inode = folder.stat().st_ino
+    if where == "a link":
+        (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder if where == "the current folder" else tmp_path)
+    model.save_pretrained({"the current folder": ".", "a link": tmp_path / "link"}.get(where, folder))
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert (folder.stat().st_ino == inode) is (where != "an empty folder")
+    assert torch.equal(logits(RoadModel.from_pretrained(small_model(), folder)), logits(model))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"},
+    ],
+)
+def test_peft_gets_the_modules_that_were_chosen(choice, tmp_path, recwarn):
+    """Its RoAd knows no exclude_modules and layers_to_transform, and would take more."""
+    model = with_adapters(["default"], **choice)
+    model.save_pretrained(tmp_path / "saved")
+    theirs = peft.PeftModel.from_pretrained(small_model(), tmp_path / "saved").eval()
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+    assert_close(logits(theirs), logits(model), "float32", moved_from=logits(small_model()))
+    again = RoadModel.from_pretrained(small_model(), tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+    found = again.peft_config["default"]
+    assert {name: getattr(found, name) for name in choice} == choice
+
+
+def test_no_rows_and_rows_that_another_input_has():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, mask, x):
+            return self.proj(x) * mask
+
+    model = RoadModel(Masked(), config(target_modules=["proj"]), "a")
+    mask, x = torch.rand(5, 1), torch.randn(3, 5, 8)
+    assert torch.equal(model(mask=mask, x=x, adapter_names=["a"] * 3), model(mask=mask, x=x))
+    with pytest.raises(AdapterError, match="for each of 5 rows, found 4"):
+        model(mask=mask, x=x, adapter_names=["a"] * 4)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert model(mask[:0], x[:0, :0], adapter_names=[]).shape == (0, 0, 8)
+
+
+@pytest.mark.parametrize("way", ["moved", "made there", "empty weights"])
+def test_a_model_on_the_meta_device(way):
+    model = with_adapters(["default"])
+    expected, values = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
+    context = {"made there": torch.device("meta"), "empty weights": accelerate.init_empty_weights()}
+    if way == "moved":
+        model.to("meta")
+    else:
+        with context[way]:
+            model = with_adapters(["default"])
+    ids = IDS.to("meta")
+    if way != "empty weights":  # which leaves rotary frequencies where they were
+        assert model(ids).logits.is_meta
+        assert model(ids, adapter_names=["default", "__base__"] * 2).logits.shape == (4, 7, 160)
+    model.load_state_dict(values, assign=True)
+    if way != "empty weights":
+        model.base_model.model.rotary_emb = small_model().model.rotary_emb
+    model.eval()
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model, adapter_names=["default"] * 4), expected)
+
+
+def test_the_base_is_exported_with_its_adapters():
+    model = with_adapters(["a"], nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+    x = torch.randn(3, 8)
+    exported = torch.export.export(model.get_base_model(), (x,)).module()
+    with torch.no_grad(), model.disable_adapter():
+        base = model(x)
+    with torch.no_grad():
+        assert_close(exported(x), model(x), "float32", moved_from=base)
+
+
 def test_counting_parameters(capsys):
     model = RoadModel(small_model(), RoadConfig(target_modules=["q_proj", "v_proj"], group_size=8))
     trainable, total = model.get_nb_trainable_parameters()

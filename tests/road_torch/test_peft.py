@@ -311,6 +311,41 @@ class AdapterTrainer(transformers.Trainer):
             output_dir or self.args.output_dir, is_main_process=self.args.should_save, overwrite=True
         )
 
+    def _load_best_model(self):
+        self.model.hotswap_adapter(self.state.best_model_checkpoint, "default")
+
+
+def test_a_trainer_ends_with_its_best_adapter(tmp_path):
+    model = RoadModel(small_model(tie_word_embeddings=True), RoadConfig(target_modules=["q_proj"], group_size=8))
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    arguments = transformers.TrainingArguments(
+        tmp_path / "run",
+        max_steps=3,
+        save_steps=1,
+        eval_steps=1,
+        eval_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        learning_rate=0.05,
+        per_device_train_batch_size=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    scores = iter((1.0, 3.0, 2.0))
+    trainer = AdapterTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=lambda _predictions: {"score": next(scores)},
+    )
+    trainer.train()
+    best = RoadModel.from_pretrained(small_model(tie_word_embeddings=True), tmp_path / "run" / "checkpoint-2")
+    last = RoadModel.from_pretrained(small_model(tie_word_embeddings=True), tmp_path / "run" / "checkpoint-3")
+    assert_close(logits(model.eval()), logits(best.eval()), "float32", moved_from=logits(last.eval()))
+
 
 @pytest.mark.parametrize("kind", ["float", "nf4"])
 def test_a_trainer_trains_evaluates_and_saves(kind, tmp_path):

@@ -342,3 +342,49 @@ def test_copies_that_accelerate_took_away_are_neither_trained_nor_saved(first, t
         accelerate.hooks.remove_hook_from_submodules(model.base_model)
         assert torch.equal(logits(model), expected)
         model.save_pretrained(tmp_path / "saved")
+
+
+class Tied(nn.Module):
+    """Calls its embedding, and computes with the embedding's weight itself, as DeBERTa's head does."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.proj = nn.Embedding(32, 16), nn.Linear(16, 16)
+
+    def forward(self, ids, head=True):
+        weight = self.embedding.weight
+        x = self.proj(self.embedding(ids)).to(weight.dtype, copy=len(weight) == 32 and weight.device.type == "cpu")
+        return x @ weight.T if head else x
+
+
+@torch.no_grad()
+def test_a_tensor_that_the_model_reads_is_that_of_the_rows():
+    torch.manual_seed(0)
+    model, ids = RoadModel(Tied()), torch.arange(6).reshape(3, 2)
+    for name in "ab":
+        model.add_adapter(name, config(target_modules=["proj"], task_type=None, modules_to_save=["embedding"]))
+        fill(model.base_model.embedding, name)
+    alone = {}
+    for name in "ab":
+        model.set_adapter(name)
+        alone[name] = model(ids)
+    for name in "ab":
+        assert torch.equal(model(ids, adapter_names=[name] * 3), alone[name])
+        # What it looks like may be asked in any mix.
+        mixed = model(ids, head=False, adapter_names=["a", "b", "__base__"])
+        model.set_adapter(name)
+        assert torch.equal(mixed["ab".index(name)], model(ids, head=False)["ab".index(name)])
+    with pytest.raises(AdapterError, match=r"embedding\.weight: expected a module that is called, .* each row"):
+        model(ids, adapter_names=["a", "b", "__base__"])
+
+
+def test_a_saved_embedding_is_untied_when_merged_for_good(tmp_path):
+    base = small_model(tie_word_embeddings=True)
+    model = RoadModel(base, config(task_type=None, modules_to_save=["embed_tokens"]), "a").eval()
+    fill(base.model.embed_tokens, "a")
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is False
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    assert_close(logits(again), expected, "float32")
