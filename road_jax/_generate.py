@@ -33,9 +33,10 @@ def generate(
 ) -> list[list[int]]:
     """Continues prompts: the likeliest token each time, or with a ``temperature`` one drawn.
 
-    A pure function of its arguments. Prompts are padded on the left to a power of two, and the batch to one; another
-    call in the same bucket, with any adapter, temperature or ``max_new_tokens`` up to the same power of two, compiles
-    nothing.
+    Not to be called within ``jit``: it compiles its own programs. Prompts are padded on the left to a power of two, and
+    the batch to one; another call in the same bucket, with any adapter of the same shapes, ids, temperature or
+    ``max_new_tokens`` up to the same power of two, compiles nothing. The likeliest token, drawing, and drawing with
+    ``top_k`` or ``top_p`` are programs of their own, and so is each number of tokens in ``eos_token_id``.
 
     Args:
         model: a decoder of `road_jax.models`, or what `road_jax.transform` or `road_jax.intervene` makes of it.
@@ -46,7 +47,7 @@ def generate(
         adapter_ids: for what `road_jax.stack_adapters` gives: which of them each row gets, counted from 1; 0 for none.
         max_new_tokens: of each answer at most.
         eos_token_id: ends a row; the answer doesn't hold it.
-        temperature: 0 for the likeliest token; logits are divided by it otherwise.
+        temperature: 0, or less than float32 can divide by, for the likeliest token; logits are divided by it otherwise.
         top_k: draw out of so many likeliest tokens.
         top_p: draw out of the fewest likeliest tokens that have this much probability together.
         rng: a key, needed to draw. A row's tokens don't depend on how many rows stand beside it.
@@ -84,16 +85,18 @@ def generate(
     ids, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = prompt, 1
+    # XLA takes for zero what is smaller.
+    greedy = float(temperature) < np.finfo(np.float32).tiny
     drawing = (
         jax.random.key(0) if rng is None else rng,
-        jnp.float32(temperature or 1),
+        jnp.float32(1 if greedy else temperature),
         jnp.int32(min(top_k or vocabulary, vocabulary)),
         jnp.float32(1 if top_p is None else top_p),
     )
     tokens, ended = _run(
         model,
         _bucket(int(max_new_tokens), 16),
-        "greedy" if temperature == 0 else "draw" if top_k is None and top_p is None else "filter",
+        "greedy" if greedy else "draw" if top_k is None and top_p is None else "filter",
         variables,
         adapter,
         None if adapter_ids is None else np.asarray([*adapter_ids, *[0] * (rows - len(prompts))], np.int32),
@@ -135,7 +138,9 @@ def _run(
         logits = logits[:, 0].astype(jnp.float32)
         if how == "greedy":
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logits / temperature
+        # Where the quotient could overflow, the greatest is 0 before it; what else there is stays bit for bit.
+        greatest = jnp.where(temperature < 1e-20, jnp.max(logits, axis=-1, keepdims=True), 0)
+        logits = (logits - greatest) / temperature
         if how == "filter":
             logits = _filter(logits, top_k, top_p)
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(rng, row), step))(jnp.arange(rows))

@@ -26,7 +26,7 @@ from road_core._errors import expect
 from road_jax._io import from_tensors
 from road_jax._rotate import blocks, polar, rotate_blocks, rotate_rows, within
 from road_jax._stack import as_ids, check_ids, of_rows
-from road_jax._transform import Road, new_names, trace, traced_anew, without
+from road_jax._transform import Road, is_array, new_names, trace, traced_anew, without
 from road_jax._tree import (
     ROAD_LEAVES,
     Path,
@@ -78,8 +78,8 @@ class Intervened:
     model: nn.Module
     config: InterventionConfig
     blocks: Blocks = Block
-    # What tracing the model found out; the same for all inputs.
-    _places: list[_Place] = dataclasses.field(default_factory=list, compare=False, repr=False)
+    # What tracing the model found out: by its method and all that is given to it, of arrays only that they are some.
+    _places: dict[Any, list[_Place]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def init(self, *args: Any, **kwargs: Any) -> Tree:
         """Returns a fresh intervention, which changes nothing yet; the model is only traced for its shapes, never run.
@@ -180,7 +180,7 @@ class Intervened:
         if adapter_ids is not None:
             check_ids(adapter_ids, theta.shape[-1] - 1)
             # [layers, size, interventions] -> [layers, batch, size]
-            theta, alpha = (jnp.moveaxis(of_rows(leaf, adapter_ids), -1, 1) for leaf in (theta, alpha))
+            theta, alpha = (jnp.moveaxis(of_rows(leaf, adapter_ids, i), -1, 1) for i, leaf in enumerate((theta, alpha)))
         how: Any = {"variant": config.variant, "group_size": config.group_size}
         theta, alpha = within(theta, alpha, **how, subspace=config.subspace)
         # Each [layers of the config, groups, 1 or 2, half], or [layers, batch, …].
@@ -203,10 +203,18 @@ class Intervened:
         return added
 
     def _find(self, args: Any, kwargs: Any) -> list[_Place]:
-        """Traces the model once for where its blocks stand."""
-        if not self._places:
-            self._places.extend(self._trace(args, kwargs))
-        return self._places
+        """Traces the model for where its blocks stand, once for each way of calling it."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_APPLY or name == "method"}
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        key = tree, *(None if is_array(leaf) else leaf for leaf in leaves)
+        try:
+            known = key in self._places
+        except TypeError:
+            # What can't be a key is traced anew.
+            return self._trace(args, kwargs)
+        if not known:
+            self._places[key] = self._trace(args, kwargs)
+        return self._places[key]
 
     def _trace(self, args: Any, kwargs: Any) -> list[_Place]:
         hidden: dict[Path, int] = {}
@@ -219,7 +227,6 @@ class Intervened:
             return result
 
         def shapes(rng: jax.Array, args: Any, kwargs: Any) -> Any:
-            kwargs = {name: value for name, value in kwargs.items() if name not in ("mutable", "rngs")}
             with traced_anew() as forget, nn.intercept_methods(self._on_blocks(declare, forget)):
                 return self.model.init(rng, *args, **kwargs)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from road_core import AdapterError, check_group_size, output_size, parameter_size, subspace_mask
@@ -225,7 +226,10 @@ _unfused_formula = _unfused(_formula)
 
 
 def _forward(y: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _rotate_blocks(y, first, second), (y, first, second)
+    # Named, so that they aren't the operands themselves: of such residuals JAX (0.10) keeps the places alone, and loses
+    # count of them where a scan takes `_turn`'s choice of platform out of its loop. Second derivatives would then fail,
+    # or be wrong without a word.
+    return _rotate_blocks(y, first, second), checkpoint_name((y, first, second), "road_residuals")
 
 
 def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -241,10 +245,12 @@ def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array
 def _products(d: jax.Array, y: jax.Array, first: jax.Array) -> list[jax.Array]:
     """What sums over rows to the gradients of ``first`` and then of ``second``: ``[..., groups, half]`` each."""
     (y0, y1), (d0, d1) = _halves(y, first), _halves(d, first)
-    y0, y1, d0, d1 = (v.astype(first.dtype) for v in (y0, y1, d0, d1))
+    # Of a complex output, too, the coefficients are real: their gradient is the real part of complex products.
+    dtype = y.dtype if jnp.iscomplexobj(y) else first.dtype
+    y0, y1, d0, d1 = (v.astype(dtype) for v in (y0, y1, d0, d1))
     if first.shape[-2] == 1:
-        return [d0 * y0 + d1 * y1, d1 * y0 - d0 * y1]
-    return [d0 * y0, d1 * y1, -d0 * y1, d1 * y0]
+        return [v.real.astype(first.dtype) for v in (d0 * y0 + d1 * y1, d1 * y0 - d0 * y1)]
+    return [v.real.astype(first.dtype) for v in (d0 * y0, d1 * y1, -d0 * y1, d1 * y0)]
 
 
 def _plain_sums(d: jax.Array, y: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:

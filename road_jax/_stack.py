@@ -72,11 +72,15 @@ def as_ids(adapter_ids: Any) -> jax.Array:
     return adapter_ids
 
 
-def of_rows(table: jax.Array, adapter_ids: jax.Array) -> jax.Array:
-    """Returns each row's part of ``[..., adapters]``, as its last axis; ids beyond the adapters are 0, the identity."""
+def of_rows(table: jax.Array, adapter_ids: jax.Array, identity: float) -> jax.Array:
+    """Returns each row's part of ``[..., adapters]``, as its last axis; the identity for 0 and ids beyond the adapters.
+
+    What stands at 0 isn't looked at: it gets no gradient, and a step with weight decay may move it.
+    """
     most = min(table.shape[-1] - 1, jnp.iinfo(adapter_ids.dtype).max)
-    known = jnp.where((adapter_ids < 0) | (adapter_ids > most), 0, adapter_ids)
-    return jnp.take(table, known, axis=-1, mode="clip")
+    adapted = jnp.asarray((adapter_ids > 0) & (adapter_ids <= most))
+    rows = jnp.take(table, jnp.where(adapted, adapter_ids, 0), axis=-1, mode="clip")
+    return jnp.where(adapted.reshape((1,) * (table.ndim - 1) + adapted.shape), rows, identity)
 
 
 def check_ids(adapter_ids: jax.Array, count: int) -> None:

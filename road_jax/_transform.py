@@ -248,7 +248,7 @@ class Road:
             if adapter_ids is not None:
                 check_ids(adapter_ids, cosines.shape[-1] - 1)
                 # [size, adapters] -> [batch, size]
-                cosines, sines = (of_rows(table, adapter_ids).T for table in (cosines, sines))
+                cosines, sines = of_rows(cosines, adapter_ids, 1).T, of_rows(sines, adapter_ids, 0).T
 
             def rotate(flat: jax.Array) -> jax.Array:
                 path = dotted(module.path)
@@ -543,16 +543,21 @@ def _as_tuple(features: int | Collection[int]) -> tuple[int, ...]:
     return (features,) if isinstance(features, int) else tuple(features)
 
 
+def is_array(leaf: Any) -> bool:
+    """True for what is traced as an array: it has a shape and a dtype."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
 def trace(function: Callable, rng: jax.Array | None, args: Any, kwargs: Any) -> Any:
     """Like ``jax.eval_shape``, with inputs that aren't arrays (flags, names) left as they are."""
     leaves, tree = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    arrays = [leaf for leaf, yes in zip(leaves, is_array, strict=True) if yes]
+    traced = [is_array(leaf) for leaf in leaves]
+    arrays = [leaf for leaf, yes in zip(leaves, traced, strict=True) if yes]
 
     def call(rng: jax.Array | None, arrays: list) -> Any:
         rest = iter(arrays)
         args, kwargs = jax.tree.unflatten(
-            tree, [next(rest) if yes else leaf for leaf, yes in zip(leaves, is_array, strict=True)]
+            tree, [next(rest) if yes else leaf for leaf, yes in zip(leaves, traced, strict=True)]
         )
         return function(rng, args, kwargs)
 

@@ -37,7 +37,6 @@ class RoadBlock(Rotated):
     ) -> None:
         lead = () if stack is None else (stack,)
         shape = (*lead, parameter_size(config.variant, hidden))
-        self.base = base
         self.road_theta = RoadParam(jnp.zeros(shape, jnp.float32))
         self.road_alpha = RoadParam(jnp.ones(shape, jnp.float32))
         self.config = config
@@ -48,6 +47,7 @@ class RoadBlock(Rotated):
         self.road_chosen = nnx.data(None)
         self.road_prompt = nnx.data(None)
         self.road_call: str | None = None
+        self.base = base
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -91,8 +91,8 @@ class Intervened(Around):
     """
 
     def __init__(self, base: nnx.Module, config: InterventionConfig) -> None:
-        self.base = base
         self.config = config
+        self.base = base
 
     def __call__(self, *args: Any, prompt_mask: jax.Array | None = None, **kwargs: Any) -> Any:
         """Calls the model; ``prompt_mask`` is that of ``apply`` of `road_jax.intervene`."""
@@ -106,8 +106,8 @@ class _Probe(Around):
     """Tells what a block gives while the model is traced."""
 
     def __init__(self, base: nnx.Module, seen: Callable[[nnx.Module, Any], None]) -> None:
-        self.base = base
         self.seen = seen
+        self.base = base
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.base(*args, **kwargs)

@@ -68,7 +68,10 @@ def during_call(inputs: Sequence[tuple[nnx.Module, dict[str, Any]]]) -> Iterator
 
 
 class Around(nnx.Module):
-    """Stands in the place of a module, whose attributes it has too: a model may ask its layer for in_features."""
+    """Stands in the place of a module, whose attributes it has too: a model may ask its layer for in_features.
+
+    What a subclass sets before its ``base`` is its own; what else the base has is set and deleted there.
+    """
 
     base: nnx.Module
 
@@ -76,6 +79,22 @@ class Around(nnx.Module):
         if name.startswith("_") or name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_of_base(name):
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_of_base(name):
+            delattr(self.base, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_of_base(self, name: str) -> bool:
+        own = vars(self)
+        return "base" in own and name not in own and not name.startswith("_") and hasattr(self.base, name)
 
 
 class Rotated(Around):
@@ -113,7 +132,6 @@ class RoadLayer(Rotated):
         layout: Layout,
         subspace: tuple[float, float] | None = None,
     ) -> None:
-        self.base = base
         self.road_theta = RoadParam(theta)
         self.road_alpha = RoadParam(alpha)
         self.variant = variant
@@ -122,6 +140,7 @@ class RoadLayer(Rotated):
         self.subspace = subspace
         self.merged = False
         self.road_ids = nnx.data(None)
+        self.base = base
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -163,7 +182,7 @@ def rotate(
                 f"{len(ids)} rows first, found theta {list(theta.shape)} and outputs {list(y.shape)}"
             )
         # [size, adapters] -> [batch, size]
-        cosines, sines = (of_rows(table, ids).T for table in (cosines, sines))
+        cosines, sines = of_rows(cosines, ids, 1).T, of_rows(sines, ids, 0).T
     elif cosines.ndim != 1:
         raise AdapterError(
             f"road_theta: expected one axis where the layer is called without adapter_ids, "

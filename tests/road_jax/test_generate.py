@@ -123,6 +123,20 @@ def test_what_is_drawn_follows_the_distribution(small):
         assert (np.abs(counts - rows * expected) < 5 * deviation + 1).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-38, 1.2e-38, 1e-37, 1e-30, 1e-6])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}])
+def test_a_temperature_near_zero_gives_the_likeliest(temperature, options, small):
+    module, variables, _, _ = small
+    # With greater norms logits are some hundreds.
+    loud = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 300 if "norm" in jax.tree_util.keystr(path) else leaf, variables
+    )
+    options = {**options, "temperature": temperature, "rng": jax.random.key(1)}
+    for weights in (variables, loud):
+        expected = road_jax.generate(module, weights, PROMPTS, max_new_tokens=6)
+        assert road_jax.generate(module, weights, PROMPTS, max_new_tokens=6, **options) == expected
+
+
 def test_a_rows_draw_does_not_depend_on_its_neighbours(small):
     module, variables, _, _ = small
     options = {"max_new_tokens": 8, "temperature": 2.0, "rng": jax.random.key(1)}

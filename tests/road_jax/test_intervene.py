@@ -10,6 +10,7 @@ from _compare import assert_close, named_values
 from _models import small_checkpoint
 from flax import linen as nn
 
+import road_core
 import road_jax
 from road_core import AdapterError, intervene, read_intervention
 from road_jax import InterventionConfig, models
@@ -246,6 +247,50 @@ def test_a_program_that_jit_kept_is_not_taken_for_another(x):
             found = intervened.apply(variables, tree, x, prompt_mask=jnp.asarray(mask))
             assert_close(found, expected, "float32", moved_from=plain)
     np.testing.assert_array_equal(model.apply(variables, x), plain)
+
+
+class Halves(nn.Module):
+    """Blocks that run only in some calls, so that an index means another one there."""
+
+    def setup(self):
+        self.encode = [nn.Dense(WIDTH) for _ in range(2)]
+        self.blocks = [nn.Dense(WIDTH) for _ in range(2)]
+
+    def decode(self, x):
+        for block in self.blocks:
+            x = nn.tanh(block(x))
+        return x
+
+    def __call__(self, x, skip=False):
+        for block in [] if skip else self.encode:
+            x = nn.tanh(block(x))
+        return self.decode(x)
+
+
+@pytest.mark.parametrize("first", [{"method": "decode"}, {"method": Halves.decode}, {"skip": True}])
+def test_each_way_of_calling_a_model_counts_its_own_blocks(first, x):
+    model = Halves()
+    variables = model.init(jax.random.key(0), x)
+    config = road_jax.InterventionConfig(layers=[1], positions="all", group_size=8)
+    road = road_jax.intervene(model, config, blocks=nn.Dense)
+    intervention = with_values(road.init(x))
+    leaves = intervention["layers"]["1"]
+    arrays = [np.asarray(leaves[name], np.float64) for name in ("road_theta", "road_alpha")]
+
+    def expected(names):
+        y = np.asarray(x, np.float64)
+        for at, name in enumerate(names):
+            layer = variables["params"][name]
+            y = y @ np.asarray(layer["kernel"], np.float64) + np.asarray(layer["bias"])
+            y = np.tanh(road_core.rotate(y, *arrays, variant="road_1", group_size=8) if at == 1 else y)
+        return y
+
+    for _ in range(2):
+        found, plain = road.apply(variables, intervention, x, **first), model.apply(variables, x, **first)
+        assert_close(found, expected(["blocks_0", "blocks_1"]), "float32", moved_from=plain)
+        found = road.apply(variables, intervention, x)
+        whole = ["encode_0", "encode_1", "blocks_0", "blocks_1"]
+        assert_close(found, expected(whole), "float32", moved_from=model.apply(variables, x))
 
 
 class Masked(nn.Module):

@@ -464,6 +464,31 @@ def test_a_kernel_that_two_layers_share_is_not_merged(x):
     assert_close(adapted(x), turned, "float32")
 
 
+def test_what_is_set_on_a_layer_is_set_on_the_base(x):
+    plain, model = (nnx.Sequential(nnx.Linear(16, 64, rngs=nnx.Rngs(0))) for _ in range(2))
+    block = road_jax.InterventionConfig(layers=[0], positions="all", group_size=8)
+    adapted = road_jax.nnx.wrap(model, RoadConfig(target_modules=["layers.0"], group_size=8))
+    theta, kernel = jnp.asarray(named_values("theta", 32)), jnp.asarray(named_values("new", 16, 64))
+    adapted.layers[0].road_theta = RoadParam(theta)
+    turned = road_jax.nnx.intervene(adapted, block, x, blocks=nnx.Linear)
+    steps = (
+        {"kernel": nnx.Param(kernel), "bias": nnx.Param(jnp.ones(64))},
+        {"bias": None, "use_bias": False},
+        {"dtype": jnp.bfloat16},
+    )
+    for values in steps:
+        for layer in (plain.layers[0], turned.layers[0]):
+            for name, value in values.items():
+                setattr(layer, name, value)
+        y, found = plain(x), turned(x)
+        assert found.dtype == y.dtype
+        bare = np.asarray(y, np.float64)
+        expected = road_core.rotate(bare, np.asarray(theta), np.ones(32), variant="road_1", group_size=8)
+        assert_close(np.asarray(found, np.float64), expected, str(y.dtype), moved_from=bare)
+    del turned.layers[0].bias
+    assert not hasattr(unwrap(turned).layers[0], "bias")
+
+
 class Tanh(nnx.Linear):
     """A layer that does more than its parent."""
 

@@ -175,6 +175,71 @@ def test_gradients_are_those_of_the_reference(x):
         assert_close(np.concatenate([np.ravel(g) for g in found]), expected, "float32", moved_from=np.zeros(point.size))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_complex_layers(variant):
+    """θ and α are real; their gradients are those of finite differences in float64."""
+    rng = np.random.default_rng(0)
+    model = nn.Dense(16, param_dtype=jnp.complex64)
+    x = jnp.asarray(rng.normal(size=(7, 4)) + 1j * rng.normal(size=(7, 4)), jnp.complex64)
+    weight = rng.normal(size=(7, 16)) + 1j * rng.normal(size=(7, 16))
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(variant=variant, target_modules="all-linear", group_size=8))
+    adapter = with_values(road.init(jax.random.key(0), variables, x))
+    y = np.asarray(x, np.complex128) @ np.asarray(variables["params"]["kernel"], np.complex128)
+    y = y + np.asarray(variables["params"]["bias"])
+    theta, alpha = (np.asarray(adapter[name], np.float64) for name in ("road_theta", "road_alpha"))
+
+    def reference(theta, alpha):
+        parts = (road_core.rotate(part, theta, alpha, variant=variant, group_size=8) for part in (y.real, y.imag))
+        real, imaginary = parts
+        return float(np.sum(np.abs(real + 1j * imaginary - weight) ** 2))
+
+    steps = np.eye(theta.size) * 1e-6
+    expected = {
+        "road_theta": [(reference(theta + s, alpha) - reference(theta - s, alpha)) / 2e-6 for s in steps],
+        "road_alpha": [(reference(theta, alpha + s) - reference(theta, alpha - s)) / 2e-6 for s in steps],
+    }
+
+    def loss(adapter, **ids):
+        turned = road.apply(variables, adapter, x, **ids)
+        return jnp.sum(jnp.square(jnp.abs(turned - jnp.asarray(weight, jnp.complex64))))
+
+    found = jax.grad(loss)(adapter)
+    several = jax.grad(loss)(road_jax.stack_adapters([adapter]), adapter_ids=[1] * 7)
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient, "float32", moved_from=np.zeros_like(gradient))
+        assert_close(several[name][:, 1], gradient, "float32")
+
+
+@pytest.mark.parametrize("ids", [None, [1, 0]], ids=["one", "several"])
+@pytest.mark.parametrize("how", ["loop", "scan", "scan-remat"])
+def test_second_derivatives(how, ids, x, loop):
+    """Of the adapter along one direction, by finite differences of the first; scanned as in the loop."""
+    road, variables, adapter = loop
+    if how != "loop":
+        road = road_jax.transform(Stack(how), road.config)
+        blocks = [variables["params"][f"blocks_{i}"] for i in range(LAYERS)]
+        head = variables["params"]["lm_head"]
+        variables = {"params": {"lm_head": head, "blocks": stacked(blocks, 0)}}
+        adapter = {"blocks": stacked([adapter[f"blocks_{i}"] for i in range(LAYERS)], 0)}
+    with jax.enable_x64(True):
+        x, variables, adapter = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (x, variables, adapter))
+        options = {}
+        if ids is not None:
+            options = {"adapter_ids": np.asarray(ids)}
+            adapter = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], -1), adapter)
+
+        def slope(adapter):
+            gradient = jax.grad(lambda a: jnp.mean(jnp.sin(road.apply(variables, a, x, **options))))(adapter)
+            return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient))
+
+        direction = jax.tree.map(jnp.cos, adapter)
+        ahead, behind = (jax.tree.map(lambda a, d, s=s: a + s * d, adapter, direction) for s in (1e-5, -1e-5))
+        expected = (jax.jit(slope)(ahead) - jax.jit(slope)(behind)) / 2e-5
+        found = jax.tree.map(lambda g, d: jnp.sum(g * d), jax.jit(jax.grad(slope))(adapter), direction)
+        assert_close(sum(jax.tree.leaves(found)), expected, "float32", moved_from=0)
+
+
 @pytest.mark.parametrize("how", ["explicit", "shard_map around", "shard_map within"])
 def test_gradients_on_a_mesh_are_those_without(how):
     """Rows dealt to eight devices: axes in the arrays' types, and ``shard_map`` with its check of what differs."""
