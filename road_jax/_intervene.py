@@ -173,9 +173,10 @@ class Intervened:
         config = self.config
         theta, alpha = parameters(intervention, config, places[0].hidden)
         if (adapter_ids is None) != (theta.ndim == 2):
+            count = "no" if adapter_ids is None else adapter_ids.shape[0]
             raise AdapterError(
                 "intervention: expected several (stack_adapters) with adapter_ids and one without, "
-                f"found θ {list(theta.shape[1:])} and {'no' if adapter_ids is None else len(adapter_ids)} adapter_ids"
+                f"found θ {list(theta.shape[1:])} and {count} adapter_ids"
             )
         if adapter_ids is not None:
             check_ids(adapter_ids, theta.shape[-1] - 1)
@@ -476,7 +477,7 @@ def _chosen(prompt_mask: jax.Array, first: int, last: int) -> jax.Array:
     texts = prompt_mask.astype(jnp.int32)
     # How many tokens of its own text stand before each token, and behind it.
     same = texts[:, :, None] == texts[:, None, :]
-    place = np.arange(texts.shape[1])
+    place = jnp.arange(texts.shape[1])
     before, behind = (
         jnp.sum(same & side[None], axis=-1) for side in (place[None] < place[:, None], place[None] > place[:, None])
     )

@@ -1,6 +1,7 @@
 """Where a linear layer's outputs stand in its result, its kernel and its bias."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -138,5 +139,7 @@ def along(array: jax.Array, axes: tuple[int, ...], function: Callable[[jax.Array
     """Applies a function that works on one last axis to several axes, flattened in their order."""
     last = tuple(range(-len(axes), 0))
     moved = jnp.moveaxis(array, axes, last)
-    flat = moved.reshape(*moved.shape[: moved.ndim - len(axes)], -1)
+    # Not -1, which nothing tells of an array without rows.
+    lead = moved.ndim - len(axes)
+    flat = moved.reshape(*moved.shape[:lead], math.prod(moved.shape[lead:]))
     return jnp.moveaxis(function(flat).reshape(moved.shape), last, axes)

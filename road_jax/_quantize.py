@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import serialization
+from flax.linen.dtypes import promote_dtype
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from road_core import AdapterError
@@ -62,6 +64,26 @@ class QuantizedKernel:
     def dequantize(self) -> jax.Array:
         """Returns the kernel ``[*stack, in, out]`` in its dtype: bit for bit as bitsandbytes dequantises it."""
         return jnp.swapaxes(_weight(self), -1, -2)
+
+
+def _to_state(kernel: QuantizedKernel) -> dict[str, Any]:
+    parts = {name: serialization.to_state_dict(getattr(kernel, name)) for name in ("codes", "scales")}
+    return {**parts, "kind": kernel.kind, "shape": list(kernel.shape), "dtype": kernel.dtype}
+
+
+def _from_state(kernel: QuantizedKernel, state: Any) -> QuantizedKernel:
+    if not isinstance(state, Mapping) or (lacking := {"codes", "scales", "kind", "shape", "dtype"} - state.keys()):
+        found = f"no {sorted(lacking)[0]}" if isinstance(state, Mapping) else type(state).__name__
+        raise AdapterError(
+            f"{serialization.current_path()}: expected the state of a quantised kernel, with codes, scales, kind, "
+            f"shape and dtype, found {found}"
+        )
+    codes, scales = (serialization.from_state_dict(getattr(kernel, n), state[n], name=n) for n in ("codes", "scales"))
+    inputs, out = state["shape"]
+    return QuantizedKernel(codes, scales, state["kind"], (int(inputs), int(out)), state["dtype"])
+
+
+serialization.register_serialization_state(QuantizedKernel, _to_state, _from_state)
 
 
 def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[str] = ("lm_head",)) -> dict[str, Any]:
@@ -196,15 +218,17 @@ def dense(module: nn.Dense, kernel: QuantizedKernel, bias: jax.Array | None, inp
             f"{dotted(module.path)}: expected a quantised kernel [{inputs.shape[-1]}, {module.features}], found "
             f"{list(kernel.shape)} with codes {list(kernel.codes.shape)} {_REMEDY}"
         )
-    dtype = module.dtype or jnp.promote_types(inputs.dtype, kernel.dtype)
     dot_general = module.dot_general_cls() if module.dot_general_cls is not None else module.dot_general
-    x = inputs.astype(dtype)
-    if dot_general is None:
+    if dot_general is None and module.promote_dtype is promote_dtype:
+        # Of the kernel its dtype is all that counts.
+        alike = jnp.zeros((), kernel.dtype)
+        x, _, bias = promote_dtype(inputs, alike, bias, dtype=module.dtype)
         y = matmul(x, kernel, module.precision)
     else:
-        plain = kernel.dequantize().astype(dtype)
-        y = dot_general(x, plain, (((x.ndim - 1,), (0,)), ((), ())), precision=module.precision)
-    return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        x, plain, bias = module.promote_dtype(inputs, kernel.dequantize(), bias, dtype=module.dtype)
+        dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+        y = (dot_general or jax.lax.dot_general)(x, plain, dimensions, precision=module.precision)
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def not_dense(module: nn.Module) -> AdapterError:

@@ -45,9 +45,10 @@ def blocks(cosines: jax.Array, sines: jax.Array, *, variant: str, group_size: in
     """
     lead, half = cosines.shape[:-1], group_size // 2
     if variant == "road_4":
-        quarters = (*lead, -1, 2, 2, half)
+        quarters = (*lead, cosines.shape[-1] // (4 * half), 2, 2, half)
         return cosines.reshape(quarters)[..., 0, :, :], sines.reshape(quarters)[..., 1, :, :]
-    shape = (*lead, -1, 1 if variant == "road_1" else 2, half)
+    rows = 1 if variant == "road_1" else 2
+    shape = (*lead, cosines.shape[-1] // (rows * half), rows, half)
     return cosines.reshape(shape), sines.reshape(shape)
 
 
@@ -166,7 +167,7 @@ def rotate_rows(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
         first: ``[batch, groups, 1 or 2, half]``, float32.
         second: of the same shape.
     """
-    shape = (len(y),) + (1,) * (y.ndim - 2) + first.shape[1:]
+    shape = y.shape[:1] + (1,) * (y.ndim - 2) + first.shape[1:]
     return _turn(y, first.reshape(shape), second.reshape(shape))
 
 
@@ -237,7 +238,7 @@ def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array
     # The transpose of [[f0, −s0], [s1, f1]] is the rotation with f and the other half's s, turned back.
     dy = _rotate_blocks(d, first, -second[..., ::-1, :])
     # All branches are traced on any platform, and folding joins axes, which mustn't be where they are sharded by type.
-    if any(axis is not None for axis in jax.typeof(d).sharding.spec) or not d.size:
+    if any(axis is not None for axis in jax.typeof(d).sharding.spec) or 0 in d.shape:
         return dy, *_plain_sums(d, y, first)
     return dy, *jax.lax.platform_dependent(d, y, first, cpu=_folded_sums, default=_plain_sums)
 
@@ -262,12 +263,14 @@ def _folded_sums(d: jax.Array, y: jax.Array, first: jax.Array) -> tuple[jax.Arra
     """As `_plain_sums`. XLA on CPU sums rows one column at a time; this takes a third to a quarter of that."""
     # Eight neighbouring rows are added as whole arrays, the rest is a product with ones.
     # Groups stay outermost: where they are sharded, so is what is summed.
-    fold = math.gcd(8, y.shape[-2]) if y.ndim > 1 else 1
+    # Of a size that is only known as the program runs (`jax.export`), none are.
+    rows = y.shape[-2] if y.ndim > 1 else 1
+    fold = math.gcd(8, rows) if isinstance(rows, int) else 1
     d, y = (v.reshape(*v.shape[:-2], -1, fold, v.shape[-1]) for v in (d, y))
     parts = [_products(d[..., i, :], y[..., i, :], first) for i in range(fold)]
     together = jnp.stack([functools.reduce(jnp.add, rows) for rows in zip(*parts, strict=True)], axis=-2)
     flat = together.reshape(-1, math.prod(together.shape[-3:]))
-    sums = jnp.dot(jnp.ones(len(flat), flat.dtype), flat, precision="highest").reshape(together.shape[-3:])
+    sums = jnp.dot(jnp.ones(flat.shape[0], flat.dtype), flat, precision="highest").reshape(together.shape[-3:])
     return _by_coefficient([sums[:, i] for i in range(sums.shape[1])])
 
 

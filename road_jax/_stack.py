@@ -19,7 +19,7 @@ def stack_adapters(adapters: Sequence[Tree]) -> Tree:
 
     Returns:
         A tree with the modules of all of them and one more axis, the last: 0 is the identity, adapter ``i`` stands at
-        ``i + 1``, and one that lacks a module is the identity there.
+        ``i + 1``, and one that lacks a module is the identity there. In float32, or float64 where an adapter is.
 
     Raises:
         AdapterError: there are no adapters, their shapes differ, or one holds modules that were trained whole.
@@ -50,8 +50,10 @@ def stack_adapters(adapters: Sequence[Tree]) -> Tree:
                 f"{dotted(path)}: expected one shape in all adapters, of one variant and for one model, "
                 f"found {sorted(map(list, shapes))}"
             )
-        identity = jnp.full(shapes.pop(), float(path[-1] == "road_alpha"), jnp.float32)
-        rows = [identity, *(jnp.asarray(tree.get(path, identity), jnp.float32) for tree in trees)]
+        leaves = [jnp.asarray(tree[path]) if path in tree else None for tree in trees]
+        wide = any(leaf is not None and jnp.finfo(leaf.dtype).bits > 32 for leaf in leaves)
+        identity = jnp.full(shapes.pop(), float(path[-1] == "road_alpha"), jnp.float64 if wide else jnp.float32)
+        rows = [identity if leaf is None else leaf.astype(identity.dtype) for leaf in (None, *leaves)]
         stacked[path] = jnp.stack(rows, axis=-1)
     return unflatten(stacked)
 
@@ -63,6 +65,9 @@ def as_ids(adapter_ids: Any) -> jax.Array:
         AdapterError: they aren't whole numbers, one a row.
     """
     if not isinstance(adapter_ids, jax.Array | np.ndarray):
+        if isinstance(adapter_ids, list | tuple) and not adapter_ids:
+            # NumPy would make floats of nothing.
+            adapter_ids = np.zeros(0, np.int32)
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(adapter_ids))
         adapter_ids = (jnp if traced else np).asarray(adapter_ids)
     if adapter_ids.ndim != 1 or not jnp.issubdtype(adapter_ids.dtype, jnp.integer):

@@ -252,9 +252,9 @@ class Road:
 
             def rotate(flat: jax.Array) -> jax.Array:
                 path = dotted(module.path)
-                if adapter_ids is not None and (flat.ndim < 2 or len(flat) != len(adapter_ids)):
+                if adapter_ids is not None and (flat.ndim < 2 or flat.shape[0] != adapter_ids.shape[0]):
                     raise AdapterError(
-                        f"{path}: expected an output with the {len(adapter_ids)} rows of adapter_ids first, "
+                        f"{path}: expected an output with the {adapter_ids.shape[0]} rows of adapter_ids first, "
                         f"found shape {list(result.shape)}"
                     )
                 return rotate_polar(

@@ -29,11 +29,18 @@ def flatten(tree: Mapping[str, Any], what: str = "adapter") -> dict[Path, Any]:
     """Returns ``{path: leaf}``.
 
     Raises:
-        AdapterError: ``what``, as the error calls the tree, is no nested dict.
+        AdapterError: ``what``, as the error calls the tree, is no nested dict, or one with quantised kernels in pieces.
     """
     if not isinstance(tree, Mapping):
         raise AdapterError(f"{what}: expected a nested dict of arrays, found {type(tree).__name__}")
-    return traverse_util.flatten_dict(to_dict(tree))
+    leaves = traverse_util.flatten_dict(to_dict(tree))
+    for path in leaves:
+        if path[-2:] == ("kernel", "codes") and (*path[:-1], "scales") in leaves:
+            raise AdapterError(
+                f"{dotted(path[:-1])}: expected an array or a QuantizedKernel, found a dict of codes and scales, as a "
+                "checkpoint gives that is restored without a target (give it the quantised variables, or their shapes)"
+            )
+    return leaves
 
 
 def params_of(variables: Mapping[str, Any], what: str = "variables") -> Mapping[str, Any]:

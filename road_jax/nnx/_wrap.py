@@ -176,10 +176,10 @@ def rotate(
     cosines, sines = polar(theta, alpha)
     ids = None if row_ids is None else row_ids[...]
     if ids is not None:
-        if y.ndim < 2 or len(y) != len(ids) or cosines.ndim != 2:
+        if y.ndim < 2 or y.shape[0] != ids.shape[0] or cosines.ndim != 2:
             raise AdapterError(
                 f"adapter_ids: expected several adapters (set_adapter of stack_adapters) and outputs with the "
-                f"{len(ids)} rows first, found theta {list(theta.shape)} and outputs {list(y.shape)}"
+                f"{ids.shape[0]} rows first, found theta {list(theta.shape)} and outputs {list(y.shape)}"
             )
         # [size, adapters] -> [batch, size]
         cosines, sines = of_rows(cosines, ids, 1).T, of_rows(sines, ids, 0).T

@@ -147,7 +147,10 @@ def test_a_rows_draw_does_not_depend_on_its_neighbours(small):
 
 
 def test_no_prompts_no_answers(small):
-    assert road_jax.generate(small[0], small[1], []) == []
+    module, variables, road, adapter = small
+    assert road_jax.generate(module, variables, []) == []
+    several = road_jax.stack_adapters([adapter])
+    assert road_jax.generate(road, variables, [], adapter=several, adapter_ids=[]) == []
 
 
 @pytest.mark.parametrize(

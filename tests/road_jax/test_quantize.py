@@ -6,12 +6,15 @@ import bitsandbytes as bnb
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
 import torch
 import transformers
 from _compare import assert_close, named_values
 from _models import small_checkpoint
 from flax import linen as nn
+from flax import serialization
+from flax.linen.dtypes import promote_dtype
 from jax.sharding import PartitionSpec as P
 from safetensors.torch import load_file, save_file
 
@@ -385,6 +388,62 @@ def test_boxes_and_places_are_kept(kind):
     assert_close(found, model.apply(back, x), "float32", moved_from=model.apply(variables, x))
     with pytest.raises(AdapterError, match=rf"dense: expected a plain kernel to merge into, found {kind} codes"):
         road.merge(quantized, road.init(jax.random.key(1), plain, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_flax_and_orbax(kind, tmp_path):
+    """What was saved is what comes back, given a target; without one there is one sentence."""
+    model, x = Model(), jnp.asarray(named_values("x", 2, 4, 64))
+    plain = model.init(jax.random.key(0), x)
+    quantized = road_jax.quantize(plain, kind)
+    shapes = jax.eval_shape(lambda: quantized)
+    written = serialization.to_bytes(quantized)
+    checkpointer = orbax.checkpoint.StandardCheckpointer()
+    checkpointer.save(tmp_path / "saved", quantized)
+    checkpointer.wait_until_finished()
+    back = [serialization.from_bytes(target, written) for target in (quantized, shapes)]
+    for found in (*back, checkpointer.restore(tmp_path / "saved", shapes)):
+        assert jax.tree.structure(found) == jax.tree.structure(quantized)
+        for ours, expected in zip(jax.tree.leaves(found), jax.tree.leaves(quantized), strict=True):
+            np.testing.assert_array_equal(ours, expected)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    for pieces in (checkpointer.restore(tmp_path / "saved"), serialization.from_bytes(plain, written)):
+        with pytest.raises(AdapterError, match=r"blocks\.down\.kernel: expected an array .* restored without a target"):
+            road.apply(pieces, {}, x)
+        with pytest.raises(AdapterError, match=r"kernel: expected an array .* restored without a target"):
+            road.init(jax.random.key(0), pieces, x)
+    with pytest.raises(AdapterError, match=r"blocks/down/kernel: expected the state of a quantised .*, found ndarray"):
+        serialization.from_bytes(quantized, serialization.to_bytes(plain))
+
+
+def upcast(inputs, kernel, bias, *, dtype):
+    return promote_dtype(inputs, kernel, bias, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("fields", "kernel", "bias", "inputs"),
+    [
+        ({}, "bfloat16", "float32", "bfloat16"),
+        ({}, "bfloat16", "bfloat16", "bfloat16"),
+        ({}, "float16", "float16", "bfloat16"),
+        ({}, "float32", None, "int32"),
+        ({"dtype": jnp.bfloat16}, "float32", "float32", "float32"),
+        ({"promote_dtype": upcast}, "bfloat16", "bfloat16", "bfloat16"),
+    ],
+)
+def test_dtypes_are_those_of_dense(kind, fields, kernel, bias, inputs):
+    model = nn.Dense(32, use_bias=bias is not None, **fields)
+    params = {"kernel": jnp.asarray(named_values("k", 64, 32)).astype(kernel)}
+    if bias is not None:
+        params["bias"] = jnp.asarray(named_values("b", 32)).astype(bias)
+    x = (8 * jnp.asarray(named_values("x", 3, 64))).astype(inputs)
+    quantized = road_jax.quantize({"params": params}, kind)
+    with jax.numpy_dtype_promotion("standard"):
+        expected = model.apply(road_jax.dequantize(quantized), x)
+        found = road_jax.transform(model, RoadConfig(target_modules="all-linear")).apply(quantized, {}, x)
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_is_refused(tmp_path):

@@ -8,7 +8,9 @@ from _compare import assert_close, named_values
 from _models import small_checkpoint
 from flax import linen as nn
 from flax import nnx
+from jax import export
 
+import road_core
 import road_jax
 from road_core import AdapterError, RoadConfig
 from road_jax import models
@@ -188,6 +190,57 @@ def test_none_is_the_base_whatever_a_step_did_to_its_place(form):
     found = apply(decayed, np.asarray([0, 1, 0, 2]))
     np.testing.assert_array_equal(found[0::2], base[0::2])
     assert np.abs(found - base)[1::2].max() > 0.1
+
+
+@pytest.mark.parametrize("form", range(4), ids=["linen", "linen blocks", "nnx", "nnx blocks"])
+@pytest.mark.parametrize("ids", [[], np.zeros(0, np.int32)], ids=["list", "array"])
+def test_batches_without_rows(ids, form):
+    x = jnp.zeros((0, 5, 32))
+    apply, one, base = list(forms(x))[form]
+    several = road_jax.stack_adapters([one])
+    found = apply(several, ids)
+    assert (found.shape, found.dtype) == (base.shape, base.dtype)
+    for leaf in jax.tree.leaves(jax.grad(lambda several: jnp.sum(apply(several, ids)))(several)):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("form", range(4), ids=["linen", "linen blocks", "nnx", "nnx blocks"])
+def test_a_batch_of_any_size_is_exported(form):
+    """What `jax.export` makes for a batch whose size is a symbol, its gradient too, computes for any."""
+    x = jnp.asarray(named_values("x", 4, 5, 32))
+    batch = export.symbolic_shape("batch")
+    symbols = jax.ShapeDtypeStruct((*batch, 5, 32), jnp.float32), jax.ShapeDtypeStruct(batch, jnp.int32)
+    ids = jnp.asarray([2, 0, 1, 2], jnp.int32)
+    apply, one, _ = list(forms(x))[form]
+    several = road_jax.stack_adapters([filled(one, "a"), filled(one, "b")])
+
+    def run(several, x, ids):
+        return list(forms(x))[form][0](several, ids)
+
+    def loss(*arguments):
+        return jnp.sum(jnp.sin(run(*arguments)))
+
+    expected = jax.jit(apply)(several, ids), jax.jit(jax.grad(loss))(several, x, ids)
+    for function, value in zip((run, jax.grad(loss)), expected, strict=True):
+        found = export.export(jax.jit(function))(several, *symbols).call(several, x, ids)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(value), strict=True):
+            assert_close(a, b, "float32", moved_from=np.zeros_like(b))
+
+
+def test_float64_stays():
+    with jax.enable_x64(True):
+        x = jnp.asarray(named_values("x", 2, 32), jnp.float64)
+        model = nn.Dense(16, param_dtype=jnp.float64)
+        variables = model.init(jax.random.key(0), x)
+        road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+        one = jax.tree.map(lambda leaf: leaf / 3, filled(road.init(jax.random.key(0), variables, x), "a"))
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64) / 3, one)
+        several = road_jax.stack_adapters([one, wide])
+        assert {leaf.dtype for leaf in jax.tree.leaves(several)} == {jnp.dtype(jnp.float64)}
+        found = road.apply(variables, several, x, adapter_ids=[2, 2])
+        bare = np.asarray(model.apply(variables, x))
+        arrays = [np.asarray(wide[name]) for name in ("road_theta", "road_alpha")]
+        assert_close(found, road_core.rotate(bare, *arrays, variant="road_1", group_size=8), "float64", moved_from=bare)
 
 
 def test_ids_may_be_a_list_and_are_checked(mixed):

@@ -7,6 +7,7 @@ import pytest
 from _compare import assert_close, named_values
 from flax import errors, nnx
 from flax import linen as nn
+from jax import export
 from jax.sharding import PartitionSpec as P
 
 import road_core
@@ -291,6 +292,31 @@ def test_no_rows_have_no_gradient(shape):
         return jnp.sum(road_jax.rotate(jnp.ones(shape), theta, theta, variant="road_1", group_size=8))
 
     np.testing.assert_array_equal(jax.grad(loss)(jnp.ones(8)), 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_batch_without_rows_gives_none(variant, x, loop):
+    road, variables, _ = loop
+    road = road_jax.transform(road.model, RoadConfig(variant=variant, target_modules="all-linear", group_size=8))
+    adapter = with_values(road.init(jax.random.key(1), variables, x))
+    for empty in (x[:0], x[:, :0]):
+        assert road.apply(variables, adapter, empty).shape == road.model.apply(variables, empty).shape
+        gradient = jax.grad(lambda a, e=empty: jnp.sum(road.apply(variables, a, e)))(adapter)
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("symbols", ["batch, 5, 64", "batch, length, 64"])
+def test_the_gradient_of_a_batch_of_any_size_is_exported(symbols, x, loop):
+    road, variables, adapter = loop
+
+    def loss(adapter, x):
+        return jnp.sum(jnp.sin(road.apply(variables, adapter, x)))
+
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape(symbols), jnp.float32)
+    found = export.export(jax.jit(jax.grad(loss)))(adapter, shape).call(adapter, x)
+    expected = jax.jit(jax.grad(loss))(adapter, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(a, b, "float32", moved_from=np.zeros_like(b))
 
 
 def test_a_rotation_that_does_not_fit_is_refused():
