@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import regex
 
 from road_core._config import RoadConfig
-from road_core._errors import AdapterError
+from road_core._errors import AdapterError, listed
 
 ALL_LINEAR = "all-linear"
 
@@ -112,14 +112,27 @@ def select_modules(
         selected = [name for name in names if name in linear and name not in head]
     else:
         selected = _matching("target_modules", targets, names, match)
-    selected = _not_excluded(config, selected, match)
+    if not selected:
+        raise _nothing(config, names)
+    left = _not_excluded(config, selected, match)
+    if not left:
+        raise AdapterError(
+            "RoadConfig.exclude_modules and modules_to_save: expected to leave some of what target_modules matches, "
+            f"found none left of {listed(selected)}"
+        )
     # PEFT asks for layer indices only where the targets are a list, and makes one of "all-linear".
-    if all_linear or isinstance(targets, list):
-        selected = _in_layers(config, selected, match)
-    return selected or _nothing(config, names)
+    if not all_linear and not isinstance(targets, list):
+        return left
+    if not (chosen := _in_layers(config, left, match)):
+        behind = f"{config.layers_pattern!r:.80}" if config.layers_pattern else "two other names or layers_pattern"
+        raise AdapterError(
+            f"RoadConfig.layers_to_transform: expected names with one of {config.layers_to_transform!r:.80} between "
+            f"dots behind {behind}, as in model.blocks.0.mlp, among what target_modules matches, found {listed(left)}"
+        )
+    return chosen
 
 
-def _nothing(config: RoadConfig, names: Sequence[str]) -> list[str]:
+def _nothing(config: RoadConfig, names: Sequence[str]) -> AdapterError:
     wanted = config.target_modules if isinstance(config.target_modules, list) else [str(config.target_modules)]
     near: list[str] = []
     # Few and short ones: comparing takes long.
@@ -129,7 +142,7 @@ def _nothing(config: RoadConfig, names: Sequence[str]) -> list[str]:
         end = want.split(".", want.count(".") + 1 - parts)[-1]
         near += difflib.get_close_matches(end, _ends(names, parts)[:500], n=3, cutoff=0.4)
     found = ", ".join(dict.fromkeys(near)) or ", ".join(_ends(names, 1)[:12]) or "no modules at all"
-    raise AdapterError(
+    return AdapterError(
         f"RoadConfig.target_modules: expected a match for {config.target_modules!r:.200}, nearest: {found}"
     )
 

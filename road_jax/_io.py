@@ -50,6 +50,8 @@ def to_record(adapter: Tree, config: RoadConfig) -> Adapter:
     if len(set(map(dotted, leaves))) < len(leaves):
         raise AdapterError("adapter: expected modules whose names joined by dots differ, found some alike")
     modules = {dotted(p): (leaves[(*p, "road_theta")], leaves[(*p, "road_alpha")]) for p in adapted_paths(adapter)}
+    if "" in modules:
+        raise AdapterError("adapter: expected modules with names to save, found a model that is one layer by itself")
     saved = {dotted(path): leaf for path, leaf in leaves.items() if path[-1] not in ROAD_LEAVES}
     return Adapter(config, modules, saved)
 

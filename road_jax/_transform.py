@@ -97,7 +97,7 @@ class Road:
             rng: a key; it decides nothing unless ``config.init_weights`` is False.
             variables: the model's variables, ``{"params": …}``.
             *args: sample inputs of the model; shapes and dtypes are all that counts.
-            **kwargs: more of them.
+            **kwargs: more of them. ``rngs`` and ``mutable`` are taken as `apply` takes them, and decide nothing.
 
         Returns:
             A nested dict that mirrors ``params``: float32 ``road_theta`` and ``road_alpha`` where a targeted layer's
@@ -138,6 +138,7 @@ class Road:
             return result
 
         def shapes(rng: jax.Array, args: Any, kwargs: Any) -> Any:
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("rngs", "mutable")}
             with traced_anew() as forget, nn.intercept_methods(functools.partial(declare, forget)):
                 return self.model.init(rng, *args, **kwargs)
 
@@ -413,7 +414,6 @@ class Road:
         """Of the adapter's layers, those that are known."""
         paths = adapted_paths(adapter)
         if args or kwargs:
-            kwargs = {name: value for name, value in kwargs.items() if name != "rngs"}
             jax.eval_shape(lambda: self.init(jax.random.key(0), variables, *args, **kwargs))
         unknown = [path for path in paths if path not in self._seen]
         if unknown and (args or kwargs):

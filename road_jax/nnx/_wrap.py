@@ -241,6 +241,9 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
                 f"{dotted(path) or 'its top'} (unwrap first; wrap before intervene)"
             )
     modules = dict(modules_of(model))
+    if isinstance(model, nnx.Module) and _layout(model, layers or {}) is not None:
+        # Linear by itself, its name is empty.
+        modules[""] = model
     known = {name: layout for name, node in modules.items() if (layout := _layout(node, layers or {})) is not None}
     linear = list(known)
     chosen = select_modules(

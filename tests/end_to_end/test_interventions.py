@@ -68,7 +68,7 @@ def test_flax_and_pytorch_agree(base, tmp_path):
 def test_the_pages_code_runs(base, tmp_path, monkeypatch):
     page = Path(__file__).parents[2].joinpath("docs", "interventions.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(code) == 4
+    assert len(code) == 5
     monkeypatch.chdir(tmp_path)
     tmp_path.joinpath("checkpoint").symlink_to(base)
     names: dict = {}
@@ -78,3 +78,9 @@ def test_the_pages_code_runs(base, tmp_path, monkeypatch):
             exec(compile(block, "docs/interventions.md", "exec"), names)
     assert names["tokens"].shape == (2, 7)
     np.testing.assert_allclose(names["y"][1], names["model"](names["x"])[1], rtol=1e-6)
+    optimiser, intervention = names["optimiser"], names["intervention"]
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimiser.update(jax.tree.map(jnp.ones_like, intervention), optimiser.init(intervention))
+    for layer in updates["layers"].values():
+        assert np.abs(layer["road_theta"]).min() > 1e-3
+        np.testing.assert_array_equal(layer["road_alpha"], 0)

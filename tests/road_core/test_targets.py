@@ -131,7 +131,18 @@ def test_the_table_of_model_types_is_pefts():
         ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(layers"}, "regular expression"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(l)ayers"}, "without groups"),
         ({}, "model type 'unheard-of'"),
-        ({"target_modules": "all-linear", "exclude_modules": r".*"}, "match for 'all-linear'"),
+        (
+            {"target_modules": "all-linear", "exclude_modules": r".*"},
+            r"^RoadConfig.exclude_modules .* found none left of ",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [99]},
+            r"^RoadConfig.layers_to_transform: expected names with one of \[99\] between dots .* found .*layers\.0",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"},
+            r"^RoadConfig.layers_to_transform: expected names with one of 0 between dots behind 'h', ",
+        ),
     ],
 )
 def test_no_match_names_the_nearest(fields, message, trees):

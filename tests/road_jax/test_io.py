@@ -44,6 +44,8 @@ def test_what_can_not_be_kept_is_refused(tmp_path):
         road_jax.save_adapter(tmp_path / "a", make(), road_jax.InterventionConfig(layers=[0]))
     with pytest.raises(AdapterError, match="adapter: expected a nested dict of arrays, found list"):
         road_jax.save_adapter(tmp_path / "a", [make()], config)
+    with pytest.raises(AdapterError, match="expected modules with names to save, found a model that is one layer"):
+        road_jax.save_adapter(tmp_path / "a", make()["layers"]["q"], config)
     assert list(tmp_path.iterdir()) == []
     road_jax.save_adapter(tmp_path / "a", make(), config)
     with pytest.raises(AdapterError, match="already holds something"):

@@ -107,6 +107,14 @@ def test_sample_inputs_are_as_for_init():
     merged = fresh.merge(variables, adapter, x, deterministic=False, rngs={"dropout": jax.random.key(2)})
     for found, leaf in zip(jax.tree.leaves(merged), expected, strict=True):
         np.testing.assert_array_equal(found, leaf)
+    options = {"deterministic": False, "rngs": {"dropout": jax.random.key(2)}, "mutable": ["intermediates"]}
+    again = road_jax.transform(Model(), config).init(jax.random.key(1), variables, x, **options)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, again, adapter))
+    merged = road_jax.transform(Model(), config).merge(variables, adapter, x, **options)
+    for found, leaf in zip(jax.tree.leaves(merged), expected, strict=True):
+        np.testing.assert_array_equal(found, leaf)
+    with pytest.raises(AdapterError, match="quantize: expected kernels of Dense layers, found none"):
+        road_jax.transform(Model(), config).quantize(variables, "int8", x, **options)
     with pytest.raises(AdapterError, match="other: expected a linear layer of the model, found none"):
         fresh.merge(variables, {"other": adapter["Einsum_0"]}, x, deterministic=True)
 

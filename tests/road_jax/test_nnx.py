@@ -524,6 +524,22 @@ def test_layer_types_that_are_not_flaxs(x):
     assert_close(unwrap(adapted)(x), expected, "float32")
 
 
+def test_a_model_may_be_one_layer(x):
+    model = nnx.Linear(16, 64, rngs=nnx.Rngs(0))
+    adapted = set_values(wrap(model, RoadConfig(target_modules="all-linear", group_size=8)))
+    arrays = [np.asarray(road_jax.nnx.get_adapter(adapted)[name]) for name in ("road_theta", "road_alpha")]
+    bare = np.asarray(model(x), np.float64)
+    expected = road_core.rotate(bare, *arrays, variant="road_1", group_size=8)
+    assert_close(adapted(x), expected, "float32", moved_from=bare)
+    several = wrap(model, RoadConfig(target_modules=".*", group_size=8))
+    road_jax.nnx.set_adapter(several, road_jax.stack_adapters([road_jax.nnx.get_adapter(adapted)]))
+    found = road_jax.nnx.apply(several, x, adapter_ids=[1, 0])
+    assert_close(found, np.stack([expected[0], bare[1]]), "float32")
+    assert unwrap(adapted)(x).tolist() == model(x).tolist()
+    road_jax.nnx.merge(adapted)
+    assert_close(unwrap(adapted)(x), expected, "float32")
+
+
 class Tree(nnx.Pytree):
     def __init__(self):
         self.up = nnx.Linear(4, 64, rngs=nnx.Rngs(0))

@@ -510,6 +510,12 @@ def test_what_does_not_fit_is_refused(x, loop):
     scanned = road_jax.transform(Stack("scan"), RoadConfig(target_modules=["up"], layers_to_transform=[0]))
     with pytest.raises(AdapterError, match=r"layers_to_transform: expected .* found blocks\.\w+, a stack"):
         scanned.init(jax.random.key(0), scanned.model.init(jax.random.key(0), x), x)
+    numbered = road_jax.transform(Stack(), RoadConfig(target_modules=["up"], layers_to_transform=[0]))
+    with pytest.raises(
+        AdapterError,
+        match=r"^RoadConfig.layers_to_transform: .* \[0\] between dots .* found blocks_0\.up, blocks_1\.up",
+    ):
+        numbered.init(jax.random.key(0), numbered.model.init(jax.random.key(0), x), x)
     rows = nn.Sequential([nn.DenseGeneral(8, batch_dims=(0,))])
     with pytest.raises(AdapterError, match=r"DenseGeneral \(without batch_dims\) .* found DenseGeneral"):
         road_jax.transform(rows, RoadConfig(target_modules=["layers_0"])).init(
