@@ -1,5 +1,7 @@
 """How a command ends: one line for bad input, never a traceback."""
 
+import io
+import signal
 import sys
 from collections.abc import Callable
 
@@ -12,6 +14,11 @@ def run(command: Callable[[], None]) -> None:
     Bad input, or a file that the system refuses, becomes one line on stderr and exit code 2; an interrupt exit code
     130.
     """
+    # What would stop the process halfway is an interrupt like Ctrl-C, so that drafts are removed.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Text that the terminal's encoding lacks is no reason to lose the rest.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         command()
     except AdapterError as error:
@@ -23,6 +30,8 @@ def run(command: Callable[[], None]) -> None:
         sys.exit(_fail(f"{where}: expected what can be read and written, found {found}", 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 130))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(sentence: str, code: int) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors
@@ -315,6 +316,9 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(path)
     check_free(target)
+    if target.is_symlink():
+        # The folder at its end is what is replaced.
+        target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stays = target.is_dir() and (
@@ -349,13 +353,14 @@ def check_free(path: str | os.PathLike) -> None:
     """Refuses a place for output that already holds something.
 
     Raises:
-        AdapterError: ``path`` is a file, or a folder that isn't empty.
+        AdapterError: ``path`` is a file, a link to nothing, or a folder that isn't empty.
     """
     target = Path(path)
     if target.is_dir() and any(target.iterdir()):
         raise AdapterError(f"{target}: expected an empty or new folder, found one that already holds something")
-    if target.exists() and not target.is_dir():
-        raise AdapterError(f"{target}: expected an empty or new folder, found a file")
+    if os.path.lexists(target) and not target.is_dir():
+        found = "a file" if target.exists() else "a link to nothing"
+        raise AdapterError(f"{target}: expected an empty or new folder, found {found}")
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
@@ -373,6 +378,34 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(draft)
         raise
+
+
+def open_alone(path: str | os.PathLike) -> IO[bytes]:
+    """Opens a file to read and append, new or not, and holds it for this process until it is closed.
+
+    Raises:
+        AdapterError: another process holds it.
+    """
+    file = open(path, "a+b")  # noqa: SIM115  # the caller closes it
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(path) from None
+        except OSError:  # a network's file system may know no locks
+            pass
+        # It may have been removed, by who held it, after it was opened here.
+        if not (os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
+            raise _held(path)
+    except BaseException:
+        file.close()
+        raise
+    file.seek(0)
+    return file
+
+
+def _held(path: str | os.PathLike) -> AdapterError:
+    return AdapterError(f"{path}: expected a file that no other process writes, found one that another holds")
 
 
 def write_files(directory: str | os.PathLike, files: Mapping[str, bytes], *, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,8 +12,8 @@ import orbax.checkpoint as ocp
 from road_core import AdapterError
 from road_jax.train._step import State
 
-# orbax tells of every file at INFO and of its own defaults at WARNING.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# orbax tells of every file at INFO, of its own defaults at WARNING, and of what it raises as well at ERROR.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -29,12 +30,21 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
-        """Writes a host-side state after ``step`` steps, with JSON beside it."""
+        """Writes a host-side state after ``step`` steps, with JSON beside it.
+
+        Raises:
+            AdapterError: it can't be written.
+        """
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=items)
-        self._manager.wait_until_finished()
+        try:
+            self._manager.save(step, args=items)
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax lets errors of several libraries through
+            raise AdapterError(
+                f"{self._directory}: expected a folder that checkpoints can be written to, found {_reason(error)}"
+            ) from None
 
     def restore(self, like: State) -> tuple[int, State, dict[str, Any]] | None:
         """Returns the last checkpoint: its step, state and JSON; None if there is none yet.
@@ -49,8 +59,9 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=items)
         except Exception as error:  # orbax lets errors of several libraries through
-            reason = " ".join(str(error).split())[:200]
-            raise AdapterError(f"{self._directory}/{step}: expected this run's checkpoint, found {reason}") from None
+            raise AdapterError(
+                f"{self._directory}/{step}: expected this run's checkpoint, found {_reason(error)}"
+            ) from None
         return step, State(**found.state), found.meta
 
     def __enter__(self) -> Self:
@@ -60,3 +71,10 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where that can be told; else the beginning of a long text."""
+    text = " ".join(str(error).split())
+    code = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(code[1])) if code else text[:200]

@@ -193,6 +193,19 @@ def check_lengths(examples: list[Example], max_length: int, where: str, *, skip_
     return short
 
 
+def check_learned(examples: Sequence[Example], where: str) -> None:
+    """Refuses lines of which nothing is learned.
+
+    Raises:
+        AdapterError: there are some (by the number of the first).
+    """
+    # Nothing stands before the first token that could predict it.
+    learned = {example.line for example in examples if example.is_target[1:].any()}
+    if empty := sorted({example.line for example in examples} - learned):
+        lines = f"{where}, line {empty[0]}" + (f" and {len(empty) - 1} more" if len(empty) > 1 else "")
+        raise AdapterError(f"{lines}: expected a completion that is a token or more behind its prompt, found none")
+
+
 def packed(
     examples: Sequence[Example], *, rows: int, length: int, seed: int | None, epochs: int | None
 ) -> grain.DatasetIterator:

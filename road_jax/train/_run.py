@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
+import re
 import signal
 import threading
 import time
@@ -19,13 +21,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from road_core import Adapter, AdapterError, output_size, subspace_blocks, write_flax
+from road_core import Adapter, AdapterError, RoadConfig, output_size, select_modules, subspace_blocks, write_flax
 from road_core._config import config_of_run
-from road_core._files import check_free, dump_json, read_json, write_file
+from road_core._files import HEAD, check_free, dump_json, inside, open_alone, read_json, read_shards, write_file
 from road_core._picture import draw_rotations
 from road_jax import models
 from road_jax._io import to_record
-from road_jax._transform import transform
+from road_jax._transform import Road, transform
+from road_jax._tree import dotted
 from road_jax.train import _data, _processes, _step
 from road_jax.train._checkpoint import Checkpoints
 from road_jax.train._plots import draw_loss
@@ -141,8 +144,11 @@ _FREE = (
     *("coordinator", "processes", "process"),
 )
 
-# In options.json: of the tokens that the data came to.
-_TOKENS = "tokens_sha256"
+# In options.json: of the base, and of the tokens that the data came to.
+_BASE, _TOKENS = "base_sha256", "tokens_sha256"
+
+# Bytes of each of the base's tensors that its digest sees.
+_SAMPLE = 1 << 12
 
 
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
@@ -154,7 +160,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
     ``checkpoints``. ``eval_exact`` is the share of held-out lines whose every completion token is the model's first
     choice given those before, so that greedy generation gives the line.
 
-    An interrupt (SIGINT or SIGTERM) ends the run after the step under way, with a checkpoint.
+    An interrupt (SIGINT or SIGTERM) ends the run after the step under way, with a checkpoint; before the first step
+    without one.
 
     With a ``coordinator`` several processes are one run: each calls this with the same options but its ``process``, on
     a folder that all of them see, and gives its devices their share of every batch. The result is that of one process
@@ -168,6 +175,11 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         AdapterError: bad input, found before anything is written; or a loss that isn't finite.
         KeyboardInterrupt: the run was interrupted.
     """
+    with _interruptible() as interrupted:
+        return _train(options, console, interrupted)
+
+
+def _train(options: TrainOptions, console: Console | None, interrupted: "_Interrupted") -> TrainResult:
     _processes.join(options.coordinator, options.processes, options.process)
     console = console or Console(stderr=True, quiet=not _processes.is_first())
     mesh = _processes.agreed(lambda: _check(options))
@@ -182,16 +194,21 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         examples, held_out = _examples(options, tokenizer)
         total = options.steps or _count_steps(options, examples)
         fingerprint[_TOKENS] = _digest([*examples, *held_out])
+        fingerprint[_BASE] = _processes.agreed(lambda: _digest_base(options.base))
+        _processes.check_same({_BASE: fingerprint[_BASE]}, "base")
         if options.resume:
             _check_begun(options, fingerprint)
     with console.status(f"loading {options.base}"):
         module, variables = _processes.agreed(lambda: _load(options, mesh))
         models.check_mesh(module.config, mesh)
+        if module.config.tie_word_embeddings:
+            _check_no_head(options)
         config = config_of_run(dataclasses.asdict(options))
         road = transform(module, config)
         sample = jnp.zeros((1, 8), jnp.int32)
         # Whole modules too are trained in float32; their layers compute in the base's dtype all the same.
         adapter = jax.tree.map(jnp.float32, road.init(jax.random.key(options.seed), variables, sample))
+        _check_targets(road)
         tx, schedule = _step.optimizer(
             options.learning_rate, total, warmup=options.warmup, weight_decay=options.weight_decay
         )
@@ -209,16 +226,24 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
             if not held_out:
                 return {}
             record = _evaluate(program, state.adapter, variables, held_out, options)
+            if not np.isfinite(loss := record["eval_loss"]):
+                raise AdapterError(f"step {step}: expected a finite loss of the lines that are held out, found {loss}")
             run.log({"step": step, **record})
             return record
 
         def checkpoint(step: int) -> None:
             checkpoints.save(step, program.fetch(state), run.meta())
 
-        with _bar(console) as progress, _interruptible() as interrupted:
+        def stop_if_interrupted() -> None:
+            if _processes.any_of(interrupted.seen):
+                raise KeyboardInterrupt
+
+        with _bar(console) as progress, interrupted.later():
+            stop_if_interrupted()
             if step == 0:
                 with console.status("evaluating the base"):
                     evaluate(0)
+                stop_if_interrupted()
             task = progress.add_task("training", total=total, completed=step, loss=float("nan"), rate=0.0)
             first = step
             profile = _Profile(options.out / "profile", first + 1, first + 1 + options.profile_steps)
@@ -236,7 +261,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
                 seconds = time.perf_counter() - started
                 run.log_step(step, loss, rate, float(metrics.gradient_norm), batch.tokens, seconds)
                 progress.update(task, completed=step, loss=loss, rate=batch.tokens / seconds)
-                stopping = _processes.any_of(interrupted.is_set())
+                stopping = _processes.any_of(interrupted.seen)
                 if stopping or step == total:
                     profile.stop()
                 if stopping:
@@ -270,18 +295,40 @@ def _trained(record: Adapter) -> int:
     return count
 
 
+def _check_no_head(options: TrainOptions) -> None:
+    """Refuses to train the head of a model whose head is tied."""
+    for name in ("target_modules", "modules_to_save"):
+        if HEAD in getattr(options, name):
+            raise AdapterError(
+                f"{name}: expected modules with a weight of their own, found {HEAD}, which shares the embedding's in "
+                f"{options.base} (tie_word_embeddings)"
+            )
+
+
+def _check_targets(road: Road) -> None:
+    """Refuses a name that no layer has; PEFT's rule, by which some may have no match, would hide a mistake."""
+    names = [dotted(path) for path in road._seen]
+    targets = road.config.target_modules
+    for target in targets if isinstance(targets, list) else ():
+        select_modules(RoadConfig(target_modules=[target]), names, linear=names)
+
+
 def _load(options: TrainOptions, mesh: Mesh) -> tuple[models.Decoder, dict[str, Any]]:
     """Loads the base, for the devices of this process."""
-    return models.load(
-        options.base,
-        dtype=jnp.dtype(options.dtype),
-        scan=options.scan,
-        remat=options.remat,
-        # pmap copies whole params.
-        mesh=mesh if options.parallel == "jit" else None,
-        quantize=None if options.quantize == "none" else options.quantize,
-        exclude=("lm_head", *options.modules_to_save),
-    )
+    try:
+        return models.load(
+            options.base,
+            dtype=jnp.dtype(options.dtype),
+            scan=options.scan,
+            remat=options.remat,
+            # pmap copies whole params.
+            mesh=mesh if options.parallel == "jit" else None,
+            quantize=None if options.quantize == "none" else options.quantize,
+            exclude=(HEAD, *options.modules_to_save),
+        )
+    except AdapterError as error:
+        # What is to be trained whole is what the loader is to exclude.
+        raise AdapterError(re.sub("^exclude:", "modules_to_save:", str(error))) from None
 
 
 def load_tokenizer(base: Path) -> Any:
@@ -346,11 +393,7 @@ class _Run:
         options = self.options
         # Every process has looked at the folder before the first one writes to it.
         _processes.wait("checked")
-        if not options.resume and _processes.is_first():
-            options.out.mkdir(parents=True, exist_ok=True)
-            write_file(options.out / "options.json", dump_json(self._fingerprint))
-        _processes.wait("begun")
-        with Checkpoints(options.out) as checkpoints:
+        with _processes.agreed(self._begin), Checkpoints(options.out) as checkpoints:
             step = 0
             if options.resume:
                 # A run that was stopped before its first checkpoint begins anew.
@@ -364,6 +407,22 @@ class _Run:
                 if _processes.is_first():
                     write_file(self._metrics, b"".join(_line(record) for record in self.records))
             yield checkpoints, state, step
+
+    def _begin(self) -> contextlib.AbstractContextManager:
+        """Holds the folder, so that no other run writes to it at the same time; process 0 does, for all."""
+        options = self.options
+        if not _processes.is_first():
+            return contextlib.nullcontext()
+        options.out.mkdir(parents=True, exist_ok=True)
+        file = open_alone(options.out / "options.json")
+        if not options.resume:
+            if file.read(1):
+                file.close()
+                # Another run began here since this one looked.
+                check_free(options.out)
+            file.write(dump_json(self._fingerprint))
+            file.flush()
+        return file
 
     def next_batch(self) -> _data.Batch:
         return _data.to_batch(next(self._batches), self.options.batch_size)
@@ -439,8 +498,12 @@ def _check(options: TrainOptions) -> Mesh:
             raise AdapterError(f"{name}: expected a number from 1 up, found {getattr(options, name)}")
     if not 0 <= options.warmup <= 1:
         raise AdapterError(f"warmup: expected a fraction of the steps, found {options.warmup}")
-    if not (options.learning_rate > 0 and np.isfinite(options.learning_rate)):
+    if not 0 < options.learning_rate < math.inf:
         raise AdapterError(f"learning_rate: expected a positive number, found {options.learning_rate}")
+    if not 0 <= options.weight_decay < math.inf:
+        raise AdapterError(f"weight_decay: expected a number from 0 up, found {options.weight_decay}")
+    if not 0 <= options.seed < 1 << 32:
+        raise AdapterError(f"seed: expected a number from 0 to {(1 << 32) - 1}, found {options.seed}")
     mesh = models.make_mesh(None if options.mesh is None else _sizes(options.mesh))
     if options.parallel == "pmap" and mesh.shape["data"] != mesh.size:
         raise AdapterError(f"parallel: expected jit for a mesh of {options.mesh}, found pmap")
@@ -457,8 +520,11 @@ def _check(options: TrainOptions) -> Mesh:
 def _check_begun(options: TrainOptions, now: dict[str, Any]) -> None:
     """Refuses to resume a run that was begun with other options or data; other tokens too, where they are known."""
     begun = read_json(options.out / "options.json")
-    if _TOKENS not in now:
-        begun.pop(_TOKENS, None)
+    # Tokens aren't known at first; that of the base wasn't written by earlier versions.
+    for name in (_TOKENS, _BASE):
+        if name not in now or name not in begun:
+            begun.pop(name, None)
+            now = {key: value for key, value in now.items() if key != name}
     changed = sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name))
     if changed:
         name = changed[0]
@@ -496,6 +562,15 @@ def _shared_fields(options: TrainOptions, fingerprint: dict[str, Any]) -> dict[s
     return {name: value for name, value in fields.items() if name not in ("base", "data", "eval_data")}
 
 
+def _digest_base(base: Path) -> str:
+    """Of the config, and of what every tensor is and how it begins: a whole base takes long to read."""
+    digest = hashlib.sha256(inside(base, "config.json").read_bytes())
+    for header, _ in read_shards(base)[0].values():
+        for name, entry in sorted(header.items()):
+            digest.update(f"\n{name} {entry.dtype} {entry.shape}\n".encode() + entry.bytes()[:_SAMPLE].tobytes())
+    return digest.hexdigest()
+
+
 def _digest(examples: list[_data.Example]) -> str:
     """Of all tokens: a chat template may write today's date."""
     digest = hashlib.sha256()
@@ -516,7 +591,9 @@ def _examples(options: TrainOptions, tokenizer: Any) -> tuple[list[_data.Example
 
     def read(path: Path) -> list[_data.Example]:
         examples = _data.gather(_processes.agreed(functools.partial(share, path)))
-        return _data.check_lengths(examples, options.max_length, str(path), skip_long=options.skip_long)
+        examples = _data.check_lengths(examples, options.max_length, str(path), skip_long=options.skip_long)
+        _data.check_learned(examples, str(path))
+        return examples
 
     examples = read(options.data)
     if options.eval_data:
@@ -581,21 +658,41 @@ def _bar(console: Console) -> Progress:
     )
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Turns the first SIGINT or SIGTERM into an event, so that no step is cut in two; a second one acts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
+class _Interrupted:
+    """What a first SIGINT or SIGTERM does: it raises, or is but seen, so that no step is cut in two."""
 
-    def first(number: int, _: Any) -> None:
-        event.set()
+    def __init__(self) -> None:
+        self.seen = False
+        self._raises = True
+
+    def __call__(self, number: int, _: Any) -> None:
+        self.seen = True
+        # A second one acts at once.
         signal.signal(number, signal.default_int_handler)
+        if self._raises:
+            # Lost where it is raised within a callback, as JAX's of the garbage collector; but it was seen.
+            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
+    @contextlib.contextmanager
+    def later(self) -> Iterator[None]:
+        """Within, who asks for ``seen`` ends the run; after it a signal raises again."""
+        self._raises = False
+        try:
+            yield
+        finally:
+            self._raises = True
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[_Interrupted]:
+    """Watches for SIGINT and SIGTERM."""
+    interrupted = _Interrupted()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield event
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

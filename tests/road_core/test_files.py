@@ -1,13 +1,16 @@
 """What the system refuses is one sentence, and leaves nothing half written."""
 
 import errno
+import io
 import os
+import signal
+import time
 
 import pytest
 
 from road_core import AdapterError
 from road_core._command import run
-from road_core._files import write_files
+from road_core._files import open_alone, write_files
 
 
 def refuse(*_):
@@ -25,6 +28,38 @@ def test_a_full_disk(overwrite, tmp_path, monkeypatch):
     with pytest.raises(AdapterError, match=r"out: expected a folder that can be written to, found No space left"):
         write_files(target, {"a": b"new"}, overwrite=overwrite)
     assert [path.name for path in tmp_path.rglob("*")] == (["out", "a"] if overwrite else [])
+
+
+def test_a_file_is_one_processes(tmp_path):
+    path = tmp_path / "file"
+    with open_alone(path) as file:
+        file.write(b"mine")
+        file.flush()
+        with pytest.raises(AdapterError, match="file: expected a file that no other process writes, found one that an"):
+            open_alone(path)
+    with open_alone(path) as file:
+        assert file.read() == b"mine"
+
+
+def test_a_command_that_is_told_to_stop_is_interrupted(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stopped():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with pytest.raises(SystemExit) as caught:
+        run(stopped)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_the_terminal_cannot_say_costs_nothing_else(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    run(lambda: print("θ = 0"))
+    assert raw.getvalue() == b"? = 0\n"
 
 
 def test_a_command_ends_with_one_line(tmp_path, capsys):

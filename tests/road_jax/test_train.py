@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import io
 import json
@@ -239,6 +240,21 @@ def smaller(folder):
     return small_checkpoint(Path(tempfile.mkdtemp(dir=folder.parent)), vocab_size=8)
 
 
+def tied(folder):
+    return small_checkpoint(Path(tempfile.mkdtemp(dir=folder.parent)), num_hidden_layers=1, tie_word_embeddings=True)
+
+
+def nothing_to_learn(folder):
+    """Completions of no token, with a tokenizer that has no token to end them."""
+    base = small_checkpoint(Path(tempfile.mkdtemp(dir=folder.parent)), num_hidden_layers=1)
+    (base / "chat_template.jinja").unlink()
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
+    lines = [{"prompt": "one two", "completion": "three" if i % 2 else ""} for i in range(40)]
+    (base / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {"base": base, "data": base / "lines.jsonl"}
+
+
 BAD = {
     "no base": (lambda o, t: {"base": t / "none"}, "none: expected a folder with a checkpoint, found nothing"),
     "no data": (lambda o, t: {"data": t / "none.jsonl"}, r"none\.jsonl: expected a file of JSON lines"),
@@ -251,6 +267,26 @@ BAD = {
         r"self_attn\.q_proj: expected a number of outputs that group_size 96 divides, found 128",
     ),
     "targets": (lambda o, t: {"target_modules": ("q_prj",)}, "q_prj.*nearest: q_proj"),
+    "one of the targets": (
+        lambda o, t: {"target_modules": ("q_proj", "v_porj")},
+        r"expected a match for \['v_porj'\], nearest: v_proj",
+    ),
+    "a tied head to rotate": (
+        lambda o, t: {"base": tied(t), "target_modules": ("q_proj", "lm_head")},
+        r"target_modules: expected .* weight of their own, found lm_head, which shares the embedding's in .*tie_word",
+    ),
+    "a tied head to train": (
+        lambda o, t: {"base": tied(t), "modules_to_save": ("lm_head",)},
+        r"modules_to_save: expected .* weight of their own, found lm_head, which shares the embedding's",
+    ),
+    "whole": (lambda o, t: {"modules_to_save": ("zzz",)}, "^modules_to_save: expected modules .* found no 'zzz'"),
+    "decay": (lambda o, t: {"weight_decay": float("nan")}, "^weight_decay: expected a number from 0 up, found nan"),
+    "a seed": (lambda o, t: {"seed": -1}, "^seed: expected a number from 0 to 4294967295, found -1"),
+    "a large seed": (lambda o, t: {"seed": 1 << 70}, "^seed: expected a number from 0 to 4294967295"),
+    "nothing to learn": (
+        lambda o, t: nothing_to_learn(t),
+        r"lines\.jsonl, line 1 and 19 more: expected a completion that is a token or more .*, found none",
+    ),
     "a way to run": (lambda o, t: {"parallel": "vmap"}, "parallel: expected one of jit, pmap, found 'vmap'"),
     "held out": (lambda o, t: {"eval_lines": 1000}, "expected more than the 1000 lines"),
     "long": (lambda o, t: {"max_length": 4}, "line 1: expected at most 4 tokens"),
@@ -293,9 +329,81 @@ def test_another_runs_options_are_not_resumed(options, tmp_path):
         run(dataclasses.replace(options, steps=2, resume=True))
 
 
+def test_another_base_at_the_same_path_is_not_resumed(options, tmp_path):
+    options = dataclasses.replace(options, base=shutil.copytree(options.base, tmp_path / "base"), steps=2)
+    run(options)
+    small_checkpoint(options.base, num_hidden_layers=2, seed=1)
+    with pytest.raises(AdapterError, match="expected the options that the run began with, found base_sha256"):
+        run(dataclasses.replace(options, resume=True))
+    # Earlier versions didn't write it.
+    path = options.out / "options.json"
+    fields = json.loads(path.read_text())
+    del fields["base_sha256"]
+    path.write_text(json.dumps(fields))
+    run(dataclasses.replace(options, resume=True))
+
+
+def test_a_folder_is_one_runs(options, monkeypatch):
+    """Whoever looked at the folder when it was free finds it taken, and nobody resumes a run that goes on."""
+    from road_jax.train import _run
+
+    first = dataclasses.replace(options, steps=1, eval_lines=4)
+    load, evaluate = _run._load, _run._evaluate
+
+    def while_it_loads(*arguments):
+        monkeypatch.setattr(_run, "_load", load)
+        run(first)
+        return load(*arguments)
+
+    def while_it_trains(*arguments):
+        monkeypatch.setattr(_run, "_evaluate", evaluate)
+        with pytest.raises(AdapterError, match=r"options\.json: expected a file that no other process writes"):
+            run(dataclasses.replace(first, resume=True))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(_run, "_load", while_it_loads)
+    monkeypatch.setattr(_run, "_evaluate", while_it_trains)
+    with pytest.raises(AdapterError, match="expected an empty or new folder, found one that already holds something"):
+        run(options)
+    assert [record["step"] for record in log(options.out)] == [0, 1, 1]
+    assert json.loads((options.out / "options.json").read_text())["steps"] == 1
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(options):
     with pytest.raises(AdapterError, match=r"step \d+: expected a finite loss, found (nan|inf)"):
         run(dataclasses.replace(options, learning_rate=1e30))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_no_success(options):
+    with pytest.raises(AdapterError, match=r"step 1: expected a finite loss of the lines that are held out, found nan"):
+        run(dataclasses.replace(options, learning_rate=1e30, steps=1))
+    assert not (options.out / "road_adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_an_interrupt_before_the_first_step(number, swallowed, options, monkeypatch):
+    """Also where it is raised in a callback, from which no exception comes out."""
+    from road_jax.train import _run
+
+    load, before = _run._load, signal.getsignal(number)
+
+    def interrupted(*arguments):
+        with contextlib.suppress(KeyboardInterrupt) if swallowed else contextlib.nullcontext():
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        return load(*arguments)
+
+    monkeypatch.setattr(_run, "_load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(options)
+    assert signal.getsignal(number) == before
+    assert not (options.out / "metrics.jsonl").exists()
+    if swallowed:
+        monkeypatch.undo()
+        assert run(dataclasses.replace(options, resume=True)).steps == 12
+    else:
+        assert not options.out.exists()
 
 
 def command(options, *more):
@@ -339,6 +447,18 @@ def test_the_command_gives_one_line_and_exit_code_2(options, tmp_path):
     assert "line 2" in errors[0]
     assert "Traceback" not in done.stderr
     assert not options.out.exists()
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for(options):
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *command(options, "--steps", "2")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"(?m)^error: .*checkpoints: expected a folder .* written to, found File too large$", done.stderr)
 
 
 def test_losses_agree_between_devices_and_one(options):
