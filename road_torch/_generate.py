@@ -5,10 +5,12 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import transformers
@@ -19,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from road_core import AdapterError, read_peft
 from road_core._chat import Chat
 from road_core._errors import listed
-from road_core._files import inside, read_json, read_json_lines, write_file
+from road_core._files import inside, open_alone, read_json, read_json_lines, write_file
 from road_torch._model import RoadModel
 from road_torch._routing import BASE, parts, read_name
 
@@ -101,11 +103,13 @@ def command(options: GenerateOptions) -> None:
             "--max-new-tokens and --batch-size: expected numbers from 1 up, "
             f"found {options.max_new_tokens} and {options.batch_size}"
         )
-    if options.temperature < 0:
+    if not 0 <= options.temperature < math.inf:
         raise AdapterError(f"--temperature: expected 0 or more, found {options.temperature}")
+    if not 0 <= options.seed < 1 << 63:
+        raise AdapterError(f"--seed: expected a number from 0 to {(1 << 63) - 1}, found {options.seed}")
     adapters = _adapters([argument for several in options.adapter for argument in several])
-    if options.out is not None and options.out.exists():
-        raise AdapterError(f"{options.out}: expected a new file, found one that is there already")
+    if options.out is not None:
+        _check_new(options.out)
     if options.out is not None and not options.out.absolute().parent.is_dir():
         raise AdapterError(f"{options.out}: expected a file in a folder that is there")
     lines = read_json_lines(options.prompts)
@@ -115,7 +119,17 @@ def command(options: GenerateOptions) -> None:
         return f"{options.prompts}, line {lines[i][0]}"
 
     _check_rows(rows, adapters, place)
-    part = None if options.out is None else _Part(options, rows, adapters)
+    with contextlib.nullcontext() if options.out is None else _Part(options, rows, adapters) as part:
+        _command(options, rows, adapters, place, part)
+
+
+def _command(
+    options: GenerateOptions,
+    rows: Sequence[Row],
+    adapters: Mapping[str, Path],
+    place: Callable[[int], str],
+    part: "_Part | None",
+) -> None:
     done = part.lines if part else []
     console = Console(stderr=True)
     base, tokenizer = load(options.base, quantize=options.quantize, dtype=options.dtype)
@@ -137,14 +151,19 @@ def command(options: GenerateOptions) -> None:
     keep = part.append if part else answers.extend
     _generate(model, tokenizer, left, options.max_new_tokens, options.batch_size, console, drawn, place_left, keep)
     if part is None:
-        print("".join(map(_line, answers)), end="")
+        # JSON is in UTF-8, whatever the terminal has.
+        sys.stdout.buffer.write("".join(map(_line, answers)).encode())
+        sys.stdout.flush()
     else:
         part.finish()
         console.print(f"{len(rows)} lines: {options.out}")
 
 
 class _Part:
-    """The answers so far, beside the file that they are for. The first line says what they are answers to."""
+    """The answers so far, beside the file that they are for. The first line says what they are answers to.
+
+    Within the block no other process writes there; without an answer nothing is left behind it.
+    """
 
     def __init__(self, options: GenerateOptions, rows: Sequence[Row], adapters: Mapping[str, Path]) -> None:
         assert options.out is not None
@@ -155,28 +174,66 @@ class _Part:
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 digest.update((directory / name).read_bytes())
         self._head = digest.hexdigest().encode() + b"\n"
+        self._rows, self._batch_size = rows, options.batch_size
         self.lines: list[bytes] = []
-        if self._path.exists():
-            # Whole batches only, so that the next one begins where it would have; a last line may be cut off.
-            head, *lines = self._path.read_bytes().splitlines(keepends=True) or [b""]
-            if head != self._head:
-                raise AdapterError(
-                    f"{self._path}: expected what this very command left, found what another one did (remove it, or "
-                    "give another --out)"
-                )
-            whole = sum(line.endswith(b"\n") for line in lines)
-            self.lines = lines[: whole if whole == len(rows) else whole - whole % options.batch_size]
-            write_file(self._path, b"".join([head, *self.lines]))
+
+    def __enter__(self) -> Self:
+        self._file = open_alone(self._path)
+        try:
+            # Another process may have been done since this one looked.
+            _check_new(self._out)
+            self.lines = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.lines:
+            self._path.unlink(missing_ok=True)
+        self._file.close()
+
+    def _read(self) -> list[bytes]:
+        head, *lines = self._file.read().splitlines(keepends=True) or [self._head]
+        # A last line may be cut off.
+        lines = [line for line in lines if line.endswith(b"\n")]
+        if head != self._head or len(lines) > len(self._rows) or not all(map(_is_answer, lines, self._rows)):
+            raise AdapterError(
+                f"{self._path}: expected what this very command left, found what another one did (remove it, or "
+                "give another --out)"
+            )
+        # Whole batches only, so that the next one begins where it would have.
+        if len(lines) < len(self._rows):
+            lines = lines[: len(lines) - len(lines) % self._batch_size]
+        self._file.truncate(sum(map(len, [head, *lines])) if lines else 0)
+        return lines
 
     def append(self, answers: Sequence[Mapping[str, Any]]) -> None:
         lines = [_line(answer).encode() for answer in answers]
-        with open(self._path, "ab") as file:
-            file.write(b"".join(lines if self.lines else [self._head, *lines]))
+        self._file.write(b"".join(lines if self.lines else [self._head, *lines]))
+        self._file.flush()
         self.lines += lines
 
     def finish(self) -> None:
         write_file(self._out, b"".join(self.lines))
         self._path.unlink()
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise AdapterError(f"{out}: expected a new file, found one that is there already")
+
+
+def _is_answer(line: bytes, row: Row) -> bool:
+    """True for a line that is the row with its answer."""
+    try:
+        return line == _line(_answer(row, json.loads(line)["completion"])).encode()
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def _answer(row: Row, text: str) -> dict[str, Any]:
+    return {**row, "adapter": row.get("adapter") or BASE, "completion": text}
 
 
 def _line(answer: Mapping[str, Any]) -> str:
@@ -199,17 +256,27 @@ def load(directory: str | os.PathLike, *, quantize: str = "none", dtype: str = "
     """
     fields = read_json(inside(directory, "config.json"))
     kind = fields.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise AdapterError(f"{directory}: expected a model type that transformers knows, found {kind!r}")
+    stored = _stored_kind(fields.get("quantization_config"))
+    if quantize != "none" and stored not in (None, quantize):
+        raise AdapterError(
+            f"{directory}: expected weights to quantise to {quantize}, found some that are {stored} already"
+        )
     where = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     kwargs: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "output_loading_info": True, **where}
     # Reported below by name; transformers prints a table.
     kwargs["ignore_mismatched_sizes"] = True
-    if quantize != "none":
+    if quantize != "none" or stored is not None:
         # What it says about its missing kernels and its casts at every call is not the user's to mend.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        stored = fields.get("dtype", fields.get("torch_dtype")) or "float32"
+    if quantize != "none" and stored is None:
+        if dtype == "auto":
+            named = fields.get("dtype", fields.get("torch_dtype")) or "float32"
+            chosen = getattr(torch, named, None) if isinstance(named, str) else None
+            if not isinstance(chosen, torch.dtype):
+                raise AdapterError(f"{directory}: expected a dtype of torch in config.json, found {named!r}")
         kwargs["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=quantize == "nf4",
             load_in_8bit=quantize == "int8",
@@ -217,7 +284,7 @@ def load(directory: str | os.PathLike, *, quantize: str = "none", dtype: str = "
             # change with its neighbours. The price is some accuracy.
             llm_int8_threshold=0.0,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=getattr(torch, stored) if dtype == "auto" else chosen,
+            bnb_4bit_compute_dtype=chosen,
         )
     # transformers imports torchao where it is installed, which complains about kernels and enums at once.
     for name in ("torchao", "torch.utils._pytree"):
@@ -245,6 +312,17 @@ def load(directory: str | os.PathLike, *, quantize: str = "none", dtype: str = "
     return model.eval(), tokenizer
 
 
+def _stored_kind(quantization: object) -> str | None:
+    """How a checkpoint's weights are quantised, by its config; None where they aren't."""
+    if not isinstance(quantization, Mapping):
+        return None
+    if quantization.get("load_in_8bit"):
+        return "int8"
+    if quantization.get("load_in_4bit"):
+        return str(quantization.get("bnb_4bit_quant_type", "fp4"))
+    return str(quantization.get("quant_method"))
+
+
 def _generate(
     model: RoadModel,
     tokenizer: Any,
@@ -259,6 +337,13 @@ def _generate(
     _check_rows(rows, model.adapter_names, place)
     chat = Chat(tokenizer)
     prompts = [_tokenize(tokenizer, chat, row, place(i)) for i, row in enumerate(rows)]
+    size = model.get_input_embeddings().weight.shape[0]
+    for i, prompt in enumerate(prompts):
+        if (token := max(prompt)) >= size:
+            raise AdapterError(
+                f"{place(i)}: expected tokens below the model's vocab_size {size}, "
+                f"found {token} ({tokenizer.convert_ids_to_tokens(token)!r})"
+            )
     ends = _end_tokens(model, tokenizer, chat)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or None, "pad_token_id": pad}
@@ -297,12 +382,7 @@ def _generate(
                 **{**settings, **options},
             )
             texts = tokenizer.batch_decode(given[:, longest:], skip_special_tokens=True)
-            keep(
-                [
-                    {**row, "adapter": name, "completion": text}
-                    for row, name, text in zip(batch, names, texts, strict=True)
-                ]
-            )
+            keep([_answer(row, text) for row, text in zip(batch, texts, strict=True)])
             bar.update(task, completed=start + len(batch))
 
 
@@ -322,6 +402,8 @@ def _check_rows(rows: Sequence[Row], adapters: Any, place: Callable[[int], str])
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise AdapterError(f"{place(i)}: expected a JSON object, found {type(row).__name__}")
+        if "messages" in row and "prompt" in row:
+            raise AdapterError(f"{place(i)}: expected a field 'prompt' or a field 'messages', found both")
         if "messages" in row:
             messages = row["messages"]
             whole = isinstance(messages, Sequence) and all(
@@ -367,6 +449,10 @@ def _end_tokens(model: RoadModel, tokenizer: Any, chat: Chat) -> list[int]:
     """What ends an answer: the model's end tokens, the tokenizer's, and the chat template's end of turn."""
     configured = model.generation_config.eos_token_id
     ends = list(configured) if isinstance(configured, Sequence) else [configured]
+    if not all(isinstance(end, int | None) for end in ends):
+        raise AdapterError(
+            f"generation_config: expected the number of a token or a list of them as eos_token_id, found {configured!r}"
+        )
     return [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id, chat.end]) if end is not None]
 
 

@@ -1,6 +1,7 @@
 """Generation in mixed batches, and the road-generate command."""
 
 import copy
+import io
 import json
 import re
 import sys
@@ -324,6 +325,113 @@ def test_an_interrupted_command_goes_on_behind_its_finished_batches(
     assert rows == road_torch.generate(with_adapters(), word_tokenizer(), ROWS, max_new_tokens=6)
 
 
+def test_one_process_at_a_time_writes_answers(checkpoint, tmp_path, monkeypatch, capsys):
+    prompts, target, part = (tmp_path / name for name in ("prompts.jsonl", "out.jsonl", "out.jsonl.part"))
+    lines(prompts, [{"prompt": "one"}, {"prompt": "two"}])
+    given = ["--base", checkpoint, "--prompts", prompts, "--max-new-tokens", 4, "--out", target, "--batch-size", 1]
+    whole, calls = RoadModel.generate, []
+
+    def beside(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            before = part.read_bytes()
+            check_refused(
+                *call(monkeypatch, capsys, *given), r"out\.jsonl\.part: expected a file that no other process"
+            )
+            assert part.read_bytes() == before
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(RoadModel, "generate", beside)
+    code, _, err = call(monkeypatch, capsys, *given)
+    assert (code, len(calls)) == (0, 2), err
+    assert [json.loads(line)["prompt"] for line in target.read_text().splitlines()] == ["one", "two"]
+    assert not part.exists()
+
+
+def test_answers_that_are_not_those_of_the_lines_are_not_gone_on_from(checkpoint, tmp_path, monkeypatch, capsys):
+    prompts, target, part = (tmp_path / name for name in ("prompts.jsonl", "out.jsonl", "out.jsonl.part"))
+    lines(prompts, [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "three"}])
+    given = ["--base", checkpoint, "--prompts", prompts, "--max-new-tokens", 4, "--out", target, "--batch-size", 1]
+    whole, calls = RoadModel.generate, []
+
+    def stopped(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(RoadModel, "generate", stopped)
+    assert call(monkeypatch, capsys, *given)[0] == 130
+    head, first, second = part.read_text().splitlines(keepends=True)
+    for spoilt in (head + first + first, head + first + second[:9] + "\n"):
+        part.write_text(spoilt)
+        check_refused(*call(monkeypatch, capsys, *given), r"out\.jsonl\.part: expected what this very command left")
+        assert part.read_text() == spoilt
+    part.write_text(head + first + second)
+    assert call(monkeypatch, capsys, *given)[0] == 0
+    assert len(target.read_text().splitlines()) == 3
+
+
+def test_answers_are_utf8_whatever_the_terminal_has(checkpoint, tmp_path, monkeypatch):
+    prompts, raw = lines(tmp_path / "prompts.jsonl", [{"prompt": "one", "id": "θ"}]), io.BytesIO()
+    given = ["--base", checkpoint, "--prompts", prompts, "--max-new-tokens", 2]
+    monkeypatch.setattr(sys, "argv", ["road-generate", *map(str, given)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    cli.main()
+    assert json.loads(raw.getvalue().decode())["id"] == "θ"
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("nf4", "int8"), ("int8", "nf4"), ("nf4", "nf4")])
+def test_a_quantised_checkpoint_is_quantised_no_other_way(stored, asked, checkpoint, tmp_path, monkeypatch, capsys):
+    base, _ = road_torch.load(checkpoint, quantize=stored)
+    base.save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    capsys.readouterr()
+    prompts = lines(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
+    given = ["--base", tmp_path / "base", "--prompts", prompts, "--max-new-tokens", 2, "--quantize", asked]
+    code, out, err = call(monkeypatch, capsys, *given)
+    if stored == asked:
+        assert code == 0, err
+    else:
+        check_refused(code, out, err, f"expected weights to quantise to {asked}, found some that are {stored} already")
+
+
+def test_tokens_beyond_the_vocabulary_are_found_before_the_first_batch(tmp_path, monkeypatch, capsys):
+    base = small_checkpoint(tmp_path / "base", vocab_size=12)
+    capsys.readouterr()
+    prompts = lines(tmp_path / "prompts.jsonl", [{"prompt": "one"}, {"prompt": "ten"}])
+    given = ["--base", base, "--prompts", prompts, "--batch-size", 1, "--out", tmp_path / "out.jsonl"]
+    monkeypatch.setattr(RoadModel, "generate", None)
+    message = r"line 3: expected tokens below the model's vocab_size 12, found \d+ \('ten'\)"
+    check_refused(*call(monkeypatch, capsys, *given), message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "prompts.jsonl"]
+
+
+ODD = {
+    "a dtype": (
+        "config.json",
+        {"dtype": "torch.bfloat16"},
+        "expected a dtype of torch in config.json, found 'torch.bf",
+    ),
+    "a function for a dtype": (
+        "config.json",
+        {"dtype": "sum"},
+        "expected a dtype of torch in config.json, found 'sum'",
+    ),
+    "a model type": ("config.json", {"model_type": ["llama"]}, r"that transformers knows, found \['llama'\]"),
+    "an end": ("generation_config.json", {"eos_token_id": "</s>"}, "as eos_token_id, found '</s>'"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_configs(case, checkpoint, tmp_path, monkeypatch, capsys):
+    name, fields, message = ODD[case]
+    base = broken_checkpoint(checkpoint, tmp_path / "base", None)
+    (base / name).write_text(json.dumps({**json.loads((base / name).read_text()), **fields}))
+    prompts = lines(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
+    check_refused(*call(monkeypatch, capsys, "--base", base, "--prompts", prompts, "--quantize", "nf4"), message)
+
+
 def test_an_adapter_is_read_before_the_base(checkpoint, adapter_folder, tmp_path, monkeypatch, capsys):
     from road_torch import _generate
 
@@ -341,6 +449,10 @@ BAD_LINES = {
     "no object": ("[1]", "line 3: expected a JSON object, found list"),
     "no prompt": ('{"text": "one"}', "line 3: expected text in the field 'prompt' .* found no such field"),
     "a number": ('{"prompt": 1}', "line 3: expected text in the field 'prompt' .* found int"),
+    "prompt and messages": (
+        '{"prompt": "one", "messages": [{"role": "user", "content": "x"}]}',
+        "line 3: expected a field 'prompt' or a field 'messages', found both",
+    ),
     "no messages": ('{"messages": []}', "line 3: expected messages"),
     "an answer": ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 3: .* not the assistant's"),
     "an adapter": ('{"prompt": "one", "adapter": "z"}', "line 3: expected an adapter out of a, __base__, found 'z'"),
@@ -415,6 +527,10 @@ def test_a_broken_checkpoint(how, message, checkpoint, tmp_path, monkeypatch, ca
         (["--adapter", "a=/nowhere"], "/nowhere: expected a folder, found nothing"),
         (["--batch-size", "0"], "expected numbers from 1 up"),
         (["--temperature", "-1"], "expected 0 or more"),
+        (["--temperature", "nan"], "expected 0 or more, found nan"),
+        (["--temperature", "inf"], "expected 0 or more, found inf"),
+        (["--seed", "-1"], "--seed: expected a number from 0 to 9223372036854775807, found -1"),
+        (["--seed", str(1 << 70)], "--seed: expected a number from 0 to"),
         (["--base", "/nowhere"], "/nowhere: expected a folder, found nothing"),
         (["--prompts", "/nowhere.jsonl"], "expected a file of JSON lines"),
         (["--out", "/nowhere/out.jsonl"], "expected a file in a folder that is there"),
