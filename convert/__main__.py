@@ -104,8 +104,9 @@ def _to_flax(
         family: model family, e.g. llama; by default the first one that knows every module.
         layout: layers stacked, a path a layer, or another library's; by default as the adapter once was in Flax, else
             stacked.
-        layers: how many layers the model has; only needed to stack an adapter with layers_to_transform.
-        base: folder of the model, for the sizes of its heads; only where they are needed.
+        layers: how many layers the model has, where no base says it; only needed to stack an adapter with
+            layers_to_transform.
+        base: folder of the model, for the sizes of its heads, whether its output head is tied, and its layers.
         rules: a TOML or JSON file with a table of your own.
         overwrite: replace an adapter that is already there.
         dry_run: print the whole mapping and write nothing.
@@ -153,6 +154,8 @@ def _diff(
         tolerance: what θ, α and tensors that are saved whole may differ by.
         plot: a PNG to draw the differences to.
     """
+    if not tolerance >= 0:
+        raise AdapterError(f"tolerance: expected a number from 0 up, found {tolerance}")
     found = differences.diff(first, second, family=family)
     if plot is not None:
         differences.draw(found, plot)
@@ -239,7 +242,7 @@ def _merge(
     After an interruption the same command goes on behind the last whole shard.
 
     Args:
-        checkpoint: folder of the Hugging Face checkpoint, not quantised.
+        checkpoint: folder of the Hugging Face checkpoint; what bitsandbytes quantised is written dequantised.
         adapter: folder of the adapter, of either format.
         out: new or empty folder.
         family: model family of a Flax adapter; by default that of the checkpoint.
@@ -314,7 +317,8 @@ def _show(summary: Summary, directory: Path, console: Console) -> None:
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Modules in rows, their numbers under ``names``."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("module", no_wrap=True)
+    # In a narrow terminal the paths give way, not the numbers.
+    table.add_column("module", overflow="fold")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 
 import road_core
-from convert._inspect import inspect
+from convert._inspect import check_apart, inspect
 from road_core import AdapterError, write_flax, write_peft
 
 
@@ -39,4 +39,5 @@ def compose(
                 f"{summary.kind}"
             )
     composed = road_core.compose([summary.adapter for summary in found], weights, names=list(map(str, sources)))
+    check_apart(dst, found[0].kind)
     (write_peft if found[0].kind == "PEFT" else write_flax)(dst, composed, overwrite=overwrite)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from convert._families import Family
+from convert._inspect import check_apart
 from convert._mapping import Trace, map_to_flax, map_to_torch
 from convert._orbax import find_step, read_checkpoint
 from convert._rules import read_rules
@@ -38,9 +39,9 @@ def to_torch(
             (``RUN/checkpoints/STEP``); of a run that hasn't ended, the last one.
         dst: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
         family: the model family, e.g. ``"llama"``; None takes the first whose table knows every key.
-        base: the folder of the model, whose ``config.json`` tells the sizes of heads and whether the output head
-            shares the embedding; needed where fused layers are split or fused by heads, for RoPE's interleaved order,
-            and for an embedding that was trained whole without the head.
+        base: the folder of the model, whose ``config.json`` tells sizes of heads, whether the output head shares the
+            embedding and how many layers there are; needed where fused layers are split or fused by heads, for RoPE's
+            interleaved order, and for an embedding that was trained whole without the head.
         rules: a file with a table of your own, see `read_rules`.
         overwrite: see ``dst``.
         dry_run: whether to write nothing.
@@ -69,6 +70,7 @@ def _to_torch(
     dry_run: bool = False,
 ) -> list[tuple[str, str]]:
     table, model = choice
+    check_apart(dst, "PEFT")
     adapter = _read_flax(src)
     trace: Trace = []
     try:
@@ -105,7 +107,7 @@ def to_flax(
             ``"maxtext-unrolled"``. None takes the layout that the adapter once had in Flax, where its metadata tell,
             else ``"scanned"`` where the family has it.
         layers: how many layers the model has. Only needed to stack an adapter whose config has
-            ``layers_to_transform``.
+            ``layers_to_transform``, without ``base``.
         base: see `to_torch`.
         rules: see `to_torch`.
         overwrite: see ``dst``.
@@ -141,6 +143,7 @@ def _to_flax(
     dry_run: bool = False,
 ) -> list[tuple[str, str]]:
     table, model = choice
+    check_apart(dst, "Flax")
     adapter = read_peft(src)
     trace: Trace = []
     try:

@@ -79,15 +79,28 @@ def inspect(directory: str | os.PathLike) -> Summary:
     return Summary(kind, adapter, modules)
 
 
+_KINDS = {"Flax": ("road_config.json", read_flax), "PEFT": ("adapter_config.json", read_peft)}
+
+
 def read_adapter(directory: str | os.PathLike) -> tuple[str, Adapter]:
     """Reads an adapter folder of either format and says of which, ``"Flax"`` or ``"PEFT"``; errors as `inspect`."""
     folder = Path(directory)
-    kinds = {"Flax": ("road_config.json", read_flax), "PEFT": ("adapter_config.json", read_peft)}
-    found = [kind for kind, (name, _) in kinds.items() if (folder / name).is_file()]
+    found = [kind for kind, (name, _) in _KINDS.items() if (folder / name).is_file()]
     if len(found) != 1:
         what = "both" if found else "neither" if folder.is_dir() else "no folder"
         raise AdapterError(f"{folder}: expected an adapter (road_config.json or adapter_config.json), found {what}")
-    return found[0], kinds[found[0]][1](folder)
+    return found[0], _KINDS[found[0]][1](folder)
+
+
+def check_apart(directory: str | os.PathLike, kind: str) -> None:
+    """Refuses a folder for an adapter of one format where one of the other stands, since none could be read then.
+
+    Raises:
+        AdapterError: that.
+    """
+    for other, (name, _) in _KINDS.items():
+        if other != kind and (Path(directory) / name).exists():
+            raise AdapterError(f"{directory}: expected a folder for an adapter of {kind}, found {name}, one of {other}")
 
 
 def draw(adapter: Adapter, path: str | os.PathLike) -> None:

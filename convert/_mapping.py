@@ -179,7 +179,7 @@ def map_to_flax(
         layout: one of `LAYOUTS`: ``"scanned"`` stacks the layers under one path, ``"unrolled"`` keeps a path a layer,
             others are those of other libraries. None takes the layout that the adapter once had in Flax, where its
             metadata tell, else the first of the table that is taken.
-        layers: how many layers the model has. None takes the last one that the adapter has.
+        layers: how many layers the model has. None asks ``model``, else takes the last one that the adapter has.
         rules: the table to use; ``layout`` then only tells whether the layers are stacked.
         model: see `map_to_torch`.
         trace: see `map_to_torch`.
@@ -207,12 +207,20 @@ def map_to_flax(
     chosen = chosen or next(name for name, (style, _) in LAYOUTS.items() if style == table.style)
     stacking = LAYOUTS[chosen][1]
     problems += _wrong_axes(parts)
+    if table.head == HEAD and model is not None and is_tied(model):
+        problems += [
+            f"{part.key}: expected no head apart from the embedding, which it shares in the model (base), found one"
+            for part in parts
+            if part.place.row.torch == HEAD
+        ]
     alone = not tied and table.head == HEAD and _lone_embedding((p.path, p.name) for p in parts)
     if alone and _is_tied(".".join(alone), model, None if record is None else origin):
         problems.append(
             f"{'.'.join(alone)}: expected {_HEAD_WEIGHT} of the same numbers beside it, found none (in Flax the head "
             "shares the embedding and follows it)"
         )
+    if layers is None and model is not None:
+        layers = _depth(table, model)
     numbers: dict[str, set[int]] = {}
     for part in parts:
         if part.place.layer is not None:
@@ -378,6 +386,13 @@ def _numbered(path: str, layer: int | None) -> str:
 def _tower(row: Row) -> str:
     """What stands before the layer's number: an encoder and a decoder have depths of their own."""
     return row.torch.partition(LAYER)[0]
+
+
+def _depth(table: Family, model: Mapping[str, Any]) -> int | None:
+    """How many layers a model has, by its config; None where it doesn't say, or has layers of several sorts."""
+    towers = {_tower(row) for row in table.rows if LAYER in row.torch}
+    depth = model.get("num_hidden_layers", model.get("n_layer"))
+    return depth if len(towers) == 1 and type(depth) is int and depth > 0 else None
 
 
 def _known(value: object, names: Iterable[str]) -> str | None:

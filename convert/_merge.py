@@ -173,6 +173,9 @@ def merge(
     """
     folder, target = Path(checkpoint), Path(out)
     check_free(target)
+    if target.is_symlink():
+        # The folder at its end is what is replaced.
+        target = target.resolve()
     config = _config(folder)
     if not _is_plain(config.pop("quantization_config", None)):
         raise AdapterError(
@@ -292,7 +295,9 @@ def _plan(
         if entries[name].dtype not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name} of {entries[name].dtype}")
     if problems:
-        raise AdapterError(f"expected the adapter's layers in floating point, found {listed(problems)}")
+        raise AdapterError(
+            f"expected the adapter's layers, of its sizes and in floating point, found {listed(problems)}"
+        )
 
     tensors: dict[str, list[_Tensor]] = {file: [] for file in shards}
     for name, entry in entries.items():

@@ -1,5 +1,6 @@
 """The command, in child processes where neither framework can be imported."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from _compare import named_values
+from rich.console import Console
 
 import convert
-from convert import _convert
+from convert import __main__ as cli
+from convert import _convert, _inspect
 from road_core import Adapter, AdapterError, RoadConfig, write_flax, write_peft
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +161,19 @@ def test_inspect(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_narrow_terminal_folds_paths_and_no_numbers():
+    pair = (np.full((30, 288), 0.1234, np.float32), np.ones((30, 288), np.float32))
+    name = "model.layers.self_attn.a_module_with_quite_a_long_name"
+    adapter = Adapter(RoadConfig(target_modules=[name], group_size=2), {name: pair})
+    module = _inspect._module(name, adapter)
+    out = io.StringIO()
+    cli._show(_inspect.Summary("Flax", adapter, (module,)), Path("a"), Console(file=out, width=80, highlight=False))
+    rows = out.getvalue().splitlines()
+    assert max(map(len, rows)) <= 80
+    assert all(text in out.getvalue() for text in ("576", "[30, 288]", "float32", "0.1234", "1.0000"))
+    assert "…" not in out.getvalue()
+
+
 def _truncated(folder):
     path = folder / "flax" / "road_adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -168,6 +184,13 @@ def _nan(folder):
     data = bytearray(path.read_bytes())
     data[-4:] = np.float32("nan").tobytes()
     path.write_bytes(data)
+
+
+def _peft(folder):
+    pair = (np.zeros(64, np.float32), np.ones(64, np.float32))
+    write_peft(
+        folder / "peft", Adapter(RoadConfig(target_modules=["q_proj"]), {"model.layers.0.self_attn.q_proj": pair})
+    )
 
 
 def _other_group_size(folder):
@@ -197,6 +220,36 @@ BAD = {
         "out: expected an empty or new folder, found one that already holds something",
     ),
     "output is a file": (lambda d: (d / "out").write_text("mine"), ["to-torch", "flax", "out"], "found a file"),
+    "output is a link to nothing": (
+        lambda d: (d / "out").symlink_to("nowhere"),
+        ["to-torch", "flax", "out"],
+        "out: expected an empty or new folder, found a link to nothing",
+    ),
+    "to PyTorch in place": (
+        lambda d: None,
+        ["to-torch", "flax", "flax", "--overwrite"],
+        "flax: expected a folder for an adapter of PEFT, found road_config.json, one of Flax",
+    ),
+    "to Flax in place": (
+        _peft,
+        ["to-flax", "peft", "peft", "--overwrite", "--family", "llama"],
+        "peft: expected a folder for an adapter of Flax, found adapter_config.json, one of PEFT",
+    ),
+    "composed in place": (
+        _peft,
+        ["compose", "flax", "flax", "peft", "--overwrite"],
+        "peft: expected a folder for an adapter of Flax, found adapter_config.json, one of PEFT",
+    ),
+    "a tolerance": (
+        lambda d: None,
+        ["diff", "flax", "flax", "--tolerance", "nan"],
+        "tolerance: expected a number from 0",
+    ),
+    "a negative tolerance": (
+        lambda d: None,
+        ["diff", "flax", "flax", "--tolerance", "-1"],
+        "tolerance: expected a number from 0 up, found -1.0",
+    ),
     "picture of another kind": (lambda d: None, ["inspect", "flax", "--plot", "a.svg"], "a name that ends with .png"),
     "nothing to verify": (
         lambda d: None,
@@ -216,14 +269,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(name, tmp_path):
     spoil, args, message = BAD[name]
     flax_adapter(tmp_path / "flax")
     spoil(tmp_path)
-    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    before = sorted((path, path.lstat().st_mtime_ns) for path in tmp_path.rglob("*"))
     code, out, err = command(*args, cwd=tmp_path)
     assert code == 2
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message in err
-    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    assert sorted((path, path.lstat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
 def test_every_lost_key_is_listed(tmp_path):

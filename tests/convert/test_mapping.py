@@ -438,3 +438,21 @@ def test_round_trips(variant, group_size, dtype, layout, targets, regex, norm, l
         assert same(map_to_torch(map_to_flax(there, layout=other)), there)
         plain = dataclasses.replace(there, metadata=metadata)
         assert same(map_to_torch(map_to_flax(plain, layout=other)), plain)
+
+
+def test_the_model_tells_how_many_layers_a_stack_has():
+    pair = (np.zeros(64, np.float32), np.ones(64, np.float32))
+    modules = {f"model.layers.{i}.self_attn.q_proj": pair for i in range(2)}
+    adapter = Adapter(RoadConfig(target_modules=["q_proj"]), modules)
+    assert map_to_flax(adapter, "llama", model={"num_hidden_layers": 2}).modules.keys() == {
+        "model.layers.self_attn.q_proj"
+    }
+    with pytest.raises(AdapterError, match=r"in all 3 layers, missing model\.layers\.2\.self_attn\.q_proj"):
+        map_to_flax(adapter, "llama", model={"num_hidden_layers": 3})
+    with pytest.raises(AdapterError, match=r"expected layers 0 to 0, found besides model\.layers\.1\."):
+        map_to_flax(adapter, "llama", "unrolled", model={"num_hidden_layers": 1})
+    # Those chosen need no --layers then.
+    some = Adapter(RoadConfig(target_modules=["q_proj"], layers_to_transform=[0, 1]), modules)
+    assert map_to_flax(some, "llama", model={"num_hidden_layers": 2}).modules.keys() == {
+        "model.layers.self_attn.q_proj"
+    }

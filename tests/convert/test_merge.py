@@ -396,6 +396,10 @@ BAD = {
     ),
     "truncated": (lambda d: os.truncate(d / "base" / "model.safetensors", 5000), "expected a whole safetensors file"),
     "taken": (lambda d: (d / "merged").write_text(""), "merged: expected an empty or new folder, found a file"),
+    "a link": (
+        lambda d: (d / "merged").symlink_to("nowhere"),
+        "merged: expected an empty or new folder, found a link to nothing",
+    ),
 }
 
 
@@ -409,6 +413,16 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(case, tmp_path):
     with pytest.raises(AdapterError, match=message):
         convert.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert sorted(os.listdir(tmp_path)) == listing
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    small_checkpoint(tmp_path / "base")
+    peft_adapter(tmp_path / "adapter")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "merged").symlink_to("there")
+    convert.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert (tmp_path / "there" / "model.safetensors").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "merged", "there"]
 
 
 def test_an_index_that_leads_out_of_the_folder(tmp_path):

@@ -94,6 +94,26 @@ def test_what_peft_saved_of_a_tied_model_comes_back_from_flax(tmp_path):
     assert read_peft(tmp_path / "back").config.modules_to_save == ["embed_tokens", "lm_head"]
 
 
+def test_a_tied_head_has_no_adapter_in_flax(tmp_path):
+    """And how many layers there are, the base tells."""
+    small_checkpoint(tmp_path / "base", num_hidden_layers=2, tie_word_embeddings=True)
+    pair, head = (
+        (np.zeros(64, np.float32), np.ones(64, np.float32)),
+        (np.zeros(80, np.float32), np.ones(80, np.float32)),
+    )
+    layer = "model.layers.{}.self_attn.q_proj"
+    config = RoadConfig(target_modules=["q_proj", "lm_head"], group_size=2)
+    write_peft(tmp_path / "rotated", Adapter(config, {layer.format(0): pair, layer.format(1): pair, "lm_head": head}))
+    saved = RoadConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], group_size=2)
+    whole = {"lm_head.weight": np.ones((160, 128), np.float32)}
+    write_peft(tmp_path / "saved", Adapter(saved, {layer.format(0): pair, layer.format(1): pair}, whole))
+    for kind in ("rotated", "saved"):
+        convert.to_flax(tmp_path / kind, tmp_path / f"{kind}-flax", family="llama")
+        with pytest.raises(AdapterError, match=r"lm_head.*: expected no head apart from the embedding, .* found one"):
+            convert.to_flax(tmp_path / kind, tmp_path / "x", base=tmp_path / "base", family="llama")
+        assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "opt"])
 def test_whether_a_head_is_tied_where_the_config_does_not_say(kind):
     assert is_tied({"model_type": kind}) == transformers.AutoConfig.for_model(kind).tie_word_embeddings
