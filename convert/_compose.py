@@ -39,5 +39,6 @@ def compose(
                 f"{summary.kind}"
             )
     composed = road_core.compose([summary.adapter for summary in found], weights, names=list(map(str, sources)))
-    check_apart(dst, found[0].kind)
+    if overwrite:
+        check_apart(dst, found[0].kind)
     (write_peft if found[0].kind == "PEFT" else write_flax)(dst, composed, overwrite=overwrite)

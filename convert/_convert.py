@@ -70,7 +70,8 @@ def _to_torch(
     dry_run: bool = False,
 ) -> list[tuple[str, str]]:
     table, model = choice
-    check_apart(dst, "PEFT")
+    if overwrite:
+        check_apart(dst, "PEFT")
     adapter = _read_flax(src)
     trace: Trace = []
     try:
@@ -143,7 +144,8 @@ def _to_flax(
     dry_run: bool = False,
 ) -> list[tuple[str, str]]:
     table, model = choice
-    check_apart(dst, "Flax")
+    if overwrite:
+        check_apart(dst, "Flax")
     adapter = read_peft(src)
     trace: Trace = []
     try:

@@ -15,7 +15,7 @@ from road_core._command import run
 class DemoOptions:
     """Trains RoAd adapters for two tasks in Flax and serves both on a 4-bit model in PyTorch, with a report.
 
-    The model is SmolLM2-135M-Instruct. On two processor cores it takes ten to thirteen minutes.
+    The model is SmolLM2-135M-Instruct. On two processor cores it takes five to fifteen minutes.
     """
 
     out: Path = Path("runs/demo")
