@@ -175,12 +175,13 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
         AdapterError: bad input, found before anything is written; or a loss that isn't finite.
         KeyboardInterrupt: the run was interrupted.
     """
+    # Before the watch: it has a handler of its own.
+    _processes.join(options.coordinator, options.processes, options.process)
     with _interruptible() as interrupted:
         return _train(options, console, interrupted)
 
 
 def _train(options: TrainOptions, console: Console | None, interrupted: "_Interrupted") -> TrainResult:
-    _processes.join(options.coordinator, options.processes, options.process)
     console = console or Console(stderr=True, quiet=not _processes.is_first())
     mesh = _processes.agreed(lambda: _check(options))
     fingerprint = _processes.agreed(lambda: _fingerprint(options))
