@@ -1,8 +1,11 @@
 """Checkpoints of a run: adapter, optimiser, place in the data. orbax writes them."""
 
+import functools
 import logging
 import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,6 +41,8 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta))
+        hook = sys.unraisablehook
+        sys.unraisablehook = functools.partial(_unraisable, hook)
         try:
             self._manager.save(step, args=items)
             self._manager.wait_until_finished()
@@ -45,6 +50,7 @@ class Checkpoints:
             raise AdapterError(
                 f"{self._directory}: expected a folder that checkpoints can be written to, found {_reason(error)}"
             ) from None
+        sys.unraisablehook = hook
 
     def restore(self, like: State) -> tuple[int, State, dict[str, Any]] | None:
         """Returns the last checkpoint: its step, state and JSON; None if there is none yet.
@@ -71,6 +77,12 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._manager.close()
+
+
+def _unraisable(hook: Callable[[Any], object], found: Any) -> None:
+    """Says nothing of writes that fail behind the one that is told of: they find orbax's event loop closed."""
+    if str(found.exc_value) != "Event loop is closed":
+        hook(found)
 
 
 def _reason(error: Exception) -> str:

@@ -459,6 +459,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for(options):
     )
     assert done.returncode == 2, done.stderr
     assert re.search(r"(?m)^error: .*checkpoints: expected a folder .* written to, found File too large$", done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 def test_losses_agree_between_devices_and_one(options):
