@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -11,6 +10,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 import numpy as np
 import safetensors
@@ -309,7 +313,7 @@ def dump_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> b
 def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty folder beside ``path`` that takes its place when the block ends, and is gone if it fails.
 
-    An empty folder that can't be replaced (a mounted one, a link to one, the current one) gets what is in it instead.
+    An empty folder that can't be replaced (a mounted one, the current one) gets what is in it instead.
 
     Raises:
         AdapterError: ``path`` already holds something, or can't be made or filled.
@@ -322,10 +326,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stays = target.is_dir() and (
-            target.is_symlink()
-            or target.is_mount()
-            or target.samefile(os.curdir)
-            or not os.access(target.parent, os.W_OK)
+            target.is_mount() or target.samefile(os.curdir) or not os.access(target.parent, os.W_OK)
         )
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if stays else target.parent))
     except OSError as error:
@@ -389,7 +390,8 @@ def open_alone(path: str | os.PathLike) -> IO[bytes]:
     file = open(path, "a+b")  # noqa: SIM115  # the caller closes it
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _held(path) from None
         except OSError:  # a network's file system may know no locks
