@@ -56,6 +56,7 @@ bench: $(VENV)/installed
 	$(RUN) -m benchmarks.jax_cost
 	$(RUN) -m benchmarks.mixed_batch
 	$(RUN) -m benchmarks.adapters
+	$(RUN) -m benchmarks.kernel
 	$(RUN) -m benchmarks.conversion
 
 clean:
