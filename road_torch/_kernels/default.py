@@ -22,6 +22,10 @@ SMALL = 1 << 15
 # Up to this many, memory for the swapped halves is kept for a call's later layers.
 LARGE = 1 << 21
 
+# From so many bytes on an allocator takes memory from the system each time, page by page. On a CPU an output of as many
+# is rotated in parts of so many elements.
+HUGE, PART = 1 << 25, 1 << 20
+
 
 def coefficients(
     theta: Tensor, alpha: Tensor, variant: str, group_size: int, subspace: tuple[float, float] | None = None
@@ -94,11 +98,26 @@ def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Ten
     """As `rotate`, but overwrites ``y``, which must be contiguous."""
     if index is not None or first.dtype is not y.dtype:
         first, cross = (table.to(y.dtype) for table in gather(y, first, cross, index))
+    if y.nbytes >= HUGE and y.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
+        return _rotate_in_parts_(y, first, cross, group_size)
     if y.numel() > SMALL:
         other = partner(y, group_size)
     else:
         other = torch.index_select(y.view(-1, 2, group_size // 2), 1, _swap(y.device)).view(y.shape)
     return y.mul_(first).addcmul_(other, cross)
+
+
+def _rotate_in_parts_(y: Tensor, first: Tensor, cross: Tensor, group_size: int) -> Tensor:
+    out = y.shape[-1]
+    # [1 or batch, tokens, out], and coefficients of each row.
+    tables = [table.view(-1, 1, out) for table in (first, cross)]
+    rows = y.view(len(tables[0]), -1, out)
+    scratch = y.new_empty(max(PART, out))
+    several = max(1, PART // (rows.shape[1] * out))
+    for some, f, c in zip(rows.split(several), *(table.split(several) for table in tables), strict=True):
+        for part in some.split(max(1, PART // out), dim=1):
+            prepare_(f, c, group_size, scratch[: part.numel()].view(part.shape))(part)
+    return y
 
 
 def prepare_(first: Tensor, cross: Tensor, group_size: int, scratch: Tensor) -> Callable[[Tensor], Tensor]:

@@ -51,6 +51,24 @@ def test_a_row_of_a_batch_has_its_own_coefficients():
         assert_close(given[row], expected, "float32", moved_from=y[row])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", [1, 3 * OUT, 5 * OUT + 1, 1000 * OUT])
+@pytest.mark.parametrize("shape", [(5, OUT), (4, 3, OUT), (2, 7, 3, OUT)])
+def test_an_output_of_many_bytes_is_rotated_in_parts(shape, part, dtype, monkeypatch):
+    monkeypatch.setattr(default, "PART", part)
+    y = torch.from_numpy(named_values("y", *shape)).to(dtype)
+    theta, alpha = (torch.from_numpy(named_values(name, 3, OUT // 2)) for name in ("theta", "alpha"))
+    table = default.coefficients(theta, alpha, "road_1", 8)
+    index = torch.arange(shape[0]) % 3
+    for first, cross, rows in ((*table, index), (table[0][1], table[1][1], None), (*table, index[1:2])):
+        expected = default.rotate_(y.clone(), first, cross, 8, rows)
+        with monkeypatch.context() as limits:
+            limits.setattr(default, "HUGE", y.nbytes)
+            given = y.clone()
+            assert default.rotate_(given, first, cross, 8, rows) is given
+        assert torch.equal(given, expected)
+
+
 @pytest.mark.parametrize("group_size", [2, 64])
 def test_compose(group_size):
     y = torch.from_numpy(named_values("y", 4, OUT)).double()
