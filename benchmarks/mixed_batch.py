@@ -70,6 +70,8 @@ class Options:
     rounds: int = 5
     # Which bases; all if none is named.
     only: tuple[str, ...] = ()
+    # Which models beside the bare one; all if none is named. PEFT's loops over adapters take many minutes to compile.
+    arms: tuple[str, ...] = ()
     # Where the model is kept.
     cache: Path = Path("runs/cache")
     # Where the figures go.
@@ -125,6 +127,8 @@ def measure(
     arms: dict[str, Arm] = {}
     failed: dict[str, str] = {}
     for label in _makers(options):
+        if options.arms and label not in ("bare", *options.arms):
+            continue
         for way in ("",) if label == "bare" else (", one", options.mixed):
             arm = Arm(_serve, checkpoint, quantize, dtype, label, mixed=way == options.mixed, options=options)
             if isinstance(arm.begun, str):
