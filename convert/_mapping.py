@@ -14,6 +14,7 @@ from convert._regroup import regroup
 from convert._tied import is_tied
 from road_core import Adapter, AdapterError, RoadConfig, select_modules
 from road_core._adapter import Array, dtype_name
+from road_core._config import NOT_IN_PEFT
 from road_core._files import EMBEDDINGS, HEAD
 
 # Metadata of a converted file: what the other side's file has that this side can't say, so that the way back gives
@@ -24,10 +25,8 @@ FLAX_ORIGIN, TORCH_ORIGIN = "road_flax_origin", "road_torch_origin"
 _TIED = "tied_head"
 _HEAD_WEIGHT = f"{HEAD}.weight"
 
-# PEFT's RoAd warns about these and doesn't obey them.
-_NOT_IN_PEFT = ("exclude_modules", "layers_to_transform", "layers_pattern")
-_CHOICES = ("target_modules", "modules_to_save", *_NOT_IN_PEFT)
-
+# What chooses modules on either side.
+_CHOICES = ("target_modules", "modules_to_save", *NOT_IN_PEFT)
 
 # One line a key: what it is called before and after.
 Trace = list[tuple[str, str]]
@@ -539,8 +538,8 @@ def _fit(config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool) -> R
         same = False
     if plain and partners.classifier and config.target_modules == "all-linear":
         same = False
-    if not same or (plain and any(getattr(config, name) is not None for name in _NOT_IN_PEFT)):
-        changes = {**dict.fromkeys(_NOT_IN_PEFT), "target_modules": partners.modules}
+    if not same or (plain and any(getattr(config, name) is not None for name in NOT_IN_PEFT)):
+        changes = {**dict.fromkeys(NOT_IN_PEFT), "target_modules": partners.modules}
     names = config.modules_to_save or []
     if HEAD in own.saved and HEAD not in partners.saved:
         names = [name for name in names if not _is_named(name, HEAD)]

@@ -171,11 +171,7 @@ def merge(
         >>> import convert
         >>> convert.merge("checkpoints/smollm2", "adapters/reviews", "merged/reviews")  # doctest: +SKIP
     """
-    folder, target = Path(checkpoint), Path(out)
-    check_free(target)
-    if target.is_symlink():
-        # The folder at its end is what is replaced.
-        target = target.resolve()
+    folder, target = Path(checkpoint), check_free(out)
     config = _config(folder)
     if not _is_plain(config.pop("quantization_config", None)):
         raise AdapterError(

@@ -12,8 +12,8 @@ VARIANTS = ("road_1", "road_2", "road_4")
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
-# PEFT's own RoadConfig lacks these. They are written only when set, so that PEFT reads a plain file without a warning.
-_NOT_IN_PEFT = ("exclude_modules", "layers_to_transform", "layers_pattern", "subspace")
+# What chooses layers and PEFT's own RoadConfig lacks.
+NOT_IN_PEFT = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,8 @@ class RoadConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as PEFT's ``adapter_config.json`` holds them, ``peft_type`` included."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "extra"}
-        for name in _NOT_IN_PEFT:
+        # Written only when set, so that PEFT reads a plain file without a warning.
+        for name in (*NOT_IN_PEFT, "subspace"):
             if fields[name] is None:
                 del fields[name]
         return dict(sorted({**self.extra, **fields, "peft_type": "ROAD"}.items()))

@@ -318,11 +318,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         AdapterError: ``path`` already holds something, or can't be made or filled.
     """
-    target = Path(path)
-    check_free(target)
-    if target.is_symlink():
-        # The folder at its end is what is replaced.
-        target = target.resolve()
+    target = check_free(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stays = target.is_dir() and (
@@ -350,8 +346,8 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def check_free(path: str | os.PathLike) -> None:
-    """Refuses a place for output that already holds something.
+def check_free(path: str | os.PathLike) -> Path:
+    """Returns a place for output; of a link the folder at its end, which is what is replaced.
 
     Raises:
         AdapterError: ``path`` is a file, a link to nothing, or a folder that isn't empty.
@@ -362,6 +358,7 @@ def check_free(path: str | os.PathLike) -> None:
     if os.path.lexists(target) and not target.is_dir():
         found = "a file" if target.exists() else "a link to nothing"
         raise AdapterError(f"{target}: expected an empty or new folder, found {found}")
+    return target.resolve() if target.is_symlink() else target
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:

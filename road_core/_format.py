@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from road_core._adapter import Adapter, Array
-from road_core._config import RoadConfig
+from road_core._config import NOT_IN_PEFT, RoadConfig
 from road_core._errors import AdapterError, listed
 from road_core._files import dump_json, dump_tensors, inside, read_json, read_tensors, write_files
 
@@ -42,8 +42,8 @@ _INNER = re.compile(
 # What `_write` adds to an adapter's metadata.
 _OWN_METADATA = ("format", "road_variant", "road_group_size", "road_digest", "road_subspace", "road_targets")
 
-# What chooses the layers. PEFT's RoAd knows the first alone.
-_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# What chooses the layers.
+_CHOICE = ("target_modules", *NOT_IN_PEFT)
 
 _PEFT = _Format("adapter_config.json", "adapter_model.safetensors", "base_model.model.", "pt")
 _FLAX = _Format("road_config.json", "road_adapter.safetensors", "", "flax")
@@ -107,7 +107,7 @@ def _write(directory: str | os.PathLike, adapter: Adapter, form: _Format, overwr
         "road_digest": adapter.digest(),
     }
     fields = adapter.config.to_dict()
-    if form is _PEFT and any(name in fields for name in _CHOICE[1:]) and adapter.modules:
+    if form is _PEFT and any(name in fields for name in NOT_IN_PEFT) and adapter.modules:
         # PEFT would warn of fields that it doesn't know, and take more modules: it gets those that there are by name.
         metadata["road_targets"] = json.dumps({name: fields.pop(name) for name in _CHOICE if name in fields})
         fields["target_modules"] = [*adapter.modules]
@@ -157,7 +157,7 @@ def _read(directory: str | os.PathLike, form: _Format) -> Adapter:
 def _chosen(text: str, adapter: Adapter, path: os.PathLike) -> RoadConfig:
     """Returns the config with the targets that it was written for, unless the file names other modules by now."""
     config = adapter.config
-    plain = all(getattr(config, name) is None for name in _CHOICE[1:])
+    plain = all(getattr(config, name) is None for name in NOT_IN_PEFT)
     try:
         fields = json.loads(text)
         if not isinstance(fields, dict) or not fields.keys() <= set(_CHOICE):

@@ -110,8 +110,8 @@ def command(options: GenerateOptions) -> None:
     adapters = _adapters([argument for several in options.adapter for argument in several])
     if options.out is not None:
         _check_new(options.out)
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        raise AdapterError(f"{options.out}: expected a file in a folder that is there")
+        if not options.out.absolute().parent.is_dir():
+            raise AdapterError(f"{options.out}: expected a file in a folder that is there")
     lines = read_json_lines(options.prompts)
     rows = [row for _, row in lines]
 

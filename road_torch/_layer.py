@@ -129,8 +129,7 @@ class RoadLayer(nn.Module):
             or base._forward_pre_hooks
             or _global_forward_hooks
             or _global_forward_pre_hooks
-            or nn.Linear.forward is not _linear_forward
-            or nn.functional.linear is not _linear
+            or _is_replaced()
         ):
             y: Tensor = base(x, *args, **kwargs)
             unseen = False
@@ -168,13 +167,7 @@ class RoadLayer(nn.Module):
                 return y
         if not unseen and self._gives_new:
             # A hook may hold what the base gave, or what stands in place of its forward.
-            unseen = not (
-                base._forward_hooks
-                or _global_forward_hooks
-                or "forward" in base.__dict__
-                or nn.Linear.forward is not _linear_forward
-                or nn.functional.linear is not _linear
-            )
+            unseen = not (base._forward_hooks or _global_forward_hooks or "forward" in base.__dict__ or _is_replaced())
         if unseen and y.is_contiguous():
             for step in plan.steps:
                 y = step(y)
@@ -319,7 +312,7 @@ class RoadLayer(nn.Module):
             plan.shape is None
             or y.numel() > default.LARGE
             or self._kernel is not _kernels.DEFAULT
-            or _ops.transformed()
+            or default.transformed()
         ):
             plan.steps = [
                 functools.partial(self._kernel.rotate_, first=first, cross=cross, group_size=size, index=rows)
@@ -337,8 +330,7 @@ class RoadLayer(nn.Module):
         return plan
 
     def _gather(self, y: Tensor, routing: Routing) -> Plan:
-        if not isinstance(y, Tensor) or y.shape[-1:] != (self.out_features,):
-            raise self._no_output(y)
+        self._check_output(y)
         if y.is_meta:
             # A shape, which no rotation changes.
             return Plan(y.dtype, [], [], self._changes[0])
@@ -368,9 +360,11 @@ class RoadLayer(nn.Module):
             passes = routing.gather(bank, names, y, self.module_path, self._kernel)
         return Plan(y.dtype, passes, sources, changes)
 
-    def _no_output(self, y: Any) -> AdapterError:
-        found = f"a {type(y).__name__}" if not isinstance(y, Tensor) else f"one of shape {list(y.shape)}"
-        return AdapterError(
+    def _check_output(self, y: Any) -> None:
+        if isinstance(y, Tensor) and y.shape[-1:] == (self.out_features,):
+            return
+        found = f"one of shape {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise AdapterError(
             f"{self.module_path}: expected a layer that gives a tensor [..., {self.out_features}], found {found} from "
             f"{type(bare(self.base_layer)).__name__}; exclude_modules leaves it out"
         )
@@ -411,8 +405,7 @@ class RoadLayer(nn.Module):
         # A compiled graph would be guarded by what changes here: RoadModel does it before the call.
         if not _is_compiling():
             self.expire()
-        if not isinstance(y, Tensor) or y.shape[-1:] != (self.out_features,):
-            raise self._no_output(y)
+        self._check_output(y)
         if routing.names is None:
             for first, cross, size, _ in self._passes(
                 [part for name in routing.used for part in parts(name)], y.device
@@ -436,7 +429,7 @@ class RoadLayer(nn.Module):
 
     def _recorded(self, y: Tensor, first: Tensor, cross: Tensor, size: int, index: Tensor | None = None) -> Tensor:
         """A rotation with gradients."""
-        if _ops.transformed() or (_is_compiling() and self._shared.kernel != "triton"):
+        if default.transformed() or (_is_compiling() and self._shared.kernel != "triton"):
             # Expanded first, the coefficients' gradients are summed in float32.
             first, cross = (table.expand(y.shape) for table in default.gather(y, first, cross, index))
             return default.rotate(y, first, cross, size)
@@ -528,6 +521,11 @@ def is_conv1d(module: nn.Module) -> bool:
 def layers(model: nn.Module) -> Iterator[RoadLayer]:
     """Yields the model's adapted layers, each once."""
     return (module for module in model.modules() if isinstance(module, RoadLayer))
+
+
+def _is_replaced() -> bool:
+    """True where somebody has put something of their own in the place of what every linear layer calls."""
+    return nn.Linear.forward is not _linear_forward or nn.functional.linear is not _linear
 
 
 def _device(module: nn.Module) -> torch.device:

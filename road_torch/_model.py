@@ -36,6 +36,17 @@ from road_torch._routing import BASE, HOOKED, LOCK, Mix, Name, Routing, Shared, 
 from road_torch._rows import check_media, stray
 from road_torch._saved import SavedModule, saved_modules
 
+# What models call the arguments that have the batch's rows.
+_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "inputs",
+    "input_features",
+    "pixel_values",
+    "input_values",
+    "decoder_input_ids",
+)
+
 _Parameters = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -992,18 +1003,6 @@ def _read(folder: str | os.PathLike) -> Adapter:
         modules_to_save=plain(adapter.modules_to_save),
         base_weights=plain(adapter.base_weights),
     )
-
-
-# What models call the arguments that have the batch's rows.
-_INPUTS = (
-    "input_ids",
-    "inputs_embeds",
-    "inputs",
-    "input_features",
-    "pixel_values",
-    "input_values",
-    "decoder_input_ids",
-)
 
 
 def _batch_sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:

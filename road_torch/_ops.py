@@ -6,7 +6,6 @@ for the rest: it saves ``y``, the coefficients and no intermediate.
 """
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from road_torch import _kernels
@@ -35,11 +34,6 @@ def _(
     y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tensor | None = None, kernel: str = "auto"
 ) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
-
-
-def transformed() -> bool:
-    """True within ``torch.func`` and forward-mode differentiation, which know plain operations only."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:

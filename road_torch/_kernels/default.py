@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from road_core import output_size, subspace_blocks
@@ -67,6 +68,11 @@ def coefficients(
     return first.reshape(*lead, -1), cross.reshape(*lead, -1)
 
 
+def transformed() -> bool:
+    """True within ``torch.func`` and forward-mode differentiation, which know plain operations only."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def partner(y: Tensor, group_size: int) -> Tensor:
     """Swaps the halves of each group: ``y`` is ``[..., out]``, and so is the result."""
     return y.reshape(-1, 2, group_size // 2).roll(1, 1).view(y.shape)
@@ -98,7 +104,7 @@ def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Ten
     """As `rotate`, but overwrites ``y``, which must be contiguous."""
     if index is not None or first.dtype is not y.dtype:
         first, cross = (table.to(y.dtype) for table in gather(y, first, cross, index))
-    if y.nbytes >= HUGE and y.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
+    if y.nbytes >= HUGE and y.device.type == "cpu" and not transformed():
         return _rotate_in_parts_(y, first, cross, group_size)
     if y.numel() > SMALL:
         other = partner(y, group_size)

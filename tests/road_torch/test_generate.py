@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from _graphs import counting
 from _models import small_checkpoint, small_model, word_tokenizer
 
 import road_torch
@@ -71,13 +72,7 @@ def test_a_row_of_a_mixed_batch_is_what_it_is_alone(way):
 def test_compiled_decoding_has_one_graph_for_all_mixes():
     """As transformers compiles it: a cache of fixed size, and the graph is made once."""
     torch.compiler.reset()
-    model, graphs = with_adapters(), []
-
-    # A function, for generate copies its config deeply.
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    model, (backend, graphs) = with_adapters(), counting()
     compiling = transformers.CompileConfig(backend=backend, mode=None, dynamic=False)
     # On a CPU it compiles only if told so.
     compiling._compile_all_devices = True

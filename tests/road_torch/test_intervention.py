@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from _compare import TOLERANCE, assert_close, named_values
+from _graphs import counting
 from _models import small_checkpoint, small_model
 from torch import nn
 
@@ -265,17 +266,6 @@ def test_nothing_is_left_on_the_base(base, folders):
 def _logits(model, batch):
     with torch.no_grad():
         return model(**batch).logits
-
-
-def counting():
-    """A backend of torch.compile, and the graphs that it was given."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    return backend, graphs
 
 
 CHOICES = [NAMES, NAMES[::-1], ["all", "last", "all", "last"], ["__base__"] * 4]
