@@ -322,6 +322,7 @@ def main() -> None:
         "Kept are a layer's input and what its linear layers gave, from which the inputs of the others are computed",
         'anew (`remat="linears"`). The same policy also keeps what LoRA\'s factors gave, the second in full width;',
         "one that told them apart would bring LoRA near to RoAd.",
+        "For `road-train --mesh` a mesh of 8 × 4 here is `data=8,tensor=4`, and with `fsdp` it is `fsdp=8,tensor=4`.",
         "",
         "| model | mesh (data × model) | weights | rows a chip | RoAd 1 | LoRA r8 | full |",
         "|---|---|---|---|---|---|---|",

@@ -102,6 +102,16 @@ def test_every_link_of_the_pages_leads_somewhere(page):
         assert not anchor or anchor in anchors(there), f"{page.name} links to {target}"
 
 
+def test_every_file_of_figures_has_its_command():
+    _, _, table = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").partition("## Files and commands")
+    named = set(re.findall(r"`(\w[\w-]*\.json)`", table))
+    assert named == {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    for module in set(re.findall(r"`(benchmarks\.\w+)", table)):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file() or (
+            ROOT / module.replace(".", "/")
+        ).is_dir()
+
+
 def test_pages_hold_no_placeholders():
     for page in [*PAGES, ROOT / "CHANGELOG.md"]:
         assert not re.findall(r"\b(TODO|FIXME|TBD|[A-Z]+-TABLE)\b", page.read_text(encoding="utf-8")), page.name

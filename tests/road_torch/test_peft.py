@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
 
+TORCH_PAGE = (Path(__file__).parents[2] / "docs" / "torch.md").read_text(encoding="utf-8")
 IDS = torch.arange(3, 31).reshape(4, 7)
 VARIANTS = ("road_1", "road_2", "road_4")
 
@@ -303,16 +306,12 @@ def test_generation_config_is_used_as_by_peft():
         assert model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS)).shape[1] == IDS.shape[1] + 3
 
 
-class AdapterTrainer(transformers.Trainer):
-    """As docs/torch.md tells."""
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        self.model.save_pretrained(
-            output_dir or self.args.output_dir, is_main_process=self.args.should_save, overwrite=True
-        )
-
-    def _load_best_model(self):
-        self.model.hotswap_adapter(self.state.best_model_checkpoint, "default")
+def adapter_trainer():
+    """The class that docs/torch.md gives, as it stands there."""
+    (block,) = re.findall(r"^```python\n(class AdapterTrainer.*?)^```", TORCH_PAGE, re.MULTILINE | re.DOTALL)
+    names = {"transformers": transformers}
+    exec(block, names)
+    return names["AdapterTrainer"]
 
 
 def test_a_trainer_ends_with_its_best_adapter(tmp_path):
@@ -334,7 +333,7 @@ def test_a_trainer_ends_with_its_best_adapter(tmp_path):
         use_cpu=True,
     )
     scores = iter((1.0, 3.0, 2.0))
-    trainer = AdapterTrainer(
+    trainer = adapter_trainer()(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -369,7 +368,7 @@ def test_a_trainer_trains_evaluates_and_saves(kind, tmp_path):
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = AdapterTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer = adapter_trainer()(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
     # In evaluation mode bitsandbytes may pack a 4-bit weight anew, and gives no gradients after that.
     start = model.train()(IDS, labels=IDS).loss.item()
     trainer.train()
