@@ -67,8 +67,9 @@ def test_skills_that_were_trained_apart_add(tmp_path):
     assert "composed in either order: the same numbers" in text
     rows = re.findall(r"^(\w+) +directions (\S+) +rings (\S+)$", text, re.MULTILINE)
     scores = {name: (float(directions), float(rings)) for name, directions, rings in rows}
-    assert scores["both"] == (scores["directions"][0], scores["rings"][1])
-    assert scores["neither"] == (scores["rings"][0], scores["directions"][1])
+    # Rows of one batch may differ in the last bit, and so may a point on a border.
+    assert scores["both"] == pytest.approx((scores["directions"][0], scores["rings"][1]), abs=0.005)
+    assert scores["neither"] == pytest.approx((scores["rings"][0], scores["directions"][1]), abs=0.005)
     for question in range(2):
         assert scores["both"][question] > 0.95
         assert scores["neither"][question] < 0.75
