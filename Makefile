@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 PUBLISHED := .venv-published
+QUANTIZERS := .venv-quantizers
 FUZZED := .venv-fuzz
 FUZZ ?= 3600
 
-.PHONY: demo test test-published fuzz lint format bench clean
+.PHONY: demo test test-published test-quantizers fuzz lint format bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -29,6 +30,15 @@ $(PUBLISHED)/installed: tests_published/requirements.txt
 
 test-published: $(PUBLISHED)/installed
 	$(PUBLISHED)/bin/python -m pytest tests_published
+
+# Layers of GPTQ, AWQ, HQQ, quanto and compressed-tensors, in an environment of their own.
+$(QUANTIZERS)/installed: tests_quantizers/requirements.txt
+	test -x $(QUANTIZERS)/bin/python || $(PYTHON) -m venv $(QUANTIZERS)
+	$(QUANTIZERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+test-quantizers: $(QUANTIZERS)/installed
+	$(QUANTIZERS)/bin/python -m pytest tests_quantizers
 
 # Every reader on spoilt files, for so many seconds: make fuzz FUZZ=60. What it has learnt is kept in runs/fuzz.
 $(FUZZED)/installed: constraints.txt
@@ -60,4 +70,4 @@ bench: $(VENV)/installed
 	$(RUN) -m benchmarks.conversion
 
 clean:
-	rm -rf $(VENV) $(PUBLISHED) $(FUZZED) runs
+	rm -rf $(VENV) $(PUBLISHED) $(QUANTIZERS) $(FUZZED) runs

@@ -46,8 +46,8 @@ from road_torch import RoadConfig, RoadModel, load
 TARGETS: dict[str, Any] = {"all-linear": "all-linear", "qv": ["q_proj", "v_proj"]}
 # name, quantisation, dtype of the computation
 BASES = [
-    ("fp32", "none", "float32"),
-    ("bf16", "none", "bfloat16"),
+    ("fp32", None, "float32"),
+    ("bf16", None, "bfloat16"),
     ("nf4, bf16", "nf4", "bfloat16"),
     ("int8, bf16", "int8", "bfloat16"),
 ]
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def measure(
-    checkpoint: Path, name: str, quantize: str, dtype: str, options: Options, console: Console
+    checkpoint: Path, name: str, quantize: str | None, dtype: str, options: Options, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Returns for each arm its times and ratios, or why it has none."""
     arms: dict[str, Arm] = {}
@@ -175,7 +175,7 @@ def measure(
 
 
 def _serve(
-    pipe: Any, checkpoint: Path, quantize: str, dtype: str, label: str, *, mixed: bool, options: Options
+    pipe: Any, checkpoint: Path, quantize: str | None, dtype: str, label: str, *, mixed: bool, options: Options
 ) -> None:
     """Follows an `Arm`'s orders; answers with seconds."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -9,10 +9,10 @@ from road_core._errors import AdapterError
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command.
+    """Runs a command, which imports what it needs itself.
 
-    Bad input, or a file that the system refuses, becomes one line on stderr and exit code 2; an interrupt exit code
-    130.
+    Bad input, a package that isn't installed, or a file that the system refuses, becomes one line on stderr and exit
+    code 2; an interrupt exit code 130.
     """
     # What would stop the process halfway is an interrupt like Ctrl-C, so that drafts are removed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -23,6 +23,8 @@ def run(command: Callable[[], None]) -> None:
         command()
     except AdapterError as error:
         sys.exit(_fail(" ".join(str(error).split()), 2))
+    except ModuleNotFoundError as error:
+        sys.exit(_fail(f"expected an installed {error.name}, found none (pip install 'road-adapters[all]' has all)", 2))
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:

@@ -68,7 +68,7 @@ def modules_by_path(base: nn.Module) -> dict[str, nn.Module]:
 def select(base: nn.Module, config: RoadConfig) -> dict[str, nn.Module]:
     """Returns the targeted modules by path, by PEFT's rules."""
     modules = modules_by_path(base)
-    linear = {path for path, module in modules.items() if _is_plain_linear(_unwrapped(module))}
+    linear = {path for path, module in modules.items() if _is_linear(_unwrapped(module))}
     chosen = select_modules(
         config,
         list(modules),
@@ -256,9 +256,20 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return bare(module.base_layer if isinstance(module, RoadLayer) else module)
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """What ``"all-linear"`` means to PEFT."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+def _is_linear(module: nn.Module) -> bool:
+    """What ``"all-linear"`` means: to PEFT ``nn.Linear`` and ``Conv1D``, here also the layers of GPTQ, AWQ, HQQ, …."""
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return True
+    inner = (child for child in module.modules() if child is not module)
+    return _has_features(module) and not any(map(_has_features, inner))
+
+
+def _has_features(module: nn.Module) -> bool:
+    try:
+        features(module)
+    except TypeError:
+        return False
+    return True
 
 
 def _output_head(model: Any, modules: Mapping[str, nn.Module], config: RoadConfig) -> list[str]:

@@ -11,6 +11,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from road_core import AdapterError
 from road_core._compose import Part, compose_module
+from road_core._config import VARIANTS
 from road_torch import _kernels, _ops
 from road_torch._bank import Bank
 from road_torch._checkpoint import in_another
@@ -257,7 +258,7 @@ class RoadLayer(nn.Module):
             )
             for part, weight in self._here(name)
         ]
-        variant = max(part.config.variant for part in composed)
+        variant = max((part.config.variant for part in composed), key=VARIANTS.index)
         theta, alpha = (torch.from_numpy(v) for v in compose_module(composed, variant, self.module_path))
         first, cross = (v.float() for v in default.coefficients(theta, alpha, variant, composed[0].config.group_size))
         if not (first.isfinite().all() and cross.isfinite().all()):

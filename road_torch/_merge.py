@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from road_core import AdapterError
 from road_torch._kernels import default
-from road_torch._layer import RoadLayer, bare, is_conv1d, moved
+from road_torch._layer import RoadLayer, bare, features, is_conv1d, moved
 from road_torch._routing import Pass
 
 # Rows are widened to float32 in blocks of about this many elements: little memory, and few calls a layer.
@@ -17,6 +17,10 @@ _BLOCK = 1 << 20
 # How far a row may be from where it was, relative to its norm, when it is rotated forth and back.
 _WAY_BACK = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 _WAY_BACK_QUANTIZED = 0.5
+
+# How far a merged layer with a forward of its own may be from its rotated output, relative to its norm: rounding alone,
+# TF32's too. A weight that is quantised anew at each call, for less than which there is no use, is 0.01 and more away.
+_SAME_OUTPUT = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
 # What is rotated through float32; float8 and the like have scales elsewhere.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -107,7 +111,7 @@ def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True, keep: b
         if not passes:
             return None
         inverse = None if keep else Inverse(passes, layer.module_path)
-        kept, error = _rotate(layer, passes, check)
+        kept, error = _rotate(layer, passes, check, prove=True)
     layer.unmerged = inverse or kept
     layer.merged_adapters = [name for name in names if name in layer.road_theta]
     return error
@@ -157,7 +161,7 @@ def unmerge(layer: RoadLayer) -> float | None:
     if layer.merged_adapters:
         if isinstance(layer.unmerged, Inverse):
             with torch.inference_mode(False), torch.no_grad():
-                _, error = _rotate(layer, layer.unmerged.passes, check=False)
+                _, error = _rotate(layer, layer.unmerged.passes, check=False, prove=False)
         else:
             layer.unmerged.put_back(bare(layer.base_layer))
         layer.unmerged = None
@@ -165,8 +169,11 @@ def unmerge(layer: RoadLayer) -> float | None:
     return error
 
 
-def _rotate(layer: RoadLayer, passes: Sequence[Pass], check: bool) -> tuple[Kept, float | None]:
-    """Replaces a layer's weight and bias by rotated ones; returns the old ones and what quantising anew has moved."""
+def _rotate(layer: RoadLayer, passes: Sequence[Pass], check: bool, *, prove: bool) -> tuple[Kept, float | None]:
+    """Replaces a layer's weight and bias by rotated ones; returns the old ones and what quantising anew has moved.
+
+    ``prove`` is whether to see, of a layer with a forward of its own, that its output is the rotated one.
+    """
     base: Any = bare(layer.base_layer)
     path = layer.module_path
     quantized = _is_quantized(base)
@@ -177,19 +184,55 @@ def _rotate(layer: RoadLayer, passes: Sequence[Pass], check: bool) -> tuple[Kept
     rotated, bias = _rotate_rows(_weight(base), passes), _bias(base, passes)
     if check:
         _check_finite(path, rotated, bias)
+    prove = prove and not quantized and _has_own_forward(base)
+    expected = _rotate_features(_sample_output(base), passes) if prove else None
     kept, error = Kept(base, quantized=quantized), None
-    if quantized:
-        try:
+    try:
+        if quantized:
             error = _requantize(path, base, rotated, check)
-        except BaseException:
-            kept.put_back(base)
-            raise
-    else:
-        # A new parameter, for the old one may be tied to an embedding, which must stay as it is.
-        base.weight = _like(base.weight, rotated.T.contiguous() if is_conv1d(base) else rotated)
-    if bias is not None:
-        base.bias = _like(base.bias, bias)
+        else:
+            # A new parameter, for the old one may be tied to an embedding, which must stay as it is.
+            base.weight = _like(base.weight, rotated.T.contiguous() if is_conv1d(base) else rotated)
+        if bias is not None:
+            base.bias = _like(base.bias, bias)
+        if expected is not None:
+            _check_output(path, base, expected)
+    except BaseException:
+        kept.put_back(base)
+        raise
     return kept, error
+
+
+def _has_own_forward(base: nn.Module) -> bool:
+    """True where what a layer computes may be something else than its weight times x, and bias."""
+    return "forward" in base.__dict__ or not (is_conv1d(base) or type(base).forward is nn.Linear.forward)
+
+
+def _sample_output(base: Any) -> Tensor:
+    """What a layer gives for four rows that are the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, features(base)[0], generator=generator, device="cpu", dtype=torch.float32)
+    # Observers write into buffers what they saw.
+    buffers = [(module, dict(module._buffers)) for module in base.modules()]
+    try:
+        for module, own in buffers:
+            module._buffers.update({name: value if value is None else value.clone() for name, value in own.items()})
+        return base.forward(x.to(base.weight))
+    finally:
+        for module, own in buffers:
+            module._buffers.clear()
+            module._buffers.update(own)
+
+
+def _check_output(path: str, base: Any, expected: Tensor) -> None:
+    found = _sample_output(base)
+    away = float((found.float() - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    # One that isn't finite isn't near either.
+    if not away <= _SAME_OUTPUT[base.weight.dtype]:
+        raise AdapterError(
+            f"{path}: expected a layer whose output is rotated with its weight and bias, found {type(base).__name__} "
+            f"with a forward of its own, whose output would be {100 * away:.2g} % from the rotated one"
+        )
 
 
 def _weight(base: Any) -> Tensor:
@@ -266,12 +309,15 @@ def _rotate_rows_once(weight: Tensor, first: Tensor, cross: Tensor, group_size: 
 
 def _bias(base: nn.Module, passes: Sequence[Pass]) -> Tensor | None:
     bias = getattr(base, "bias", None)
-    if bias is None:
-        return None
-    value = bias.detach().float()
+    return None if bias is None else _rotate_features(bias.detach(), passes).to(bias.dtype)
+
+
+def _rotate_features(value: Tensor, passes: Sequence[Pass]) -> Tensor:
+    """Returns the rotated ``[..., out]`` in float32."""
+    value = value.float()
     for first, cross, group_size, _ in passes:
         value = default.rotate(value, first.to(value.device), cross.to(value.device), group_size)
-    return value.to(bias.dtype)
+    return value
 
 
 def _check_finite(path: str, weight: Tensor, bias: Tensor | None) -> None:

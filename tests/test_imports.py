@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,14 @@ import {package}
 PUBLIC = {
     "road_core": "Adapter AdapterError Intervention InterventionConfig RoadConfig bfloat16 check_group_size "
     "coefficients compose intervene inverse merge output_size parameter_size position_mask read_flax read_intervention "
-    "read_peft rotate select_modules subspace_mask to_float32 unmerge write_flax write_intervention "
+    "read_peft rotate select_modules subspace_blocks subspace_mask to_float32 unmerge write_flax write_intervention "
     "write_peft",
     "road_jax": "AdapterError Intervened InterventionConfig Layout QuantizedKernel Road RoadConfig compose dequantize "
     "einsum_layout generate intervene load_adapter load_intervention models nnx quantize rotate save_adapter "
     "save_intervention shardings stack_adapters transform",
-    "road_torch": "AdapterError InterventionModel RoadConfig RoadModel",
-    "convert": "compose diff inspect merge to_flax to_torch verify",
+    "road_torch": "AdapterError InterventionModel RoadConfig RoadLayer RoadModel generate load",
+    "convert": "AdapterError Comparison Summary Verification compose convert_all diff inspect merge to_flax to_torch "
+    "verify",
 }
 
 
@@ -81,8 +83,19 @@ def test_no_module_imports_what_its_package_must_not(package):
             assert not found, f"{path}:{node.lineno} imports {found}"
 
 
+@pytest.mark.parametrize(("package", "missing"), [("convert", "tyro"), ("road_torch", "transformers")])
+def test_a_command_names_the_package_that_it_lacks(package, missing):
+    code = BLOCKED.format(package=f"{package}.__main__", blocked=(missing,)) + f"{package}.__main__.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: expected an installed {missing}, found none (pip install 'road-adapters[all]' has all)\n"
+    )
+
+
 @pytest.mark.parametrize("package", PUBLIC)
 def test_public_names(package):
     module = __import__(package)
-    for name in PUBLIC[package].split():
-        assert hasattr(module, name), f"{package}.{name} is gone"
+    names = {name for name in dir(module) if not name.startswith("_")} - {"Any", "TYPE_CHECKING"}
+    modules = {name for name in names if isinstance(getattr(module, name), types.ModuleType)}
+    assert names - modules == set(PUBLIC[package].split()) - {"models", "nnx"}

@@ -12,8 +12,7 @@ from _compare import named_values
 from rich.console import Console
 
 import convert
-from convert import __main__ as cli
-from convert import _convert, _inspect
+from convert import _cli, _convert, _inspect
 from road_core import Adapter, AdapterError, RoadConfig, write_flax, write_peft
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +166,7 @@ def test_a_narrow_terminal_folds_paths_and_no_numbers():
     adapter = Adapter(RoadConfig(target_modules=[name], group_size=2), {name: pair})
     module = _inspect._module(name, adapter)
     out = io.StringIO()
-    cli._show(_inspect.Summary("Flax", adapter, (module,)), Path("a"), Console(file=out, width=80, highlight=False))
+    _cli._show(_inspect.Summary("Flax", adapter, (module,)), Path("a"), Console(file=out, width=80, highlight=False))
     rows = out.getvalue().splitlines()
     assert max(map(len, rows)) <= 80
     assert all(text in out.getvalue() for text in ("576", "[30, 288]", "float32", "0.1234", "1.0000"))

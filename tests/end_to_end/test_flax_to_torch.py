@@ -158,7 +158,7 @@ def test_an_adapter_of_pefts_has_the_same_logits_in_flax(variant, group_size, ba
 
 
 @pytest.mark.parametrize(
-    ("quantize", "dtype"), [("none", "float32"), ("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")]
+    ("quantize", "dtype"), [(None, "float32"), ("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")]
 )
 def test_a_mixed_batch_answers_each_row_as_if_it_were_alone(quantize, dtype, base, trained, made):
     decoder, tokenizer = road_torch.load(base, quantize=quantize, dtype=dtype)

@@ -230,6 +230,32 @@ def test_a_merged_weight_is_the_reference_s_quantised_anew(kind, dtype, variant,
     assert_close(y.double(), nn.functional.linear(X, expected, exact_bias).double(), "bfloat16")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("forward_first", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_as_it_was_where_it_cannot_be_quantised_anew(kind, forward_first, monkeypatch):
+    inner, _ = make(kind, torch.float32)
+    model, _ = road(Model(inner))
+    if forward_first:
+        model(X)
+    expected = model(X).clone()
+    requantize = _bnb.requantize
+
+    def fail(base, weight):
+        requantize(base, 0 * weight)
+        raise MemoryError("no room for the codes")
+
+    monkeypatch.setattr(_bnb, "requantize", fail)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MemoryError, match="no room for the codes"):
+            merge()
+        assert model.merged_adapters == []
+        assert torch.equal(model(X), expected)
+    monkeypatch.undo()
+    (error,) = model.merge_adapter().values()
+    assert 0 < error < 0.2
+
+
 @pytest.mark.parametrize("forward_first", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_and_a_cast_while_merged(kind, forward_first):

@@ -11,8 +11,7 @@ from _models import Net, small_checkpoint, small_model
 
 import road_core
 from road_core import read_peft, subspace_mask, write_peft
-from road_torch import AdapterError, RoadConfig, RoadModel, _routing
-from road_torch._generate import load
+from road_torch import AdapterError, RoadConfig, RoadModel, _routing, load
 
 IN, OUT = 16, 64
 X = torch.from_numpy(named_values("x", 4, 3, IN))

@@ -161,7 +161,7 @@ def test_a_gather_serves_a_whole_call(monkeypatch):
 
 @pytest.mark.parametrize(
     ("quantize", "dtype"),
-    [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16"), ("nf4", "float32"), ("int8", "bfloat16")],
+    [(None, "float32"), (None, "bfloat16"), ("nf4", "bfloat16"), ("nf4", "float32"), ("int8", "bfloat16")],
 )
 def test_token_for_token_on_every_kind_of_base(quantize, dtype, checkpoint):
     """In a batch of the same shape, so that not even the order of a sum differs."""
@@ -374,6 +374,27 @@ def test_answers_are_utf8_whatever_the_terminal_has(checkpoint, tmp_path, monkey
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     cli.main()
     assert json.loads(raw.getvalue().decode())["id"] == "θ"
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
+def test_a_dtype_is_named_or_given(dtype, checkpoint):
+    base, _ = road_torch.load(checkpoint, dtype=dtype)
+    assert base.dtype == (torch.float32 if dtype == "auto" else dtype)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"quantize": "int4"}, "^quantize: expected 'nf4', 'int8' or None, found 'int4'$"),
+        ({"quantize": "none"}, "^quantize: expected 'nf4', 'int8' or None, found 'none'$"),
+        ({"dtype": "bf16"}, "^dtype: expected 'auto', 'float32', 'bfloat16' or 'float16', found 'bf16'$"),
+        ({"dtype": torch.int8}, "^dtype: expected 'auto', 'float32', 'bfloat16' or 'float16', found 'int8'$"),
+        ({"dtype": None}, "^dtype: expected 'auto', 'float32', 'bfloat16' or 'float16', found None$"),
+    ],
+)
+def test_another_kind_or_dtype_is_refused(wrong, message, checkpoint):
+    with pytest.raises(AdapterError, match=message):
+        road_torch.load(checkpoint, **wrong)
 
 
 @pytest.mark.parametrize(("stored", "asked"), [("nf4", "int8"), ("int8", "nf4"), ("nf4", "nf4")])

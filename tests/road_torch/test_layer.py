@@ -2,12 +2,14 @@
 
 import copy
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from _compare import TOLERANCE, assert_close, named_values
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
+from transformers.integrations.bitnet import AutoBitLinear
 from transformers.pytorch_utils import Conv1D
 
 import road_core
@@ -292,6 +294,84 @@ def test_a_weight_that_is_no_plain_tensor_rotates_and_is_not_merged():
     with pytest.raises(AdapterError, match=r"proj: expected a plain .* found Linear with TwoTensor of torch\.float32"):
         model.merge_adapter()
     assert isinstance(linear.weight, TwoTensor)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+class Residual(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.cat([x, x], dim=-1)
+
+
+def own_forward(kind):
+    if kind == "bitnet":
+        return AutoBitLinear(IN, OUT, bias=True, online_quant=True)
+    if kind == "quantisation-aware":
+        layer = torch.ao.nn.qat.Linear(IN, OUT, qconfig=torch.ao.quantization.get_default_qat_qconfig("x86"))
+        layer(torch.zeros(1, IN))  # its observer sees the weight
+        return layer
+    layer = {"scaled": Scaled, "residual": Residual, "replaced": nn.Linear}[kind](IN, OUT)
+    if kind == "replaced":
+        accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook())
+        assert "forward" in layer.__dict__
+    return layer
+
+
+def adapted_with(kind, dtype):
+    base = Model(nn.ModuleDict({"proj": own_forward(kind)}).to(dtype).eval())
+    return fill(RoadModel(base), adapters("road_4", 8, "a")).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["scaled", "replaced"])
+def test_a_layer_with_a_forward_of_its_own_is_merged_where_it_is_linear(kind, dtype):
+    model = adapted_with(kind, DTYPES[dtype])
+    x = torch.from_numpy(named_values("x", 4, IN)).to(DTYPES[dtype])
+    expected = model(x).double()
+    with model.disable_adapter():
+        alone = model(x).double()
+    model.merge_adapter()
+    assert model.merged_adapters == ["a"]
+    assert_close(model(x).double(), expected, dtype, moved_from=alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", ["bitnet", "quantisation-aware", "residual"])
+def test_a_layer_whose_output_would_not_be_rotated_is_not_merged(kind, keep):
+    """Their weights are plain and floating-point, and quantised anew at each call, or not all of what they compute."""
+    model = adapted_with(kind, torch.float32)
+    x = torch.from_numpy(named_values("x", 4, IN)).to(torch.float32)
+    expected = model(x)
+    found = type(model.base_model.inner["proj"].base_layer).__name__
+    message = f"^inner.proj: expected a layer whose output is rotated with its weight and bias, found {found} with"
+    for merge in (lambda: model.merge_adapter(keep_weights=keep), model.merge_and_unload):
+        with pytest.raises(AdapterError, match=message):
+            merge()
+        assert model.merged_adapters == []
+        assert torch.equal(model(x), expected)
+
+
+def test_all_linear_takes_layers_that_are_no_nn_linear():
+    class Packed(nn.Module):
+        """As quantisers have them: integers, and features."""
+
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = IN, OUT
+            self.register_buffer("codes", torch.ones(OUT, IN, dtype=torch.int8))
+
+        def forward(self, x):
+            return x @ self.codes.T.to(x)
+
+    base = nn.ModuleDict({"packed": Packed(), "plain": nn.Linear(IN, OUT), "outer": Doubled(IN, OUT)})
+    model = RoadModel(base, RoadConfig(target_modules="all-linear", group_size=8))
+    adapted = {layer.module_path for layer in model.modules() if isinstance(layer, RoadLayer)}
+    assert adapted == {"packed", "plain", "outer.inner"}
 
 
 @pytest.mark.parametrize("way", ["in place", "replaced", "load_state_dict", "assigned"])

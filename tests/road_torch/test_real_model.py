@@ -28,7 +28,7 @@ def checkpoint():
 
 
 @pytest.mark.parametrize(
-    ("quantize", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16"), ("int8", "bfloat16")]
+    ("quantize", "dtype"), [(None, "float32"), (None, "bfloat16"), ("nf4", "bfloat16"), ("int8", "bfloat16")]
 )
 def test_token_for_token_what_each_adapter_gives_alone(quantize, dtype, checkpoint):
     base, tokenizer = road_torch.load(checkpoint, quantize=quantize, dtype=dtype)

@@ -1,0 +1,104 @@
+"""Decoders of Hugging Face checkpoints, plain or quantised, for `generate`."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+
+from road_core import AdapterError
+from road_core._errors import listed
+from road_core._files import inside, read_json
+
+
+def load(
+    directory: str | os.PathLike, *, quantize: str | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[Any, Any]:
+    """Loads a decoder and its tokenizer from a Hugging Face folder: local files, safetensors, no code of its own.
+
+    Args:
+        directory: the folder.
+        quantize: ``"nf4"`` or ``"int8"``; None takes the weights as they are.
+        dtype: of the computation: ``"auto"`` (the checkpoint's), float32, bfloat16 or float16, by name or torch's own.
+
+    Returns:
+        ``(model, tokenizer)``, the model in eval mode and on a GPU if there is one.
+
+    Raises:
+        AdapterError: something is missing, broken or of an unknown kind.
+    """
+    if quantize not in (None, "nf4", "int8"):
+        raise AdapterError(f"quantize: expected 'nf4', 'int8' or None, found {quantize!r}")
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise AdapterError(f"dtype: expected 'auto', 'float32', 'bfloat16' or 'float16', found {dtype!r}")
+    fields = read_json(inside(directory, "config.json"))
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise AdapterError(f"{directory}: expected a model type that transformers knows, found {kind!r}")
+    stored = _stored_kind(fields.get("quantization_config"))
+    if quantize is not None and stored not in (None, quantize):
+        raise AdapterError(
+            f"{directory}: expected weights to quantise to {quantize}, found some that are {stored} already"
+        )
+    where = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    kwargs: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "output_loading_info": True, **where}
+    # Reported below by name; transformers prints a table.
+    kwargs["ignore_mismatched_sizes"] = True
+    if quantize is not None or stored is not None:
+        # What it says about its missing kernels and its casts at every call is not the user's to mend.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quantize is not None and stored is None:
+        if dtype == "auto":
+            named = fields.get("dtype", fields.get("torch_dtype")) or "float32"
+            chosen = getattr(torch, named, None) if isinstance(named, str) else None
+            if not isinstance(chosen, torch.dtype):
+                raise AdapterError(f"{directory}: expected a dtype of torch in config.json, found {named!r}")
+        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=quantize == "nf4",
+            load_in_8bit=quantize == "int8",
+            # Above 0, the columns that all rows of a batch keep in 16 bits depend on each of them: an answer would
+            # change with its neighbours. The price is some accuracy.
+            llm_int8_threshold=0.0,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=chosen,
+        )
+    # transformers imports torchao where it is installed, which complains about kernels and enums at once.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **kwargs)
+    except Exception as error:  # a broken file can raise nearly anything in there
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise AdapterError(
+            f"{directory}: expected a whole Hugging Face checkpoint, found one that can't be loaded ({reason[0]})"
+        ) from None
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if wrong:
+        raise AdapterError(
+            f"{directory}: expected a tensor of the right shape for every weight, found none for {listed(wrong, 3)}"
+        )
+    return model.eval(), tokenizer
+
+
+def _stored_kind(quantization: object) -> str | None:
+    """How a checkpoint's weights are quantised, by its config; None where they aren't."""
+    if not isinstance(quantization, Mapping):
+        return None
+    if quantization.get("load_in_8bit"):
+        return "int8"
+    if quantization.get("load_in_4bit"):
+        return str(quantization.get("bnb_4bit_quant_type", "fp4"))
+    return str(quantization.get("quant_method"))
