@@ -5,14 +5,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,96 +22,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from road_core import Adapter, AdapterError, RoadConfig, output_size, select_modules, subspace_blocks, write_flax
 from road_core._config import config_of_run
-from road_core._files import HEAD, check_free, dump_json, inside, open_alone, read_json, read_shards, write_file
+from road_core._files import HEAD, check_free, dump_json, open_alone, write_file
 from road_core._picture import draw_rotations
 from road_jax import models
 from road_jax._io import to_record
 from road_jax._transform import Road, transform
 from road_jax._tree import dotted
-from road_jax.train import _data, _processes, _step
+from road_jax.train import _data, _options, _processes, _step
 from road_jax.train._checkpoint import Checkpoints
+from road_jax.train._options import TrainOptions
 from road_jax.train._plots import draw_loss
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """Supervised fine-tuning of RoAd on a Hugging Face decoder, in Flax.
-
-    Defaults follow the paper's recipe (arXiv 2409.00119, appendix): AdamW without weight decay, a linear schedule with
-    10 % warm-up, a learning rate about ten times LoRA's.
-    """
-
-    base: Path
-    """Folder of the Hugging Face checkpoint: config.json, safetensors, tokenizer."""
-    data: Path
-    """JSONL with {"prompt", "completion"} or {"messages"} lines."""
-    out: Path
-    """New folder for the adapter, metrics, pictures and checkpoints."""
-    eval_data: Path | None = None
-    """JSONL of held-out lines. Without it, --eval-lines are taken from the data."""
-    eval_lines: int = 64
-    """How many lines of the data are held out when there is no --eval-data; 0 for none."""
-    eval_every: int | None = None
-    """Evaluate every so many steps, besides before the first and after the last."""
-    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
-    """Parameters for a pair of outputs: one θ and α, two, or four."""
-    group_size: int = 64
-    """Outputs are paired within groups of this many."""
-    target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of layers, or all-linear."""
-    subspace: tuple[float, float] | None = None
-    """START STOP: train only this part of each layer's 2x2 blocks, as fractions. Adapters on parts that don't overlap
-    compose exactly."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules that are trained whole beside θ and α, and kept in the adapter; lm_head for one."""
-    steps: int | None = None
-    """Optimiser steps. Without it, --epochs decide."""
-    epochs: int = 3
-    """How often the data is gone through, when there are no --steps."""
-    batch_size: int = 8
-    """Rows in a batch. Lines are packed into rows."""
-    accumulate: int = 1
-    """Parts that a device's rows of a batch are taken in, one after the other, for one step: less memory."""
-    max_length: int = 512
-    """Tokens in a row; no line may be longer."""
-    skip_long: bool = False
-    """Leave lines out that are longer than --max-length, instead of refusing them."""
-    learning_rate: float = 3e-3
-    """Peak learning rate."""
-    warmup: float = 0.1
-    """Fraction of the steps in which the learning rate rises."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay on θ and α."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the base and its activations. θ, α and the optimiser are float32."""
-    parallel: Literal["jit", "pmap"] = "jit"
-    """How the devices share a batch."""
-    mesh: str | None = None
-    """How the devices are laid out, as data=2,fsdp=2,tensor=2: data deals a batch's rows, fsdp does too and stores the
-    base in shares, tensor computes heads, MLP and vocabulary in shares. Without it all devices are data."""
-    scan: bool = True
-    """Compile one layer and scan it; --no-scan unrolls (slower to compile, another adapter layout)."""
-    remat: Literal["none", "linears", "full"] = "linears"
-    """What of a layer's activations is kept for the backward pass: all, what its linear layers gave, or nothing but its
-    input; the rest is computed anew."""
-    seed: int = 0
-    """Of the order of the data."""
-    quantize: Literal["nf4", "int8", "none"] = "none"
-    """The base's weights while training: 4 bits, 8 bits, or as they are. θ and α stay float32."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0, for a run of several processes (hosts); auto where the cluster tells."""
-    processes: int | None = None
-    """How many processes the run has."""
-    process: int | None = None
-    """This process's number, from 0. Process 0 writes."""
-    compile_cache: Path | None = None
-    """Folder where compiled programs are kept for the next run."""
-    profile_steps: int = 0
-    """Trace so many steps, after the first, with jax.profiler; the trace goes to --out/profile."""
-    resume: bool = False
-    """Go on from the last checkpoint in --out, as if the run had not been stopped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,19 +55,6 @@ class TrainResult:
     tokens: int
     before: dict[str, float]
     after: dict[str, float]
-
-
-# What may differ between a run and its resumption.
-_FREE = (
-    *("out", "resume", "checkpoint_every", "compile_cache", "profile_steps"),
-    *("coordinator", "processes", "process"),
-)
-
-# In options.json: of the base, and of the tokens that the data came to.
-_BASE, _TOKENS = "base_sha256", "tokens_sha256"
-
-# Bytes of each of the base's tensors that its digest sees.
-_SAMPLE = 1 << 12
 
 
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
@@ -183,22 +89,22 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
 
 def _train(options: TrainOptions, console: Console | None, interrupted: "_Interrupted") -> TrainResult:
     console = console or Console(stderr=True, quiet=not _processes.is_first())
-    mesh = _processes.agreed(lambda: _check(options))
-    fingerprint = _processes.agreed(lambda: _fingerprint(options))
-    _processes.check_same(_shared_fields(options, fingerprint), "options")
+    mesh = _processes.agreed(lambda: _options.check(options))
+    fingerprint = _processes.agreed(lambda: _options.fingerprint(options))
+    _processes.check_same(_options.shared_fields(options, fingerprint), "options")
     if options.resume:
-        _check_begun(options, fingerprint)
+        _options.check_begun(options, fingerprint)
     if options.compile_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(options.compile_cache))
     with console.status(f"reading {options.data}"):
         tokenizer = _processes.agreed(lambda: load_tokenizer(options.base))
         examples, held_out = _examples(options, tokenizer)
         total = options.steps or _count_steps(options, examples)
-        fingerprint[_TOKENS] = _digest([*examples, *held_out])
-        fingerprint[_BASE] = _processes.agreed(lambda: _digest_base(options.base))
-        _processes.check_same({_BASE: fingerprint[_BASE]}, "base")
+        fingerprint[_options.TOKENS] = _digest([*examples, *held_out])
+        fingerprint[_options.BASE] = _processes.agreed(lambda: _options.digest_base(options.base))
+        _processes.check_same({_options.BASE: fingerprint[_options.BASE]}, "base")
         if options.resume:
-            _check_begun(options, fingerprint)
+            _options.check_begun(options, fingerprint)
     with console.status(f"loading {options.base}"):
         module, variables = _processes.agreed(lambda: _load(options, mesh))
         models.check_mesh(module.config, mesh)
@@ -476,100 +382,6 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 def _line(record: dict[str, Any]) -> bytes:
     return (json.dumps(record) + "\n").encode()
-
-
-def _check(options: TrainOptions) -> Mesh:
-    """Refuses everything that can be known to be wrong before anything is loaded; returns the mesh."""
-    for name, hint in get_type_hints(TrainOptions).items():
-        if get_origin(hint) is Literal and getattr(options, name) not in get_args(hint):
-            raise AdapterError(f"{name}: expected one of {', '.join(get_args(hint))}, found {getattr(options, name)!r}")
-    for name, least in (
-        ("batch_size", 1),
-        ("max_length", 2),
-        ("epochs", 1),
-        ("checkpoint_every", 1),
-        ("accumulate", 1),
-        ("profile_steps", 0),
-        ("eval_lines", 0),
-    ):
-        if getattr(options, name) < least:
-            raise AdapterError(f"{name}: expected a number from {least} up, found {getattr(options, name)}")
-    for name in ("steps", "eval_every"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise AdapterError(f"{name}: expected a number from 1 up, found {getattr(options, name)}")
-    if not 0 <= options.warmup <= 1:
-        raise AdapterError(f"warmup: expected a fraction of the steps, found {options.warmup}")
-    if not 0 < options.learning_rate < math.inf:
-        raise AdapterError(f"learning_rate: expected a positive number, found {options.learning_rate}")
-    if not 0 <= options.weight_decay < math.inf:
-        raise AdapterError(f"weight_decay: expected a number from 0 up, found {options.weight_decay}")
-    if not 0 <= options.seed < 1 << 32:
-        raise AdapterError(f"seed: expected a number from 0 to {(1 << 32) - 1}, found {options.seed}")
-    mesh = models.make_mesh(None if options.mesh is None else _sizes(options.mesh))
-    if options.parallel == "pmap" and mesh.shape["data"] != mesh.size:
-        raise AdapterError(f"parallel: expected jit for a mesh of {options.mesh}, found pmap")
-    _step.check_rows(options.batch_size, mesh, options.accumulate)
-    config_of_run(dataclasses.asdict(options))
-    if not options.resume:
-        check_free(options.out)
-        return mesh
-    if not (options.out / "options.json").is_file():
-        raise AdapterError(f"{options.out}: expected a run to resume, found no options.json")
-    return mesh
-
-
-def _check_begun(options: TrainOptions, now: dict[str, Any]) -> None:
-    """Refuses to resume a run that was begun with other options or data; other tokens too, where they are known."""
-    begun = read_json(options.out / "options.json")
-    # Tokens aren't known at first; that of the base wasn't written by earlier versions.
-    for name in (_TOKENS, _BASE):
-        if name not in now or name not in begun:
-            begun.pop(name, None)
-            now = {key: value for key, value in now.items() if key != name}
-    changed = sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name))
-    if changed:
-        name = changed[0]
-        raise AdapterError(
-            f"{options.out}: expected the options that the run began with, "
-            f"found {name} {now.get(name)!r} instead of {begun.get(name)!r}"
-        )
-
-
-def _sizes(mesh: str) -> dict[str, int]:
-    """Reads ``data=2,fsdp=4``."""
-    sizes = {}
-    for part in mesh.split(","):
-        name, _, size = part.strip().partition("=")
-        if not size.isdecimal() or name in sizes:
-            raise AdapterError(f"mesh: expected axes and sizes as data=2,fsdp=2,tensor=2, found {mesh!r}")
-        sizes[name] = int(size)
-    return sizes
-
-
-def _fingerprint(options: TrainOptions) -> dict[str, Any]:
-    """The options that decide a run's result, and the data's digests; that of its tokens is added once it is known."""
-    fields = {name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE}
-    fields = json.loads(json.dumps(fields, default=str))
-    for name in ("data", "eval_data"):
-        path = getattr(options, name)
-        if path is not None and Path(path).is_file():
-            fields[f"{name}_sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return fields
-
-
-def _shared_fields(options: TrainOptions, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """What the processes of a run must be given alike; each may have its files elsewhere."""
-    fields = fingerprint | {name: getattr(options, name) for name in ("resume", "checkpoint_every")}
-    return {name: value for name, value in fields.items() if name not in ("base", "data", "eval_data")}
-
-
-def _digest_base(base: Path) -> str:
-    """Of the config, and of what every tensor is and how it begins: a whole base takes long to read."""
-    digest = hashlib.sha256(inside(base, "config.json").read_bytes())
-    for header, _ in read_shards(base)[0].values():
-        for name, entry in sorted(header.items()):
-            digest.update(f"\n{name} {entry.dtype} {entry.shape}\n".encode() + entry.bytes()[:_SAMPLE].tobytes())
-    return digest.hexdigest()
 
 
 def _digest(examples: list[_data.Example]) -> str:
