@@ -12,7 +12,7 @@ from convert._inspect import drawn, read_adapter
 from convert._mapping import map_to_torch, natural
 from road_core import Adapter, AdapterError, to_float32
 from road_core._adapter import Array
-from road_core._files import HEAD
+from road_core._safetensors import HEAD
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from convert._tied import is_tied
 from road_core import Adapter, AdapterError, RoadConfig, select_modules
 from road_core._adapter import Array, dtype_name
 from road_core._config import NOT_IN_PEFT
-from road_core._files import EMBEDDINGS, HEAD
+from road_core._safetensors import EMBEDDINGS, HEAD
 
 # Metadata of a converted file: what the other side's file has that this side can't say, so that the way back gives
 # the same bytes. A file has the one of them or neither.

@@ -24,19 +24,8 @@ from road_core import Adapter, AdapterError, coefficients, to_float32
 from road_core._adapter import Array, from_float32
 from road_core._bitsandbytes import FLOATS, Quantized, fold
 from road_core._errors import listed
-from road_core._files import (
-    DTYPES,
-    EMBEDDINGS,
-    HEAD,
-    INDEX,
-    Entry,
-    check_free,
-    dump_json,
-    inside,
-    read_json,
-    read_shards,
-    write_file,
-)
+from road_core._files import check_free, dump_json, inside, read_json, write_file
+from road_core._safetensors import DTYPES, EMBEDDINGS, HEAD, INDEX, Entry, read_shards
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from convert._families import FAMILIES
-from road_core._files import INDEX, SINGLE, has_own_head, inside, read_json, read_shards
+from road_core._files import inside, read_json
+from road_core._safetensors import INDEX, SINGLE, has_own_head, read_shards
 
 # Of the families, those whose models have a head of their own where config.json doesn't say.
 _UNTIED = ("llama", "mistral", "qwen2", "qwen3", "phi3")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from road_core._adapter import Array, from_float32, to_float32
 from road_core._errors import AdapterError
-from road_core._files import DTYPES, Entry
+from road_core._safetensors import DTYPES, Entry
 
 # bitsandbytes' own tables; it doesn't look at the one that lies in the file.
 NF4 = np.array(

@@ -13,7 +13,8 @@ from typing import Any
 from road_core._adapter import Adapter, Array
 from road_core._config import NOT_IN_PEFT, RoadConfig
 from road_core._errors import AdapterError, listed
-from road_core._files import dump_json, dump_tensors, inside, read_json, read_tensors, write_files
+from road_core._files import dump_json, inside, read_json, write_files
+from road_core._safetensors import dump_tensors, read_tensors
 
 
 @dataclasses.dataclass(frozen=True)

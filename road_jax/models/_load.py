@@ -16,7 +16,8 @@ from road_core import AdapterError
 from road_core._adapter import is_bfloat16
 from road_core._bitsandbytes import FLOATS, Quantized, fold
 from road_core._errors import listed
-from road_core._files import Entry, has_own_head, inside, read_json, read_shards
+from road_core._files import inside, read_json
+from road_core._safetensors import Entry, has_own_head, read_shards
 from road_jax._quantize import BLOCK, Kind, QuantizedKernel, check_kind, excluded
 from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten

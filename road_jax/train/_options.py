@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from road_core import AdapterError
 from road_core._config import config_of_run
-from road_core._files import check_free, inside, read_json, read_shards
+from road_core._files import check_free, inside, read_json
+from road_core._safetensors import read_shards
 from road_jax import models
 from road_jax.train import _step
 

@@ -22,8 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from road_core import Adapter, AdapterError, RoadConfig, output_size, select_modules, subspace_blocks, write_flax
 from road_core._config import config_of_run
-from road_core._files import HEAD, check_free, dump_json, open_alone, write_file
+from road_core._files import check_free, dump_json, open_alone, write_file
 from road_core._picture import draw_rotations
+from road_core._safetensors import HEAD
 from road_jax import models
 from road_jax._io import to_record
 from road_jax._transform import Road, transform

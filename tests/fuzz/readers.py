@@ -26,8 +26,9 @@ with atheris.instrument_imports(include=["road_core", "convert"]):
     import convert
     from convert._rules import read_rules
     from road_core import AdapterError, _targets, read_flax, read_peft
-    from road_core._files import read_header, read_json, read_tensors
+    from road_core._files import read_json
     from road_core._intervention import Intervention, InterventionConfig, read_intervention
+    from road_core._safetensors import read_header, read_tensors
 
 Json = Any
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import convert
 from road_core import Adapter, AdapterError, RoadConfig, read_flax, read_peft, write_flax, write_peft
-from road_core._files import inside, read_header, read_json, read_tensors
+from road_core._files import inside, read_json
+from road_core._safetensors import read_header, read_tensors
 
 PATH = "model.layers.0.self_attn.q_proj"
 CONFIG = RoadConfig(target_modules=["q_proj"], group_size=8)
