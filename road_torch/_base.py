@@ -1,7 +1,8 @@
 """What adapters find in a base model: the modules that they are for, whether these can carry them, what comes along."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -166,8 +167,22 @@ def copies(
         original = module.original_module if isinstance(module, SavedModule) else module
         if isinstance(module, RoadLayer) or next(layers(original), None) is not None:
             raise AdapterError(f"{path}: expected a module to save whole, found one that adapters rotate")
+        if tensors is None and (called := _called_for(base, path)):
+            raise AdapterError(
+                f"{path}: expected a module for modules_to_save that is called, found one in place of which "
+                f"{listed(called, 3)} are"
+            )
         made[path] = copy_of(path, bare(original), None if tensors is None else groups[path], strict=strict)
     return made
+
+
+def _called_for(base: Any, path: str) -> list[str]:
+    """Returns the embeddings that hold the weight of one which an encoder-decoder has for loading alone."""
+    if path.rpartition(".")[2] != "shared":
+        return []
+    modules, tied = modules_by_path(base), getattr(base, "all_tied_weights_keys", None) or {}
+    others = [key.rpartition(".")[0] for key, source in tied.items() if source == f"{path}.weight"]
+    return [other for other in others if isinstance(_unwrapped(modules[other]), nn.Embedding)]
 
 
 def base_weight(base: nn.Module, path: str) -> Tensor:
@@ -229,25 +244,45 @@ def check_base_weights(
     return [] if in_use else [(own, value) for own, (_, value) in new.items()]
 
 
-def unties(base: Any, names: Sequence[str]) -> bool:
-    """True if merging gives one end of tied embeddings, the input's or the head, a weight of its own."""
-    config = getattr(base, "config", None)
-    if not getattr(config, "tie_word_embeddings", False) or not hasattr(base, "get_output_embeddings"):
-        return False
-    ends = base.get_input_embeddings(), base.get_output_embeddings()
-    return any(
-        end.current() is not end.original_module
-        if isinstance(end, SavedModule)
-        else isinstance(end, RoadLayer) and any(name in end.road_theta for name in names)
-        for end in ends
-    )
-
-
 def untie(base: Any) -> None:
-    """A config that says otherwise would tie the head again on loading."""
-    base.config.tie_word_embeddings = False
-    if hasattr(base, "all_tied_weights_keys"):
-        base.all_tied_weights_keys = {}
+    """Takes weights that merging gave a value of their own off the model's lists of tied ones.
+
+    On loading transformers would tie them again, and with no list at all it wouldn't find the others, of which it saves
+    one. Where some are left the config says as before that there are: models scale the head's input by it.
+    """
+    config: Any = getattr(base, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(base, "all_tied_weights_keys"):
+        return
+    before = base.all_tied_weights_keys
+    for module in base.modules():
+        tied = module.__dict__.get("all_tied_weights_keys") or {}
+        left = {path: other for path, other in tied.items() if _are_one(module, path, other)}
+        if len(left) < len(tied):
+            own = module.get_expanded_tied_weights_keys()
+            module.all_tied_weights_keys = left
+            # For whoever ties weights once more, as resizing the embeddings does.
+            module._tied_weights_keys = {path: other for path, other in own.items() if path in left}
+    apart: list[Tensor] = []
+    for path in [path for path in before if path not in base.all_tied_weights_keys]:
+        owner, leaf, tensor = _held(base, path)
+        if any(tensor is other for other in apart):
+            # What these were tied to has gone: saved as one they would be tied to it again.
+            setattr(owner, leaf, nn.Parameter(tensor.detach().clone(), tensor.requires_grad))
+        apart.append(tensor)
+    if before and not base.all_tied_weights_keys:
+        config.tie_word_embeddings = False
+
+
+def _are_one(model: nn.Module, path: str, other: str) -> bool:
+    first, second = _held(model, path)[2], _held(model, other)[2]
+    # Where accelerate took them away nobody can tell.
+    return first is second or first.is_meta or second.is_meta
+
+
+def _held(model: nn.Module, path: str) -> tuple[nn.Module, str, Tensor]:
+    *names, leaf = path.split(".")
+    owner = functools.reduce(lambda module, name: bare(getattr(module, name)), names, bare(model))
+    return owner, leaf, getattr(owner, leaf)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -594,7 +594,6 @@ class RoadModel(nn.Module):
         if not self.merged_adapters:
             names = self._to_merge(adapter_names)
             _warn_of({layer.module_path: _merge.attempt(layer, names, check=safe_merge) for layer in layers(self)})
-            untied = _base.unties(self.base_model, names)
             for layer in track(list(layers(self)), "Merging", disable=not progressbar):
                 _merge.merge(layer, names, check=False)
                 layer.unmerged = None
@@ -606,12 +605,10 @@ class RoadModel(nn.Module):
                 f"merge_and_unload: expected the merged adapters {self.merged_adapters}, "
                 f"found {_as_list(adapter_names)}"
             )
-        else:
-            untied = _base.unties(self.base_model, self.merged_adapters)
-        if untied:
-            _base.untie(self.base_model)
         self._put_back(lambda module: module.current())
-        return self._give_back()
+        base = self._give_back()
+        _base.untie(base)
+        return base
 
     def unload(self) -> nn.Module:
         """Returns the plain base model as it was before, without adapters; weights that `load_adapter` took stay."""

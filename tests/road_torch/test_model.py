@@ -170,6 +170,80 @@ def test_a_tied_head_is_merged_without_its_embedding(tmp_path):
     torch.testing.assert_close(again.model.embed_tokens.weight, embedding)
 
 
+def encoder_decoder(kind="bart"):
+    """A random one whose embeddings and head are tied; UMT5 scales the head's input because they are."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 32, "decoder_start_token_id": 2}
+    if kind == "umt5":
+        config = transformers.UMT5Config(
+            **sizes, d_kv=16, d_ff=64, num_layers=1, num_heads=2, tie_word_embeddings=True, pad_token_id=0
+        )
+        base = transformers.UMT5ForConditionalGeneration(config)
+    else:
+        ends = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in BART.items()}
+        base = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **ends))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return base.eval()
+
+
+BART = {"layers": 1, "attention_heads": 2, "ffn_dim": 64}
+LISTED = ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "tied"),
+    [
+        ("bart", {"target_modules": ["q_proj", "lm_head"]}, LISTED),
+        ("bart", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, LISTED),
+        ("bart", {"target_modules": ["q_proj"], "modules_to_save": ["encoder.embed_tokens"]}, LISTED[:1]),
+        ("umt5", {"target_modules": ["q", "lm_head"]}, LISTED),
+    ],
+)
+def test_the_rest_of_tied_weights_stays_tied_when_one_is_merged_for_good(kind, changes, tied, tmp_path):
+    base = encoder_decoder(kind)
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
+    with torch.no_grad():
+        before = base(**inputs).logits
+        model = with_adapters("a", base, **changes).eval()
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        expected = model(**inputs).logits
+        merged = model.merge_and_unload()
+        assert_close(merged(**inputs).logits, expected, "float32", moved_from=before)
+        merged.save_pretrained(tmp_path / "merged")
+        again = type(merged).from_pretrained(tmp_path / "merged")
+        assert_close(again(**inputs).logits, expected, "float32")
+    for one in (merged, again):
+        ends = [end for name, end in one.named_parameters(remove_duplicate=False) if name.endswith(tuple(tied))]
+        assert len(ends) == len(tied)
+        assert all(end is one.get_input_embeddings().weight for end in ends)
+    # Tied once more, the head keeps what was merged into it.
+    head = merged.lm_head.weight.clone()
+    merged.resize_token_embeddings(100)
+    assert torch.equal(merged.lm_head.weight[:96], head)
+
+
+def test_targets_that_lost_what_they_were_tied_to(tmp_path):
+    fields = {"langs": ["de", "en"], "src_vocab_size": 96, "tgt_vocab_size": 96, "d_model": 32}
+    ends = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in BART.items()}
+    torch.manual_seed(0)
+    base = transformers.FSMTForConditionalGeneration(
+        transformers.FSMTConfig(**fields, **ends, tie_word_embeddings=True)
+    ).eval()
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
+    model = with_adapters("a", base, target_modules=["q_proj"], modules_to_save=["decoder.embed_tokens"]).eval()
+    with torch.no_grad():
+        copy_ = base.model.decoder.embed_tokens.modules_to_save["a"].weight
+        copy_.add_(torch.randn_like(copy_))
+        expected = model(**inputs).logits
+        model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        again = type(base).from_pretrained(tmp_path / "merged")
+        assert_close(again(**inputs).logits, expected, "float32")
+
+
 def test_save_and_load(tmp_path):
     model = with_adapters(["default", "other"], variant="road_4")
     model.save_pretrained(tmp_path / "both")

@@ -388,3 +388,12 @@ def test_a_saved_embedding_is_untied_when_merged_for_good(tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     assert_close(logits(again), expected, "float32")
+
+
+def test_an_embedding_that_nothing_calls_is_not_trained():
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    base = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    with pytest.raises(
+        AdapterError, match=r"shared: expected .* is called, found one in place of which encoder\.embed"
+    ):
+        RoadModel(base, config(task_type=None, target_modules=["q"], modules_to_save=["shared"]))
