@@ -407,14 +407,14 @@ class RoadLayer(nn.Module):
         if not _is_compiling():
             self.expire()
         self._check_output(y)
-        if routing.names is None:
+        self._check_order(routing)
+        self._check_checkpointed(routing)
+        if routing.names is None or (routing.alike and not _is_compiling()):
             for first, cross, size, _ in self._passes(
                 [part for name in routing.used for part in parts(name)], y.device
             ):
                 y = self._recorded(y, first, cross, size)
             return y
-        self._check_order(routing)
-        self._check_checkpointed(routing)
         repeats = routing.repeats(y, self.module_path)
         names = [name for name in routing.used if self._here(name)]
         for size in dict.fromkeys(self._shared.group_size(name) for name in names):

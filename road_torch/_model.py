@@ -33,7 +33,7 @@ from road_torch import _base, _checkpoint, _kernels, _layer, _merge
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, bare, layers
 from road_torch._routing import BASE, HOOKED, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
-from road_torch._rows import check_media, stray
+from road_torch._rows import check_generation, check_media, stray
 from road_torch._saved import SavedModule, saved_modules
 
 # What models call the arguments that have the batch's rows.
@@ -718,6 +718,8 @@ class RoadModel(nn.Module):
         names = None if adapter_names is None else self._check_names(adapter_names, args, kwargs) or None
         # A generation records none.
         with_grad = torch.is_grad_enabled() and not generates
+        if generates and names is not None:
+            check_generation(self.base_model, names, args, kwargs)
         checkpointed = names is not None and with_grad and _checkpoint.follow(self.base_model)
         with LOCK:
             if self._shared.off and names is not None:

@@ -213,6 +213,7 @@ class Routing:
         names: one a row, or a mix; None for a plain call, in which all rows get the active adapters.
         lasting: whether it serves many calls, of several threads perhaps.
         batch: how many names there are; 0 for a plain call.
+        alike: whether they all are one: then it doesn't matter which rows a layer gets, nor how many.
         mixed: whether there are any. Compiled models look at this, for of names each other one would be a reason to
             compile again, and of ``batch`` each other number.
         used: the adapters and mixes among them.
@@ -233,6 +234,7 @@ class Routing:
         self.with_grad = with_grad
         self.names = None if names is None else tuple(names)
         self.batch = len(names or ())
+        self.alike = names is not None and len(set(names)) == 1
         self.mixed = self.batch > 0
         wanted: Sequence[Name] = shared.active if names is None else names
         self.used = tuple(name for name in dict.fromkeys(wanted) if name != BASE)
@@ -299,7 +301,7 @@ class Routing:
 
     def gather(self, bank: "Bank", names: Sequence[Name], y: Tensor, path: str, kernel: Kernel) -> list[Pass]:
         """Returns the rotations of ``y`` for these adapters, those of them that a layer has, from its bank."""
-        if self.names is None:
+        if self.names is None or self.alike:
             return self._compose(bank, names, y.dtype)
         repeats = self.repeats(y, path)
         sizes = {self.sizes[name] for name in names}

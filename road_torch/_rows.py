@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from road_core import AdapterError
-from road_torch._layer import RoadLayer, layers
+from road_torch._layer import RoadLayer, bare, layers
 from road_torch._routing import BASE, Name, parts
 from road_torch._saved import SavedModule, saved_modules
 
@@ -86,6 +86,39 @@ def check_media(base: Any, names: Sequence[Name], args: Sequence[Any], kwargs: M
                 f"{path}: expected as much of {key} in each of the {len(names)} rows that adapter_names has, as this "
                 f"layer doesn't see which row it belongs to, found {found}"
             )
+
+
+def check_generation(base: Any, names: Sequence[Name], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Checks that ``generate`` keeps all rows to its end: Whisper's goes on with those that aren't finished.
+
+    Args:
+        base: the model that is called.
+        names: of the batch's rows.
+        args: of the call.
+        kwargs: of the call.
+
+    Raises:
+        AdapterError: rows have different adapters, and some of them may be left out.
+    """
+    kinds = type(bare(base)).__mro__
+    if len(set(names)) == 1 or all(kind.__name__ != "WhisperGenerationMixin" for kind in kinds):
+        return
+    given = inspect.signature(base.generate).bind_partial(*args, **kwargs).arguments
+    config = given.get("generation_config") or base.generation_config
+    settings = {**vars(config), **{key: value for key, value in given.items() if value is not None}}
+    features, temperature = given.get("input_features"), given.get("temperature")
+    # The encoder halves the number of frames.
+    long = isinstance(features, Tensor) and features.shape[-1] > 2 * base.config.max_source_positions
+    found = None
+    if isinstance(temperature, list | tuple) and len(temperature) > 1:
+        found = f"{len(temperature)} temperatures"
+    elif not settings.get("force_unique_generate_call") and (long or settings.get("return_timestamps")):
+        found = f"{features.shape[-1]} frames" if long else "return_timestamps"
+    if found is not None:
+        raise AdapterError(
+            f"adapter_names: expected one adapter for all rows where {kinds[0].__name__} goes on with some of them, "
+            f"found several and {found}; generate with each adapter by itself"
+        )
 
 
 def _differing(base: Any, kind: str, ids: Any, value: Any, sizes: Any, rows: int) -> str | None:

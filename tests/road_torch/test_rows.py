@@ -7,6 +7,7 @@ from _compare import assert_close
 from torch import nn
 
 from road_torch import AdapterError, RoadConfig, RoadModel
+from road_torch._rows import check_media
 
 IDS = torch.randint(5, 60, (4, 8), generator=torch.Generator().manual_seed(0))
 TEXT = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -208,6 +209,17 @@ def test_a_saved_module_of_such_a_model():
         model(**inputs, adapter_names=["a", "c", "b", "a"])
 
 
+def test_a_saved_module_within_another():
+    model = RoadModel(
+        transformers.XLNetModel(transformers.XLNetConfig(vocab_size=128, d_model=32, n_layer=2, n_head=2, d_inner=64))
+    )
+    for name, path in {"a": "layer.0", "b": "layer.0.ff.layer_1"}.items():
+        changes = {"target_modules": ["layer.1.ff.layer_2"], "modules_to_save": [path]}
+        model.add_adapter(name, RoadConfig(**changes, group_size=2))
+    with pytest.raises(AdapterError, match=r"layer\.0\.ff\.layer_1: expected .* found one in XLNetFeedForward"):
+        model(IDS, adapter_names=["b", "__base__", "b", "b"])
+
+
 PATCHES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 VISION = r".*vision_(tower|model).*(q_proj|fc1)"
 PIXELS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -254,6 +266,8 @@ def test_images_of_which_rows_have_different_numbers(numbers):
     # Layers that are given the text see its rows, and rows with the same adapters have the same layers.
     check_rows(llava(r".*language_model.*q_proj"), ["a", "b"], input_ids=with_images(*numbers), pixel_values=pixels)
     check_rows(model, ["a", "a"], input_ids=with_images(*numbers), pixel_values=pixels)
+    # The head sees them too, beside the decoder.
+    check_rows(llava("lm_head"), ["a", "b"], input_ids=with_images(*numbers), pixel_values=pixels)
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -263,6 +277,13 @@ def test_images_of_which_rows_have_as_many(number):
     embeds = llava().base_model.get_input_embeddings()(inputs.pop("input_ids"))
     with pytest.raises(AdapterError, match="found no input_ids with the rows' image tokens"):
         llava()(inputs_embeds=embeds, **inputs, adapter_names=["a", "b"])
+
+
+def test_images_of_different_sizes():
+    model, inputs = llava(), {"input_ids": with_images(1, 1), "pixel_values": PIXELS[:2]}
+    with pytest.raises(AdapterError, match=r"vision_tower\..*: expected as much .* found image_sizes that differ"):
+        model(**inputs, image_sizes=torch.tensor([[16, 16], [16, 8]]), adapter_names=["a", "b"])
+    check_media(model.base_model, ["a", "b"], (), {**inputs, "image_sizes": torch.tensor([[16, 16]] * 2)})
 
 
 def test_images_that_the_text_does_not_call_for():
@@ -289,3 +310,75 @@ def test_a_model_of_one_s_own_is_not_known():
 
     model = adapted(Own(), ["up"])
     assert model(torch.zeros(2, 3), pixel_values=torch.ones(4, 8), adapter_names=["a", "b"]).shape == (4, 8)
+
+
+def whisper():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 120, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 40}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    none = {"suppress_tokens": None, "begin_suppress_tokens": None}
+    base = transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(**sizes, **special, **none, **PAIR, num_hidden_layers=1)
+    )
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    for key, value in {**special, **none, "no_timestamps_token_id": 90, "is_multilingual": False}.items():
+        setattr(base.generation_config, key, value)
+    base.generation_config.max_initial_timestamp_index, base.generation_config.prev_sot_token_id = 5, 5
+    return adapted(base.eval(), r".*\.(q_proj|fc1)")
+
+
+def test_speech_of_which_rows_end_in_different_segments():
+    model = whisper()
+    mask = torch.ones(4, 120, dtype=torch.long)
+    mask[:2, 40:] = 0
+    features = torch.randn(4, 8, 120, generator=torch.Generator().manual_seed(2)) * mask[:, None]
+    settings = {"return_timestamps": True, "condition_on_prev_tokens": False, "max_new_tokens": 10, "num_beams": 2}
+
+    def generate(features=features, mask=mask, **more):
+        return model.generate(features, attention_mask=mask, **{"temperature": 0.0, **settings, **more})
+
+    short = {"features": features[:, :, :40], "mask": mask[:, :40]}
+    once = {**short, "return_timestamps": False}
+    for found, call in {
+        "120 frames": {},
+        "return_timestamps": short,
+        "2 temperatures": {**once, "temperature": (0.0, 0.4)},
+    }.items():
+        with pytest.raises(AdapterError, match=rf"one adapter for all rows .* found several and {found};"):
+            generate(**call, adapter_names=list("abab"))
+    # One adapter for all rows is right for those that are left.
+    alike, mixed = generate(adapter_names=list("bbbb")), generate(**once, adapter_names=list("abab"))
+    plain = {}
+    for name in "ab":
+        model.set_adapter(name)
+        plain[name] = generate(), generate(**once)
+    assert torch.equal(alike, plain["b"][0])
+    assert not torch.equal(alike, plain["a"][0])
+    for row, name in enumerate("abab"):
+        expected = plain[name][1][row]
+        length = min(mixed.shape[1], len(expected))
+        assert torch.equal(mixed[row, :length], expected[:length])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_rows_alike_are_not_counted(trained):
+    class Some(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.up(x[:3])
+
+    model = adapted(Some(), ["up"])
+    model.add_adapter("c", RoadConfig(target_modules=["up"], group_size=2, init_weights=False))
+    model.set_adapter("c" if trained else "b")
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(4))
+    plain, alike = model(x), model(x, adapter_names=[model.active_adapter] * 4)
+    assert alike.requires_grad is plain.requires_grad is trained
+    base = model(x, adapter_names=["__base__"] * 4)
+    assert_close(alike.detach(), plain.detach(), "float32", moved_from=base.detach())
+    with pytest.raises(AdapterError, match=r"up: expected a multiple of the 4 rows"):
+        model(x, adapter_names=["a", "a", "a", model.active_adapter])
