@@ -77,7 +77,12 @@ def test_compiled_decoding_has_one_graph_for_all_mixes():
     # On a CPU it compiles only if told so.
     compiling._compile_all_devices = True
     static = {"cache_implementation": "static", "compile_config": compiling}
-    for names in (["b", "__base__", "a", "c"], ["a", "a", "c", "b"], ["c", "b+b", "__base__", "a"]):
+    for names in (
+        ["b", "__base__", "a", "c"],
+        ["a", "a", "a", "a"],
+        ["a", "a", "c", "b"],
+        ["c", "b+b", "__base__", "a"],
+    ):
         kwargs = {**GREEDY, "attention_mask": MASK, "adapter_names": names}
         assert torch.equal(model.generate(IDS, **kwargs, **static), model.generate(IDS, **kwargs))
         assert len(graphs) == 1

@@ -323,6 +323,25 @@ def test_a_swap_in_the_middle_of_a_generation(names, tmp_path):
 
 
 @torch.no_grad()
+def test_two_swaps_within_one_call(tmp_path):
+    model = road("b")
+    folders = [saved(tmp_path / str(seed), "b", variant="road_1") for seed in range(2)]
+    for seed, folder in enumerate(folders):
+        adapter = read_peft(folder)
+        theta = {path: (theta + 1 + seed, alpha) for path, (theta, alpha) in adapter.modules.items()}
+        write_peft(folder, dataclasses.replace(adapter, modules=theta), overwrite=True)
+    names = ["b", "__base__", "b", "b"]
+    old = [reference(model, name)[row] for row, name in enumerate(names)]
+    handle = model.base_model.down.register_forward_pre_hook(
+        lambda *_: [model.hotswap_adapter(folder, "b") for folder in folders] and None
+    )
+    given = model(X, adapter_names=names)
+    handle.remove()
+    assert_close(given, torch.stack(old), "float32", moved_from=[reference(model, name)[0] for name in names])
+    check(model(X, adapter_names=names), model, names)
+
+
+@torch.no_grad()
 def test_swaps_while_other_threads_call(tmp_path):
     model = road("ab")
     folders = [saved(tmp_path, name) for name in ("x", "y")]
@@ -479,6 +498,25 @@ def test_the_least_recently_used_makes_room(monkeypatch):
     model.set_adapter(["c", "b"])
     twice = copy.deepcopy(model)
     assert torch.equal(twice(X), model(X))
+
+
+@torch.no_grad()
+def test_an_adapter_of_a_call_in_flight_makes_no_room():
+    model = road("abcd", max_loaded=3)
+    names = ["b", "__base__", "b", "b"]
+
+    def hook(*_):
+        handle.remove()
+        # Of a, b and c it is now the least recently used that isn't active.
+        check(model(X, adapter_names=list("cccc")), model, "cccc")
+        check(model(X, adapter_names=list("dddd")), model, "dddd")
+        assert set(model._shared.rows) == set("abd")
+        with pytest.raises(AdapterError, match=r"active or in another call among them, found 4"):
+            model(X, adapter_names=list("cdcd"))
+
+    handle = model.base_model.down.register_forward_pre_hook(hook)
+    check(model(X, adapter_names=names), model, names)
+    assert handle.id not in model.base_model.down._forward_pre_hooks
 
 
 def test_what_is_stored_on_the_cpu_stays_there():

@@ -182,9 +182,10 @@ class Net(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(8, 8)])
         self.counted = nn.BatchNorm1d(8)
         self.pair = Pair()
+        self.last = nn.Identity()
 
     def forward(self, x):
-        return self.pair(self.body(x), 2.0)
+        return self.last(self.pair(self.body(x), 2.0))
 
 
 class Pair(nn.Module):
@@ -254,6 +255,25 @@ def test_a_module_that_takes_more_than_rows_in_a_mixed_batch():
         model(x, adapter_names=["default", "b"])
     with torch.no_grad():
         assert torch.equal(model(x, adapter_names=["default", "default"]), model(x))
+
+
+class Gives(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.inner, self.change = nn.Linear(8, 8), change
+
+    def forward(self, x):
+        return self.change(self.inner(x))
+
+
+@pytest.mark.parametrize("change", [lambda y: (y, y), lambda y: y[1:], lambda y: y.sum()])
+def test_a_module_that_gives_something_else_than_rows_in_a_mixed_batch(change):
+    base = Net()
+    base.last = Gives(change)
+    model = RoadModel(base, config(task_type=None, target_modules=["body"], modules_to_save=["last"]))
+    model.add_adapter("b", config(task_type=None, target_modules=["body"]))
+    with pytest.raises(AdapterError, match="last: expected a module that gives one tensor with a row for each that it"):
+        model(torch.randn(4, 8), adapter_names=["default", "b", "b", "default"])
 
 
 def changed_file(tmp_path, change):
