@@ -7,11 +7,12 @@ import functools
 import inspect
 import operator
 import os
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from rich.progress import track
@@ -48,6 +49,20 @@ _INPUTS = (
 )
 
 _Parameters = Mapping[str, tuple[Tensor, Tensor]]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _locked(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Of several threads that change a model one comes after the other."""
+
+    @functools.wraps(method)
+    def locked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with LOCK:
+            return method(*args, **kwargs)
+
+    return locked
 
 
 class _Forward:
@@ -230,6 +245,7 @@ class RoadModel(nn.Module):
         with self._routed(adapter_names, args, kwargs, generates=True):
             return self.base_model.generate(*args, **kwargs)
 
+    @_locked
     def add_adapter(self, adapter_name: str, peft_config: RoadConfig) -> None:
         """Makes a new adapter; the model's first one becomes active, and with it trainable.
 
@@ -272,18 +288,22 @@ class RoadModel(nn.Module):
             AdapterError: an unknown name, another number of weights, group sizes differ, or a power doesn't exist;
                 nothing has changed.
         """
-        self._check_new(adapter_name)
         if isinstance(adapters, str):
             raise AdapterError(f"adapters: expected a list of names, found {adapters!r}")
         names = _as_list(adapters)
-        self._check_known(names)
-        self._check_no_copies("add_weighted_adapter", names)
-        records = [to_adapter(layers(self), (), name, self._shared.configs[name]) for name in names]
+        with LOCK:
+            self._check_new(adapter_name)
+            self._check_known(names)
+            self._check_no_copies("add_weighted_adapter", names)
+            records = [to_adapter(layers(self), (), name, self._shared.configs[name]) for name in names]
+            paths = [path for name in names for path in self._base_weights.get(name, ())]
+        # Calls of other threads don't wait for it.
         composed = compose(records, weights, names=[repr(name) for name in names])
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in composed.modules.items()}
-        self._install(adapter_name, composed.config, tensors)
-        paths = [path for name in names for path in self._base_weights.get(name, ())]
-        self._base_weights[adapter_name] = tuple(dict.fromkeys(paths))
+        with LOCK:
+            self._check_new(adapter_name)
+            self._install(adapter_name, composed.config, tensors)
+            self._base_weights[adapter_name] = tuple(dict.fromkeys(paths))
 
     def load_adapter(
         self,
@@ -311,6 +331,14 @@ class RoadModel(nn.Module):
         """
         self._check_new(adapter_name)
         adapter = _read(model_id)
+        # Calls of other threads don't wait for the file.
+        with LOCK:
+            self._check_new(adapter_name)
+            self._take(adapter, model_id, adapter_name, is_trainable, strict)
+
+    def _take(
+        self, adapter: Adapter, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool, strict: bool
+    ) -> None:
         base_weights = _base.check_base_weights(self.base_model, model_id, adapter, in_use=bool(self._shared.configs))
         config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
         modules = _base.modules_by_path(self.base_model)
@@ -352,6 +380,7 @@ class RoadModel(nn.Module):
         if not is_trainable:
             self.eval()
 
+    @_locked
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, applied one after the other, the ones that plain calls use.
 
@@ -369,10 +398,9 @@ class RoadModel(nn.Module):
         _check_once("set_adapter", names)
         self._check_unmerged("set_adapter")
         self._check_one_copy("set_adapter", names)
-        with LOCK:
-            self._place(names, also_active=names)
-            self._shared.active = tuple(names)
-            self._shared.plain = Routing(self._shared, None, lasting=True)
+        self._place(names, also_active=names)
+        self._shared.active = tuple(names)
+        self._shared.plain = Routing(self._shared, None, lasting=True)
         trainable = () if inference_mode else [name for name in names if not self._shared.configs[name].inference_mode]
         for layer in layers(self):
             for name in layer.adapters:
@@ -392,11 +420,20 @@ class RoadModel(nn.Module):
             AdapterError: the name is unknown or merged, the folder is broken, or its adapter has another variant,
                 group size or other modules; nothing has changed.
         """
+        self._check_swappable(adapter_name)
+        adapter = _read(model_name_or_path)
+        with LOCK:
+            self._check_swappable(adapter_name)
+            self._swap(adapter, model_name_or_path, adapter_name)
+
+    def _check_swappable(self, adapter_name: str) -> None:
         self._check_known([adapter_name])
         if adapter_name in self.merged_adapters:
             raise AdapterError(f"hotswap_adapter: expected an adapter that is not merged, found {adapter_name!r}")
         self._check_no_copies("hotswap_adapter", [adapter_name])
-        adapter, old = _read(model_name_or_path), self._shared.configs[adapter_name]
+
+    def _swap(self, adapter: Adapter, model_name_or_path: str | os.PathLike, adapter_name: str) -> None:
+        old = self._shared.configs[adapter_name]
         _base.check_base_weights(self.base_model, model_name_or_path, adapter, in_use=True)
         if adapter.modules_to_save:
             raise AdapterError(
@@ -428,73 +465,87 @@ class RoadModel(nn.Module):
                 )
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
         config = dataclasses.replace(adapter.config, inference_mode=old.inference_mode)
-        with LOCK:
-            resident, mixes = adapter_name in self._shared.rows, self._shared.mixes_with(adapter_name)
-            read: list[Name] = [*mixes, *[adapter_name] * resident]
-            for path, layer in mine.items():
-                # A call that began before reads these rows, and may not have done so yet.
-                for name in read:
-                    layer.place(name)
-                layer.replace(adapter_name, *tensors[path])
-            self._shared.configs[adapter_name] = config
-            self._base_weights[adapter_name] = tuple(adapter.base_weights)
-            self._forget(mixes)
-            if resident:
-                self._shared.rows[adapter_name] = self._shared.new_row()
-                for layer in layers(self):
-                    layer.place(adapter_name)
-            self._shared.plain = Routing(self._shared, None, lasting=True)
+        resident, mixes = adapter_name in self._shared.rows, self._shared.mixes_with(adapter_name)
+        read: list[Name] = [*mixes, *[adapter_name] * resident]
+        for path, layer in mine.items():
+            # A call that began before reads these rows, and may not have done so yet.
+            for name in read:
+                layer.place(name)
+            layer.replace(adapter_name, *tensors[path])
+        self._shared.configs[adapter_name] = config
+        self._base_weights[adapter_name] = tuple(adapter.base_weights)
+        self._forget(mixes)
+        if resident:
+            self._shared.rows[adapter_name] = self._shared.new_row()
+            for layer in layers(self):
+                layer.place(adapter_name)
+        self._shared.plain = Routing(self._shared, None, lasting=True)
 
+    @_locked
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter. Layers that have none left are unwrapped.
 
         Raises:
-            AdapterError: the name is unknown, active or merged; nothing has changed.
+            AdapterError: the name is unknown, active or merged, or merged again once adapters are enabled; nothing has
+                changed.
         """
         self._check_known([adapter_name])
         if adapter_name in self._shared.active:
             raise AdapterError(f"delete_adapter: expected an adapter that is not active, found {adapter_name!r}")
+        if adapter_name in self._shared.paused:
+            raise AdapterError(
+                f"delete_adapter: expected an adapter that is not merged, found {adapter_name!r}, which is merged "
+                "again when adapters are enabled"
+            )
         if adapter_name in self.merged_adapters:
             raise AdapterError(f"delete_adapter: expected an adapter that is not merged, found {adapter_name!r}")
-        with LOCK:
-            if any(adapter_name in dict(parts(name)) for call in self._shared.calls for name in call.rows):
-                raise AdapterError(f"delete_adapter: expected an adapter that no call uses, found {adapter_name!r}")
-            for layer in list(layers(self)):
-                layer.remove(adapter_name)
-            for module in saved_modules(self):
-                if adapter_name in module.modules_to_save:
-                    del module.modules_to_save[adapter_name]
-            self._unwrap(lambda layer: not layer.adapters)
-            self._put_back(lambda module: None if module.modules_to_save else module.original_module)
-            self._shared.rows.pop(adapter_name, None)
-            self._forget(self._shared.mixes_with(adapter_name))
-            del self._shared.configs[adapter_name]
-            self._base_weights.pop(adapter_name, None)
-            # Unwrapped layers have their plans in the old one.
-            self._shared.plain = Routing(self._shared, None, lasting=True)
+        if any(adapter_name in dict(parts(name)) for call in self._shared.calls for name in call.rows):
+            raise AdapterError(f"delete_adapter: expected an adapter that no call uses, found {adapter_name!r}")
+        for layer in list(layers(self)):
+            layer.remove(adapter_name)
+        for module in saved_modules(self):
+            if adapter_name in module.modules_to_save:
+                del module.modules_to_save[adapter_name]
+        self._unwrap(lambda layer: not layer.adapters)
+        self._put_back(lambda module: None if module.modules_to_save else module.original_module)
+        self._shared.rows.pop(adapter_name, None)
+        self._forget(self._shared.mixes_with(adapter_name))
+        del self._shared.configs[adapter_name]
+        self._base_weights.pop(adapter_name, None)
+        # Unwrapped layers have their plans in the old one.
+        self._shared.plain = Routing(self._shared, None, lasting=True)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While open, the model computes as the base did; merged adapters are unmerged and merged again after."""
-        before, merged, (safe, keep) = self._shared.off, self.merged_adapters, self._shared.merge_options
+        before = self._shared.off
         self.disable_adapter_layers()
         try:
             yield
         finally:
-            self._shared.off = before
-            if merged:
-                self.merge_adapter(merged, safe, keep_weights=keep)
+            if before:
+                self.disable_adapter_layers()
+            else:
+                self.enable_adapter_layers()
 
+    @_locked
     def disable_adapter_layers(self) -> None:
         """Makes the model compute as the base did until `enable_adapter_layers`; merged adapters are unmerged."""
-        if self.merged_adapters:
+        if merged := self._shared.merged:
             self.unmerge_adapter()
+            self._shared.paused = merged
         self._shared.off = True
 
+    @_locked
     def enable_adapter_layers(self) -> None:
-        """Ends what `disable_adapter_layers` began."""
+        """Ends what `disable_adapter_layers` began, and merges again what was merged."""
         self._shared.off = False
+        names, self._shared.paused = self._shared.paused, ()
+        if names:
+            safe, keep = self._shared.merge_options
+            self.merge_adapter(names, safe, keep_weights=keep)
 
+    @_locked
     def merge_adapter(
         self,
         adapter_names: str | Sequence[str] | None = None,
@@ -519,9 +570,9 @@ class RoadModel(nn.Module):
             norm.
 
         Raises:
-            AdapterError: an unknown name, something is merged already, a layer can't be merged, or without
-                ``keep_weights`` its weight wouldn't come back: a block has no inverse, as with α = 0, or nearly none,
-                or the dtype can't hold the result. Nothing has changed.
+            AdapterError: an unknown name, something is merged already, adapters are disabled, a layer can't be merged,
+                or without ``keep_weights`` its weight wouldn't come back: a block has no inverse, as with α = 0, or
+                nearly none, or the dtype can't hold the result. Nothing has changed.
         """
         names = self._to_merge(adapter_names)
         if not keep_weights:
@@ -541,6 +592,7 @@ class RoadModel(nn.Module):
         self._shared.merged, self._shared.merge_options = tuple(names), (safe_merge, keep_weights)
         return {path: error for path, error in errors.items() if error is not None}
 
+    @_locked
     def unmerge_adapter(self) -> dict[str, float]:
         """Puts back the weights that `merge_adapter` replaced, bit for bit; where it kept none it rotates them back.
 
@@ -572,6 +624,7 @@ class RoadModel(nn.Module):
         self._shared.merged = ()
         return {path: error for path, error in errors.items() if error is not None}
 
+    @_locked
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
@@ -610,6 +663,7 @@ class RoadModel(nn.Module):
         _base.untie(base)
         return base
 
+    @_locked
     def unload(self) -> nn.Module:
         """Returns the plain base model as it was before, without adapters; weights that `load_adapter` took stay."""
         if self.merged_adapters:
@@ -648,15 +702,18 @@ class RoadModel(nn.Module):
             return
         source = getattr(self.base_model, "name_or_path", None) or None
         adapters = {}
-        for name in names:
-            config = self._shared.configs[name]
-            config = dataclasses.replace(
-                config, inference_mode=True, base_model_name_or_path=config.base_model_name_or_path or source
-            )
-            base_weights = {path: _base.base_weight(self.base_model, path) for path in self._base_weights.get(name, ())}
-            if base_weights:
-                self._check_unmerged("save_pretrained with weights of the base")
-            adapters[name] = to_adapter(layers(self), saved_modules(self), name, config, base_weights)
+        with LOCK:
+            for name in names:
+                config = self._shared.configs[name]
+                config = dataclasses.replace(
+                    config, inference_mode=True, base_model_name_or_path=config.base_model_name_or_path or source
+                )
+                base_weights = {
+                    path: _base.base_weight(self.base_model, path) for path in self._base_weights.get(name, ())
+                }
+                if base_weights:
+                    self._check_unmerged("save_pretrained with weights of the base")
+                adapters[name] = to_adapter(layers(self), saved_modules(self), name, config, base_weights)
         target = Path(save_directory)
         if overwrite:
             for name, adapter in adapters.items():
@@ -693,7 +750,11 @@ class RoadModel(nn.Module):
             # Before __init__ has run there is no base model to ask, and what accelerate hooked is hooked by itself.
             if name in ("base_model", "_shared", *HOOKED) or "base_model" not in self._modules:
                 raise
-            return getattr(self._modules["base_model"], name)
+            base: Any = self._modules["base_model"]
+            value = getattr(base, name)
+            if inspect.ismethod(value) and (value.__self__ is base or value.__self__ is bare(base)):
+                return types.MethodType(_without_names(value.__func__), value.__self__)
+            return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Writes to the base model what is read from it."""
@@ -807,6 +868,8 @@ class RoadModel(nn.Module):
 
     def _place(self, names: Sequence[Name], also_active: Sequence[str] | None = None) -> None:
         """Sees to it that these adapters and mixes have a row in every layer's bank, as the most recently used."""
+        # Another thread may have deleted one since the names were checked.
+        self._check_known([part for name in names if name not in self._shared.rows for part, _ in parts(name)])
         for name in names:
             if not isinstance(name, str) and name not in self._shared.rows:
                 self._check_mix(name)
@@ -875,12 +938,11 @@ class RoadModel(nn.Module):
                 inside = isinstance(parent, RoadLayer | SavedModule) or bare(parent) is not parent
                 if child is not None and bare(child) in wrapped and not inside:
                     setattr(parent, key, wrapped[bare(child)])
-        with LOCK:
-            for wrapper in wrapped.values():
-                if isinstance(wrapper, RoadLayer):
-                    _ = wrapper.bank
-            if self._shared.limit is None:
-                self._place([name])
+        for wrapper in wrapped.values():
+            if isinstance(wrapper, RoadLayer):
+                _ = wrapper.bank
+        if self._shared.limit is None:
+            self._place([name])
         if first:
             for parameter_name, parameter in self.base_model.named_parameters():
                 if ".road_" not in parameter_name:
@@ -897,6 +959,8 @@ class RoadModel(nn.Module):
         self._check_known(names)
         _check_once("merge_adapter", names)
         self._check_unmerged("merge_adapter")
+        if self._shared.off:
+            raise AdapterError("merge_adapter: expected adapters that are enabled, found them disabled")
         self._check_one_copy("merge_adapter", names)
         return names
 
@@ -908,6 +972,7 @@ class RoadModel(nn.Module):
         _checkpoint.leave(self.base_model)
         # The layers are gone; what they looked at must not say that there are adapters.
         self._shared.active, self._shared.merged, self._shared.rows, self._shared.configs = (), (), {}, {}
+        self._shared.paused = ()
         self._shared.plain = Routing(self._shared, None, lasting=True)
         self._base_weights = {}
         return self.base_model
@@ -964,6 +1029,28 @@ class RoadModel(nn.Module):
     def _check_unmerged(self, what: str) -> None:
         if merged := self.merged_adapters:
             raise AdapterError(f"{what}: expected no merged adapters, found {', '.join(merged)}; unmerge them first")
+
+
+@functools.lru_cache(maxsize=256)
+def _without_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a base's method that refuses ``adapter_names``, if it would take any keyword and pass over these."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return function
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters) or any(p.name == "adapter_names" for p in parameters):
+        return function
+
+    @functools.wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError(
+                f"adapter_names: expected a call of the model or its generate, found {function.__name__}, which "
+                "follows the active adapters"
+            )
+        return function(*args, **kwargs)
+
+    return method
 
 
 def _as_list(names: str | Sequence[str]) -> list[str]:

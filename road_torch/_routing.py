@@ -61,7 +61,8 @@ def read_name(name: object, known: Container[str]) -> Name:
     return found[0][0] if len(found) == 1 and found[0][1] == 1 else tuple(found)
 
 
-# Held while rows of the banks are written, read or handed out, never while a model computes.
+# Held while adapters come, go or are merged, and while rows of the banks are written, read or handed out; never while a
+# model computes or a file is read.
 LOCK = threading.RLock()
 
 
@@ -114,6 +115,7 @@ class Shared:
         active: the adapters that a plain call applies, one after the other.
         off: True while adapters are disabled.
         merged: the adapters that stand in the base's weights, in the order in which they were applied.
+        paused: those that are merged again once adapters are enabled.
         merge_options: ``safe_merge`` and ``keep_weights`` that they were merged with.
         configs: of every adapter, in the order in which they came.
         rows: the row of the banks for each adapter and mix that has one, the least recently used first; 0 is the
@@ -131,6 +133,7 @@ class Shared:
         self.active: tuple[str, ...] = ()
         self.off = False
         self.merged: tuple[str, ...] = ()
+        self.paused: tuple[str, ...] = ()
         self.merge_options = True, True
         self.configs: dict[str, RoadConfig] = {}
         self.rows: dict[Name, int] = {}

@@ -106,7 +106,8 @@ def check_generation(base: Any, names: Sequence[Name], args: Sequence[Any], kwar
     given = inspect.signature(base.generate).bind_partial(*args, **kwargs).arguments
     config = given.get("generation_config") or base.generation_config
     settings = {**vars(config), **{key: value for key, value in given.items() if value is not None}}
-    features, temperature = given.get("input_features"), given.get("temperature")
+    features: Any = given.get("input_features")
+    temperature = given.get("temperature")
     # The encoder halves the number of frames.
     long = isinstance(features, Tensor) and features.shape[-1] > 2 * base.config.max_source_positions
     found = None

@@ -1,9 +1,13 @@
 """RoadModel's surface: what each call does, and that a refused one changes nothing."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
+import inspect
 import io
+import pickle
+import threading
 import weakref
 from unittest import mock
 
@@ -17,7 +21,7 @@ from _models import small_config, small_model
 from torch import nn
 
 from road_core import Adapter, read_peft, write_peft
-from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel, _merge
+from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel, _base, _merge
 
 IDS = torch.arange(3, 31).reshape(4, 7)
 
@@ -469,6 +473,40 @@ def test_disable_adapter_merges_again_as_before():
     assert model.merged_adapters == ["a"]
 
 
+def test_layers_that_are_enabled_again_are_merged_again():
+    model = with_adapters()
+    model.merge_adapter("b", keep_weights=False)
+    merged = logits(model)
+    model.disable_adapter_layers()
+    with model.disable_adapter():
+        assert_close(logits(model), logits(small_model()), "float32", moved_from=merged)
+    assert model.merged_adapters == []
+    before = state(model)
+    for call, message in {
+        lambda: model.merge_adapter("a"): "merge_adapter: expected adapters that are enabled, found them disabled",
+        model.merge_and_unload: "expected adapters that are enabled",
+        lambda: model.delete_adapter("b"): "not merged, found 'b', which is merged again when adapters are enabled",
+    }.items():
+        with pytest.raises(AdapterError, match=message):
+            call()
+    assert_same(before, state(model))
+    model.enable_adapter_layers()
+    assert model.merged_adapters == ["b"]
+    assert_close(logits(model), merged, "float32")
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        model.delete_adapter("b")
+    assert model.merged_adapters == []
+
+
+def test_a_merge_within_disabled_adapters_ends_with_them():
+    model = with_adapters()
+    with model.disable_adapter(), model.disable_adapter():
+        model.enable_adapter_layers()
+        model.merge_adapter("b")
+    assert model.merged_adapters == ["b"]
+
+
 def test_merge_and_unload_keeps_no_second_set_of_weights():
     model = with_adapters("a")
     old = [weakref.ref(m.base_layer.weight) for m in model.modules() if isinstance(m, RoadLayer)]
@@ -739,6 +777,49 @@ def test_the_files_of_a_compiled_base_are_those_of_a_plain_one(tmp_path):
             torch.testing.assert_close(logits(model), expected)
             model.hotswap_adapter(tmp_path / "old", "default")
             torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("names", ["abc", "bbb"])
+def test_threads_that_load_adapters_at_once(names, tmp_path):
+    folder, model, errors = saved(tmp_path), RoadModel(small_model()), []
+    found = threading.Barrier(len(names))
+
+    def select(*args, select=_base.select):
+        chosen = select(*args)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            # All of them have looked, if they can, before one wraps what it found.
+            found.wait(0.2)
+        return chosen
+
+    def load(name):
+        try:
+            model.load_adapter(folder, name)
+        except AdapterError as error:
+            errors.append(str(error))
+
+    with mock.patch.object(_base, "select", select):
+        threads = [threading.Thread(target=load, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert errors == ["adapter_name: expected a new name, found 'b', which is there already"] * (3 - len(set(names)))
+    expected = logits(RoadModel.from_pretrained(small_model(), folder))
+    for name in names:
+        assert_close(logits(model, adapter_names=[name] * 4), expected, "float32", moved_from=logits(small_model()))
+
+
+def test_methods_of_the_base_do_not_pass_over_adapter_names():
+    model = with_adapters()
+    for call in (model.generate_batch, model.prepare_inputs_for_generation):
+        with pytest.raises(AdapterError, match=rf"call of the model or its generate, found {call.__name__}, which"):
+            call([[3, 4, 5]], adapter_names=["a"])
+    assert model.generate_batch == model.generate_batch
+    assert inspect.signature(model.generate_batch) == inspect.signature(model.base_model.generate_batch)
+    assert pickle.loads(pickle.dumps(model.generate_batch)).__name__ == "generate_batch"
+    assert model.get_input_embeddings == model.base_model.get_input_embeddings
+    inputs = model.prepare_inputs_for_generation(IDS, adapter_names=None)
+    assert torch.equal(inputs["input_ids"], IDS)
 
 
 def test_two_models_do_not_disturb_each_other():
