@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from road_core import Adapter, AdapterError, RoadConfig, bfloat16
-from road_torch._layer import RoadLayer
+from road_torch._layer import RoadLayer, on_cpu
 from road_torch._saved import SavedModule
 
 
@@ -20,10 +20,10 @@ def to_tensor(array: np.ndarray) -> Tensor:
 
 def to_array(tensor: Tensor) -> np.ndarray:
     """Returns an array of `Adapter` with a tensor's values, bfloat16 bit for bit."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = on_cpu(tensor)
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(bfloat16).copy()
-    return tensor.numpy().copy()
+        return tensor.view(torch.int16).numpy().view(bfloat16)
+    return tensor.numpy()
 
 
 def to_adapter(

@@ -187,8 +187,8 @@ class RoadLayer(nn.Module):
     def replace(self, name: str, theta: Tensor, alpha: Tensor) -> None:
         """Writes other values over θ and α."""
         with torch.no_grad():
-            self.road_theta[name].copy_(theta)
-            self.road_alpha[name].copy_(alpha)
+            for own, value in ((self.road_theta[name], theta), (self.road_alpha[name], alpha)):
+                own.copy_(_like(own, value))
 
     def remove(self, name: str) -> None:
         """Forgets an adapter."""
@@ -245,14 +245,14 @@ class RoadLayer(nn.Module):
     def _form(self, name: Name) -> tuple[Tensor, Tensor]:
         """Forms the coefficients of an adapter, or of a mix in float64 and rounded once, each ``[out]``."""
         if isinstance(name, str):
-            config = self._shared.configs[name]
+            config, theta, alpha = self._shared.configs[name], self.road_theta[name], self.road_alpha[name]
             return default.coefficients(
-                self.road_theta[name], self.road_alpha[name], config.variant, config.group_size, config.subspace
+                _whole(theta), _whole(alpha), config.variant, config.group_size, config.subspace
             )
         composed = [
             Part(
-                self.road_theta[part].detach().cpu().numpy(),
-                self.road_alpha[part].detach().cpu().numpy(),
+                on_cpu(self.road_theta[part]).numpy(),
+                on_cpu(self.road_alpha[part]).numpy(),
                 self._shared.configs[part],
                 weight,
             )
@@ -490,6 +490,27 @@ def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns what a module's ``_apply`` makes of a tensor that keeps its dtype."""
     new = fn(tensor)
     return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Returns the whole of a tensor of which each process has a part, as FSDP shares them out; others as they are."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Returns a whole copy: memory that NumPy has seen can't be freed by FSDP any more."""
+    return _whole(tensor.detach()).to("cpu", copy=True).contiguous()
+
+
+def _like(own: Tensor, value: Tensor) -> Tensor:
+    """Shares a value out among processes as another tensor is."""
+    mesh: Any = getattr(own, "device_mesh", None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), mesh, own.placements)  # type: ignore[attr-defined]
 
 
 def bare(module: nn.Module) -> nn.Module:

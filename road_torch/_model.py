@@ -698,8 +698,6 @@ class RoadModel(nn.Module):
         self._check_known(names)
         if not names:
             raise AdapterError("save_pretrained: expected at least one adapter, found none")
-        if not is_main_process:
-            return
         source = getattr(self.base_model, "name_or_path", None) or None
         adapters = {}
         with LOCK:
@@ -713,7 +711,10 @@ class RoadModel(nn.Module):
                 }
                 if base_weights:
                     self._check_unmerged("save_pretrained with weights of the base")
+                # By all processes, for each may have a part of them.
                 adapters[name] = to_adapter(layers(self), saved_modules(self), name, config, base_weights)
+        if not is_main_process:
+            return
         target = Path(save_directory)
         if overwrite:
             for name, adapter in adapters.items():
