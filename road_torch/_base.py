@@ -101,6 +101,10 @@ def check_layer(base: nn.Module, path: str, module: nn.Module, config: RoadConfi
         raise AdapterError(
             f"{path}: expected a linear layer, found {type(module).__name__}, which has no in_features and out_features"
         ) from None
+    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+        raise AdapterError(
+            f"{path}: expected a layer whose sizes are known, found a {type(module).__name__} that wasn't called yet"
+        )
     above, _, name = path.rpartition(".")
     parent = bare(base.get_submodule(above))
     read = any(name in _READ_BY_PARENT.get(kind.__name__, ()) for kind in type(parent).__mro__)
@@ -244,6 +248,28 @@ def check_base_weights(
     return [] if in_use else [(own, value) for own, (_, value) in new.items()]
 
 
+def wrapped_ends(base: Any) -> list[str]:
+    """Returns the paths of wrapped modules that are or hold the embedding, the head, or what is tied to them."""
+    getters = (getattr(base, f"get_{side}_embeddings", None) for side in ("input", "output"))
+    ends = {id(_unwrapped(module)) for get in getters if get is not None and (module := get()) is not None}
+    tied = getattr(base, "all_tied_weights_keys", None) or {}
+    weights = [weight for pair in tied.items() for weight in pair]
+    return [
+        path
+        for path, module in modules_by_path(base).items()
+        if isinstance(module, RoadLayer | SavedModule)
+        and (
+            any(id(inner) in ends for inner in module.modules())
+            or any(weight.startswith(f"{path}.") for weight in weights)
+        )
+    ]
+
+
+def are_tied(base: Any) -> bool:
+    """True if all that a model ties is one already, below what is wrapped."""
+    return all(_are_one(base, *pair) for pair in getattr(base, "all_tied_weights_keys", {}).items())
+
+
 def untie(base: Any) -> None:
     """Takes weights that merging gave a value of their own off the model's lists of tied ones.
 
@@ -281,7 +307,7 @@ def _are_one(model: nn.Module, path: str, other: str) -> bool:
 
 def _held(model: nn.Module, path: str) -> tuple[nn.Module, str, Tensor]:
     *names, leaf = path.split(".")
-    owner = functools.reduce(lambda module, name: bare(getattr(module, name)), names, bare(model))
+    owner = functools.reduce(lambda module, name: _unwrapped(getattr(module, name)), names, bare(model))
     return owner, leaf, getattr(owner, leaf)
 
 

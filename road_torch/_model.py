@@ -628,7 +628,7 @@ class RoadModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
-        """Merges adapters for good and returns the plain base model, without any wrapped layer.
+        """Merges adapters for good and returns the plain base model, frozen as in PEFT, without any wrapped layer.
 
         All layers are tried first, and then each lets go of its old weight as it is merged: there is no memory for more
         than one layer's beside the model. Interrupted meanwhile, layers are plain with these adapters merged, or as
@@ -665,7 +665,10 @@ class RoadModel(nn.Module):
 
     @_locked
     def unload(self) -> nn.Module:
-        """Returns the plain base model as it was before, without adapters; weights that `load_adapter` took stay."""
+        """Returns the plain base model with its old weights, without adapters.
+
+        Weights that `load_adapter` took stay, and parameters stay frozen, as in PEFT.
+        """
         if self.merged_adapters:
             self.unmerge_adapter()
         return self._give_back()
@@ -724,6 +727,35 @@ class RoadModel(nn.Module):
         with new_directory(target) as draft:
             for name, adapter in adapters.items():
                 write_peft(draft if name == "default" else draft / name, adapter, overwrite=True)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Calls the base's.
+
+        Raises:
+            AdapterError: adapters have the embedding or the head, or what is tied to them; nothing has changed.
+        """
+        if (args or kwargs) and (wrapped := _base.wrapped_ends(self.base_model)):
+            raise AdapterError(
+                f"resize_token_embeddings: expected embeddings and a head that no adapter has, found {wrapped[0]} with "
+                "one; resize the base before it is wrapped"
+            )
+        return self.base_model.resize_token_embeddings(*args, **kwargs)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Calls the base's, unless adapters have what it ties and that is tied already.
+
+        Raises:
+            AdapterError: adapters have what would be tied; nothing has changed.
+        """
+        if not hasattr(self.base_model, "tie_weights"):
+            return
+        wrapped = _base.wrapped_ends(self.base_model)
+        if not wrapped:
+            self.base_model.tie_weights(*args, **kwargs)
+        elif not _base.are_tied(self.base_model):
+            raise AdapterError(
+                f"tie_weights: expected weights that are tied or that no adapter has, found {wrapped[0]} with one"
+            )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns how many parameters are trainable, and how many there are; one of 4 bits counts as one."""

@@ -230,6 +230,39 @@ def test_the_rest_of_tied_weights_stays_tied_when_one_is_merged_for_good(kind, c
     assert torch.equal(merged.lm_head.weight[:96], head)
 
 
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"target_modules": ["lm_head", "q_proj"]}, "lm_head"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, r"model\.embed_tokens"),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_that_adapters_have_are_not_resized(tied, changes, found):
+    model = with_adapters("a", small_model(tie_word_embeddings=tied), **changes)
+    before = state(model)
+    with pytest.raises(AdapterError, match=rf"resize_token_embeddings: .* no adapter has, found {found} with one;"):
+        model.resize_token_embeddings(176)
+    model.tie_weights()
+    assert_same(before, state(model))
+    assert model.config.vocab_size == 160
+    assert model.resize_token_embeddings().num_embeddings == 160
+    model.merge_adapter()
+    if tied and found == "lm_head":
+        with pytest.raises(AdapterError, match=r"tie_weights: expected weights that are tied .*, found lm_head with"):
+            model.tie_weights()
+
+
+def test_embeddings_beside_adapters_are_resized():
+    model = with_adapters("a", small_model(tie_word_embeddings=True), target_modules=["q_proj"])
+    before = logits(model)
+    model.resize_token_embeddings(176)
+    assert model.config.vocab_size == 176
+    assert model.base_model.lm_head.weight is model.base_model.model.embed_tokens.weight
+    assert_close(logits(model)[..., :160], before, "float32")
+    assert RoadModel(nn.Sequential(nn.Linear(8, 8))).tie_weights() is None
+
+
 def test_targets_that_lost_what_they_were_tied_to(tmp_path):
     fields = {"langs": ["de", "en"], "src_vocab_size": 96, "tgt_vocab_size": 96, "d_model": 32}
     ends = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in BART.items()}
@@ -1067,6 +1100,13 @@ def test_layers_whose_weight_a_transformers_model_reads_are_refused(build, targe
     with pytest.raises(AdapterError, match=rf"{target}: .*\w+, which reads its weight"):
         RoadModel(base, config(target_modules=[target], group_size=2))
     assert_same(before, state(base))
+
+
+def test_a_layer_without_sizes_yet():
+    base = nn.Sequential(nn.Linear(8, 16), nn.LazyLinear(8))
+    with pytest.raises(AdapterError, match="1: expected a layer whose sizes are known, found a LazyLinear"):
+        RoadModel(base, RoadConfig(target_modules=["0", "1"], group_size=4))
+    assert [type(module) for module in base] == [nn.Linear, nn.LazyLinear]
 
 
 def test_a_model_with_road_layers_is_not_wrapped_again():
