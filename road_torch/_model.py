@@ -31,22 +31,12 @@ from road_core._compose import check_group_sizes
 from road_core._errors import listed
 from road_core._files import check_free, new_directory
 from road_torch import _base, _checkpoint, _kernels, _layer, _merge
+from road_torch._call import Forward, batch_sizes, without_names
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, bare, layers
 from road_torch._routing import BASE, HOOKED, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
 from road_torch._rows import check_generation, check_media, stray
 from road_torch._saved import SavedModule, saved_modules
-
-# What models call the arguments that have the batch's rows.
-_INPUTS = (
-    "input_ids",
-    "inputs_embeds",
-    "inputs",
-    "input_features",
-    "pixel_values",
-    "input_values",
-    "decoder_input_ids",
-)
 
 _Parameters = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -63,45 +53,6 @@ def _locked(method: Callable[_P, _R]) -> Callable[_P, _R]:
             return method(*args, **kwargs)
 
     return locked
-
-
-class _Forward:
-    """The function `RoadModel.forward`; on a model one that has the base's arguments in its signature.
-
-    Hugging Face's Trainer keeps those columns of a dataset that stand there.
-    """
-
-    def __init__(self, function: Callable[..., Any], model: "RoadModel | None" = None) -> None:
-        self._function = function
-        self._model = model
-
-    def __get__(self, model: "RoadModel | None", owner: type) -> Callable[..., Any]:
-        return self._function if model is None else _Forward(self._function, model)
-
-    # Traced, this would be guarded by every value of adapter_names.
-    @torch.compiler.disable(recursive=False)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self._model, *args, **kwargs)
-
-    @property
-    def __func__(self) -> Callable[..., Any]:
-        # Accelerate wraps this and binds it again: a copy of the model must then call itself.
-        @functools.wraps(self._function)
-        def function(*args: Any, **kwargs: Any) -> Any:
-            return self._function(*args, **kwargs)
-
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        parameters = self.__signature__.parameters.values()
-        function.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
-        return function
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        base = inspect.signature(self._model.base_model.forward)  # type: ignore[union-attr]
-        parameters = [p for p in base.parameters.values() if p.name != "adapter_names"]
-        place = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
-        parameters.insert(place, inspect.signature(self._function).parameters["adapter_names"])
-        return inspect.Signature(parameters)
 
 
 class RoadModel(nn.Module):
@@ -212,7 +163,7 @@ class RoadModel(nn.Module):
         return self.base_model
 
     # Which adapter a row gets is told to the layers by a tensor; of this function a compiled graph must know nothing.
-    @_Forward
+    @Forward
     @torch.compiler.disable(recursive=False)
     def forward(
         self,
@@ -786,7 +737,7 @@ class RoadModel(nn.Module):
             base: Any = self._modules["base_model"]
             value = getattr(base, name)
             if inspect.ismethod(value) and (value.__self__ is base or value.__self__ is bare(base)):
-                return types.MethodType(_without_names(value.__func__), value.__self__)
+                return types.MethodType(without_names(value.__func__), value.__self__)
             return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -891,7 +842,7 @@ class RoadModel(nn.Module):
             raise AdapterError(f"adapter_names: expected a list with one name a row, found the text {adapter_names!r}")
         names = [read_name(name, self._shared.configs) for name in adapter_names]
         self._check_known([part for name in dict.fromkeys(names) if name != BASE for part, _ in parts(name)])
-        rows = _batch_sizes(args, kwargs)
+        rows = batch_sizes(args, kwargs)
         if len(names) not in rows if rows else not names:
             expected = f"each of {rows[0]} rows" if rows else "each row"
             raise AdapterError(f"adapter_names: expected one name for {expected}, found {len(names)}")
@@ -1064,28 +1015,6 @@ class RoadModel(nn.Module):
             raise AdapterError(f"{what}: expected no merged adapters, found {', '.join(merged)}; unmerge them first")
 
 
-@functools.lru_cache(maxsize=256)
-def _without_names(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a base's method that refuses ``adapter_names``, if it would take any keyword and pass over these."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:
-        return function
-    if all(p.kind is not p.VAR_KEYWORD for p in parameters) or any(p.name == "adapter_names" for p in parameters):
-        return function
-
-    @functools.wraps(function)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("adapter_names") is not None:
-            raise AdapterError(
-                f"adapter_names: expected a call of the model or its generate, found {function.__name__}, which "
-                "follows the active adapters"
-            )
-        return function(*args, **kwargs)
-
-    return method
-
-
 def _as_list(names: str | Sequence[str]) -> list[str]:
     return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
 
@@ -1122,12 +1051,3 @@ def _read(folder: str | os.PathLike) -> Adapter:
         modules_to_save=plain(adapter.modules_to_save),
         base_weights=plain(adapter.base_weights),
     )
-
-
-def _batch_sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
-    """The numbers of rows that a model may be called with: one where its inputs tell, none if no tensor is there."""
-    named = [kwargs[name] for name in _INPUTS if name in kwargs]
-    for values in (args, named, kwargs.values()):
-        if found := [len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0]:
-            return found[:1] if values is named else found
-    return []

@@ -1,0 +1,95 @@
+"""How a `RoadModel` is called: signatures, the rows of a batch, and calls that have no adapter names."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from road_core import AdapterError
+
+if TYPE_CHECKING:
+    from road_torch._model import RoadModel
+
+# What models call the arguments that have the batch's rows.
+_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "inputs",
+    "input_features",
+    "pixel_values",
+    "input_values",
+    "decoder_input_ids",
+)
+
+
+class Forward:
+    """The function `RoadModel.forward`; on a model one that has the base's arguments in its signature.
+
+    Hugging Face's Trainer keeps those columns of a dataset that stand there.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: "RoadModel | None" = None) -> None:
+        self._function = function
+        self._model = model
+
+    def __get__(self, model: "RoadModel | None", owner: type) -> Callable[..., Any]:
+        return self._function if model is None else Forward(self._function, model)
+
+    # Traced, this would be guarded by every value of adapter_names.
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._model, *args, **kwargs)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        # Accelerate wraps this and binds it again: a copy of the model must then call itself.
+        @functools.wraps(self._function)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return self._function(*args, **kwargs)
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = self.__signature__.parameters.values()
+        function.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
+        return function
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        base = inspect.signature(self._model.base_model.forward)  # type: ignore[union-attr]
+        parameters = [p for p in base.parameters.values() if p.name != "adapter_names"]
+        place = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
+        parameters.insert(place, inspect.signature(self._function).parameters["adapter_names"])
+        return inspect.Signature(parameters)
+
+
+@functools.lru_cache(maxsize=256)
+def without_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a base's method that refuses ``adapter_names``, if it would take any keyword and pass over these."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return function
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters) or any(p.name == "adapter_names" for p in parameters):
+        return function
+
+    @functools.wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError(
+                f"adapter_names: expected a call of the model or its generate, found {function.__name__}, which "
+                "follows the active adapters"
+            )
+        return function(*args, **kwargs)
+
+    return method
+
+
+def batch_sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
+    """The numbers of rows that a model may be called with: one where its inputs tell, none if no tensor is there."""
+    named = [kwargs[name] for name in _INPUTS if name in kwargs]
+    for values in (args, named, kwargs.values()):
+        if found := [len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0]:
+            return found[:1] if values is named else found
+    return []
