@@ -241,6 +241,9 @@ class Road:
             sizes = tuple(result.shape[axis] for axis in layout.result)
             self._seen.setdefault(module.path, Place(layout, sizes))
             cosines, sines = (module.scope.get_variable("params", name) for name in leaves)
+            if module.path in joined and cosines.ndim == 1:
+                # [size · adapters] -> [size, adapters]
+                cosines, sines = (leaf.reshape(-1, joined[module.path]) for leaf in (cosines, sines))
             if cosines.ndim != (1 if adapter_ids is None else 2):
                 raise _AxesError(
                     f"{dotted(module.path)}.road_theta: expected [size, adapters] (stack_adapters) with adapter_ids, "
@@ -274,9 +277,14 @@ class Road:
         params = flatten(overlay(params_of(variables), adapter))
         if adapter_ids is not None and not laid:
             check_ids(adapter_ids, 0)
+        own = {} if adapter_ids is None else self._own_axes(variables, adapter, args, kwargs)
+        joined: dict[Path, int] = {}
         for path, leaves in laid.items():
             # Formed once for all layers of a stack.
             turned = polar(*(params.pop((*path, name)) for name in ROAD_LEAVES))
+            if path in own:
+                joined[path] = turned[0].shape[-1]
+                turned = _join_last(turned[0], own[path]), _join_last(turned[1], own[path])
             params.update(zip(((*path, name) for name in leaves), turned, strict=True))
         merged = {**to_dict(variables), "params": unflatten(params)}
         # The context stands inside whatever jits this call: a function that was first traced within it from outside
@@ -424,6 +432,28 @@ class Road:
             )
         return {path: self._seen[path] for path in paths if path in self._seen}
 
+    def _own_axes(self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any) -> dict[Path, int]:
+        """Where θ of several adapters has the layer's own axis; only for stacks whose axis Flax counts from the end.
+
+        Flax takes the adapters' axis for the stack's there, unless it is joined to the layer's own.
+        """
+        leaves = flatten(adapter)
+        axes = {path: unbox(leaves[*path, "road_theta"]).ndim for path in adapted_paths(adapter)}
+        stacks = [path for path, ndim in axes.items() if ndim > 2]
+        if any(path not in self._seen or self._seen[path].marks is None for path in stacks):
+            # What can't be traced by these inputs fails as the model is called, or has no such stack.
+            with contextlib.suppress(Exception):
+                self._places(variables, adapter, args, kwargs)
+        found: dict[Path, int] = {}
+        for path in stacks:
+            place = self._seen.get(path)
+            if place is None or place.marks is None or axes[path] != len(place.marks["road_theta"]) + 1:
+                continue
+            # Counted from the start, an axis has one index in both.
+            if (stack := place.stack("road_theta")) != place.stack(place.layout.kernel):
+                found[path] = next(axis for axis in range(axes[path]) if axis not in stack)
+        return found
+
     def _explain_stacks(
         self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any, error: Exception
     ) -> None:
@@ -507,6 +537,12 @@ def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = 
         raise AdapterError(f"model: expected a Linen module (for NNX: road_jax.nnx.wrap), found {type(model).__name__}")
     expect("config", config, RoadConfig)
     return Road(model, config, layers or {})
+
+
+def _join_last(array: jax.Array, axis: int) -> jax.Array:
+    """Joins the last axis to another, within which it counts fastest."""
+    near = jnp.moveaxis(array, -1, axis + 1)
+    return near.reshape(*near.shape[:axis], near.shape[axis] * near.shape[axis + 1], *near.shape[axis + 2 :])
 
 
 def _layout(context: nn.module.InterceptorContext, layers: Layouts, args: Any, kwargs: Any) -> Layout | None:

@@ -144,6 +144,66 @@ def test_an_id_beyond_the_adapters_is_the_base_under_jit(wrong):
         np.testing.assert_array_equal(leaf, 0)
 
 
+class Turned(nn.Module):
+    """Three layers in a stack, or four stacks of these, on axes that Flax counts from either end."""
+
+    axis: int
+    around: int | None = None
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        dense, bias = nn.Dense, self.use_bias
+
+        class Inner(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return jnp.tanh(dense(16, use_bias=bias)(x)), None
+
+        def scan(kind, axis, length):
+            return nn.scan(kind, variable_axes={"params": axis}, split_rngs={"params": True}, length=length)
+
+        stack = scan(Inner, self.axis, 3)
+        return (stack if self.around is None else scan(stack, self.around, 4))(name="stack")(x, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "known"),
+    [
+        (Turned(1), True),
+        (Turned(-1), True),
+        (Turned(-1), False),
+        (Turned(-2, use_bias=False), True),
+        (Turned(-1, 0), True),
+        (Turned(0, -1), False),
+    ],
+    ids=lambda value: f"{value.axis}, {value.around}" if isinstance(value, Turned) else f"init {value}",
+)
+def test_stacks_on_any_axis(model, known):
+    """With as many adapters as make their axis look like the stack's."""
+    x = jnp.asarray(named_values("x", 5, 16))
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
+    adapter = road.init(jax.random.key(0), variables, x)
+    adapters = [filled(adapter, name) for name in "abc"[: 2 if model.around is None else 3]]
+    several, ids = road_jax.stack_adapters(adapters), np.asarray([2, 0, 1, 2, 0])
+
+    def loss(adapter, x, **options):
+        one = road if known else road_jax.transform(model, road.config)
+        y = one.apply(variables, adapter, x, **options)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(several, x, adapter_ids=ids)
+    base = model.apply(variables, x)
+    assert_close(found[ids == 0], base[ids == 0], "float32")
+    for number in (1, 2):
+        rows = ids == number
+        (_, alone), expected = jax.value_and_grad(loss, has_aux=True)(adapters[number - 1], x[rows])
+        assert_close(found[rows], alone, "float32", moved_from=base[rows])
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+            assert_close(a[..., number], b, "float32", moved_from=np.zeros_like(b))
+
+
 def forms(x):
     """Of one model in Linen and NNX, adapted and intervened: how it runs, three adapters together, and its base."""
     model = nn.Sequential([nn.Dense(64)])
