@@ -3,8 +3,9 @@
 import dataclasses
 import inspect
 import itertools
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -141,7 +142,7 @@ class Intervened:
         if self.config.spans is not None and mask is None:
             return _plain(self.model).apply(variables, {}, *args, **kwargs)
         places = self._find(args, kwargs)
-        added = self._coefficients(intervention, places, adapter_ids)
+        added, shape = self._coefficients(intervention, places, adapter_ids)
         # Beside the params of a block: the coefficients that its output is rotated with.
         laid = {path: new_names("road_first", "road_second") for path in added}
         used: set[Path] = set()
@@ -151,7 +152,7 @@ class Intervened:
             if leaves is None or not module.scope.has_variable("params", leaves[0]):
                 return result
             used.add(module.path)
-            first, second = (module.scope.get_variable("params", name) for name in leaves)
+            first, second = (module.scope.get_variable("params", name).reshape(shape) for name in leaves)
             rotate = rotate_blocks if adapter_ids is None else rotate_rows
             where = dotted(module.path)
             return at_prompt(where, result, lambda h: rotate(h, first, second), self.config, mask)
@@ -168,8 +169,12 @@ class Intervened:
 
     def _coefficients(
         self, intervention: Tree, places: list[_Place], adapter_ids: jax.Array | None
-    ) -> dict[Path, list[jax.Array]]:
-        """Returns what is laid beside each block's params; blocks of a stack that aren't chosen get the identity."""
+    ) -> tuple[dict[Path, list[jax.Array]], tuple[int, ...]]:
+        """Returns what is laid beside each block's params, and its shape where the block is called.
+
+        It has one axis and the stack's, which Flax may count from either end. Blocks of a stack that aren't chosen get
+        the identity.
+        """
         config = self.config
         theta, alpha = parameters(intervention, config, places[0].hidden)
         if (adapter_ids is None) != (theta.ndim == 2):
@@ -185,23 +190,22 @@ class Intervened:
         how: Any = {"variant": config.variant, "group_size": config.group_size}
         theta, alpha = within(theta, alpha, **how, subspace=config.subspace)
         # Each [layers of the config, groups, 1 or 2, half], or [layers, batch, …].
-        tables = blocks(*polar(theta, alpha), **how)
+        tables: Sequence[jax.Array] = blocks(*polar(theta, alpha), **how)
+        # Behind the chosen blocks one for those that aren't; made like these, it lies on a mesh as they do.
+        identities = jnp.ones_like(tables[0][:1]), jnp.zeros_like(tables[1][:1])
+        tables = [jnp.concatenate(pair) for pair in zip(tables, identities, strict=True)]
+        shape = tables[0].shape[1:]
         row = {i: k for k, i in enumerate(config.layers)}
         added: dict[Path, list[jax.Array]] = {}
         for place in places:
-            here = [i for i in config.layers if place.start <= i < place.start + place.layers]
-            if not here:
+            if not any(place.start <= i < place.start + place.layers for i in config.layers):
                 continue
             added[place.path] = []
-            for table, identity in zip(tables, (jnp.ones, jnp.zeros), strict=True):
-                chosen = table[np.array([row[i] for i in here])]
-                if place.axis is None:
-                    added[place.path].append(chosen[0])
-                else:
-                    stack = identity((place.layers, *table.shape[1:]), table.dtype)
-                    stack = stack.at[np.array(here) - place.start].set(chosen)
-                    added[place.path].append(jnp.moveaxis(stack, 0, place.axis))
-        return added
+            for table in tables:
+                rows = np.array([row.get(i, len(row)) for i in range(place.start, place.start + place.layers)])
+                stack = table[rows].reshape(place.layers, math.prod(shape))
+                added[place.path].append(stack[0] if place.axis is None else jnp.moveaxis(stack, 0, place.axis))
+        return added, shape
 
     def _find(self, args: Any, kwargs: Any) -> list[_Place]:
         """Traces the model for where its blocks stand, once for each way of calling it."""

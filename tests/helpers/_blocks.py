@@ -20,7 +20,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The same blocks in a loop or under scan, also with remat; params on either axis."""
+    """The same blocks in a loop or under scan, also with remat; params on any axis."""
 
     how: str
 
@@ -31,9 +31,12 @@ class Stack(nn.Module):
             for i in range(LAYERS):
                 x, _ = body(name=f"blocks_{i}")(x)
             return x
-        axis = 1 if "axis1" in self.how else 0
-        scan = nn.scan(body, variable_axes={"params": axis}, split_rngs={"params": True}, length=LAYERS)
+        scan = nn.scan(body, variable_axes={"params": axis_of(self.how)}, split_rngs={"params": True}, length=LAYERS)
         return scan(name="blocks")(x, None)[0]
+
+
+def axis_of(how):
+    return 1 if "axis1" in how else -1 if "last axis" in how else 0
 
 
 def weights():
@@ -46,8 +49,7 @@ def variables_of(how):
     trees = [{"dense": {"kernel": kernel, "bias": bias}} for kernel, bias in weights()]
     if "loop" in how:
         return {"params": jax.tree.map(jnp.asarray, {f"blocks_{i}": tree for i, tree in enumerate(trees)})}
-    axis = 1 if "axis1" in how else 0
-    return {"params": {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *trees)}}
+    return {"params": {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves, axis_of(how)), *trees)}}
 
 
 def with_values(tree):

@@ -30,6 +30,7 @@ def x():
         ("scan", "all"),
         ("scan, remat", "last"),
         ("scan, axis1", "ends"),
+        ("scan, last axis", "ends"),
     ],
 )
 def test_it_is_the_reference_between_blocks(how, kind, x):
@@ -44,8 +45,13 @@ def test_it_is_the_reference_between_blocks(how, kind, x):
     tree = with_values(tree)
     with jax.default_matmul_precision("highest"):
         actual = jax.jit(intervened.apply)(variables, tree, x, prompt_mask=prompt)
+        several = road_jax.stack_adapters([jax.tree.map(jnp.zeros_like, tree), tree])
+        mixed = jax.jit(intervened.apply)(variables, several, x, prompt_mask=prompt, adapter_ids=[2, 0, 2])
     assert actual.dtype == jnp.float32
-    assert_close(actual, by_hand(x, config, tree), "float32", moved_from=plain)
+    expected = by_hand(x, config, tree)
+    assert_close(actual, expected, "float32", moved_from=plain)
+    assert_close(mixed[::2], expected[::2], "float32", moved_from=plain[::2])
+    assert_close(mixed[1], plain[1], "float32")
 
 
 @pytest.mark.no_leaks
