@@ -287,6 +287,27 @@ def test_a_batch_of_any_size_is_exported(form):
             assert_close(a, b, "float32", moved_from=np.zeros_like(b))
 
 
+@pytest.mark.parametrize("form", range(4), ids=["linen", "linen blocks", "nnx", "nnx blocks"])
+def test_ids_lie_as_the_batch_on_a_mesh_with_explicit_axes(form):
+    x, ids = jnp.asarray(named_values("x", 8, 5, 32)), jnp.asarray([0, 1, 2, 0, 1, 2, 9, 1])
+    _, one, base = list(forms(x))[form]
+    several = road_jax.stack_adapters([filled(one, "a"), filled(one, "b")])
+
+    @jax.jit
+    def run(several, x, ids):
+        y = list(forms(x))[form][0](several, ids)
+        return y, jax.grad(lambda several: jnp.sum(jnp.sin(list(forms(x))[form][0](several, ids))))(several)
+
+    expected, gradient = run(several, x, ids)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        rows = jax.sharding.PartitionSpec("data")
+        found, dealt = run(several, jax.device_put(x, rows), jax.device_put(ids, rows))
+    assert jax.typeof(found).sharding.spec[0] == "data"
+    assert_close(found, expected, "float32", moved_from=base)
+    for a, b in zip(jax.tree.leaves(dealt), jax.tree.leaves(gradient), strict=True):
+        assert_close(a, b, "float32", moved_from=np.zeros_like(b))
+
+
 def test_float64_stays():
     with jax.enable_x64(True):
         x = jnp.asarray(named_values("x", 2, 32), jnp.float64)
