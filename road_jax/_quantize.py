@@ -262,19 +262,38 @@ def matmul(x: jax.Array, kernel: QuantizedKernel, precision: Any = None) -> jax.
     return _product(x, kernel, precision)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """How an array lies on a mesh with explicit axes; kept for the backward pass in the array's place."""
+
+    axes: PartitionSpec
+
+    @classmethod
+    def of(cls, array: jax.Array) -> "_Spec":
+        return cls(jax.typeof(array).sharding.spec)
+
+    @property
+    def cut(self) -> bool:
+        return any(axis is not None for axis in self.axes)
+
+
 def _product(x: jax.Array, kernel: QuantizedKernel, precision: Any) -> jax.Array:
     weight = _weight(kernel).astype(x.dtype)
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
 
 
-def _forward(x: jax.Array, kernel: QuantizedKernel, precision: Any) -> tuple[jax.Array, QuantizedKernel]:
+def _forward(x: jax.Array, kernel: QuantizedKernel, precision: Any) -> tuple[jax.Array, tuple[QuantizedKernel, _Spec]]:
     # Not `matmul`, within which a policy of checkpointing wouldn't find the product that it keeps.
-    return _product(x, kernel, precision), kernel
+    return _product(x, kernel, precision), (kernel, _Spec.of(x))
 
 
-def _backward(precision: Any, kernel: QuantizedKernel, d: jax.Array) -> tuple[jax.Array, None]:
+def _backward(precision: Any, kept: tuple[QuantizedKernel, _Spec], d: jax.Array) -> tuple[jax.Array, None]:
+    kernel, spec = kept
     weight = _weight(kernel).astype(d.dtype)
-    return jax.lax.dot_general(d, weight, (((d.ndim - 1,), (0,)), ((), ())), precision=precision), None
+    laid = spec.axes if any(each.cut for each in (spec, _Spec.of(d), _Spec.of(weight))) else None
+    dimensions = (((d.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(d, weight, dimensions, precision=precision, out_sharding=laid), None
 
 
 matmul.defvjp(_forward, _backward)
@@ -321,9 +340,12 @@ def _weight(kernel: QuantizedKernel) -> jax.Array:
         weight = kernel.codes.astype(jnp.float32) * kernel.scales * np.float32(1 / 127)
         return weight.astype(kernel.dtype)
     *stack, rows, row = kernel.codes.shape
-    values = jnp.asarray(NF4)[jnp.stack([kernel.codes >> 4, kernel.codes & 15], axis=-1)].reshape(*stack, rows, 2 * row)
+    codes = jnp.stack([kernel.codes >> 4, kernel.codes & 15], axis=-1).reshape(*stack, rows, 2 * row)
+    values = jnp.asarray(NF4)
+    values = values.at[codes].get(out_sharding=spec.axes) if (spec := _Spec.of(codes)).cut else values[codes]
     # Nothing but neighbours in a row is reshaped, so that what lies in shards is computed in shards.
-    scales = jnp.repeat(kernel.scales, BLOCK, axis=-1)
+    blocks = kernel.scales.shape[-1]
+    scales = jnp.broadcast_to(kernel.scales[..., None], (*stack, rows, blocks, BLOCK)).reshape(*stack, rows, 2 * row)
     return (values * scales).astype(kernel.dtype).reshape(*stack, *reversed(kernel.shape))
 
 

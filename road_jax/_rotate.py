@@ -239,8 +239,15 @@ def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array
     dy = _rotate_blocks(d, first, -second[..., ::-1, :])
     # All branches are traced on any platform, and folding joins axes, which mustn't be where they are sharded by type.
     if any(axis is not None for axis in jax.typeof(d).sharding.spec) or 0 in d.shape:
-        return dy, *_plain_sums(d, y, first)
+        dfirst, dsecond = _plain_sums(d, y, first)
+        return dy, _as_laid(dfirst, first), _as_laid(dsecond, first)
     return dy, *jax.lax.platform_dependent(d, y, first, cpu=_folded_sums, default=_plain_sums)
+
+
+def _as_laid(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Lays an array on a mesh with explicit axes as another: coefficients may lie whole where outputs are in shards."""
+    spec = jax.typeof(like).sharding.spec
+    return array if jax.typeof(array).sharding.spec == spec else jax.sharding.reshard(array, spec)
 
 
 def _products(d: jax.Array, y: jax.Array, first: jax.Array) -> list[jax.Array]:

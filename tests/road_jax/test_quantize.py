@@ -494,3 +494,25 @@ def test_what_cannot_be_is_refused(tmp_path):
     save_file(weights, base / "model.safetensors")
     with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: expected finite values"):
         models.load(base, quantize="nf4")
+
+
+@pytest.mark.parametrize("cut", [P(None, "model"), P("model"), P("data")], ids=["outputs", "inputs", "as the rows"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_on_a_mesh_with_explicit_axes(kind, cut):
+    x, model = jnp.asarray(named_values("x", 8, 256)), nn.Dense(128)
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8, init_weights=False))
+    adapter = road.init(jax.random.key(1), variables, x)
+
+    @jax.jit
+    def step(adapter, variables, x):
+        return jax.value_and_grad(lambda x, a: jnp.sum(jnp.sin(road.apply(variables, a, x))), (0, 1))(x, adapter)
+
+    expected = jax.tree.leaves(step(adapter, road_jax.quantize(variables, kind), x))
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    params = {"kernel": jax.device_put(variables["params"]["kernel"], jax.NamedSharding(mesh, cut))}
+    quantized = road_jax.quantize({"params": {**variables["params"], **params}}, kind)
+    with jax.set_mesh(mesh):
+        found = jax.tree.leaves(step(adapter, quantized, jax.device_put(x, P("data"))))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, "float32", moved_from=np.zeros_like(b))
