@@ -216,8 +216,9 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
             before Flax's own types, and for a subclass of one whose ``__call__`` isn't its parent's.
 
     Raises:
-        AdapterError: no layer matches, a match is no linear layer, the group size doesn't divide its outputs, the model
-            is adapted already or no NNX module, or the config no `RoadConfig`.
+        AdapterError: no layer matches, a match is no linear layer or stands in ``nnx.WeightNorm`` or
+            ``nnx.SpectralNorm``, the group size doesn't divide its outputs, the model is adapted already or no NNX
+            module, or the config no `RoadConfig`.
 
     Example:
         >>> from flax import nnx
@@ -258,6 +259,13 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
             raise AdapterError(
                 f"{name}: expected nnx.Linear, nnx.LinearGeneral or nnx.Einsum, or a type that wrap's layers declare, "
                 f"found {type(modules[name]).__name__}"
+            )
+    normed = _normed(model)
+    for name in chosen:
+        if (norm := normed.get(id(modules[name]))) is not None:
+            raise AdapterError(
+                f"{name}: expected a layer in no norm of its params, found one in {norm}, which looks them up by their "
+                "paths (exclude_modules leaves the layer out)"
             )
     if not config.init_weights and rngs is None:
         raise AdapterError("wrap: expected rngs beside init_weights=False, found none")
@@ -353,7 +361,10 @@ def set_adapter(model: nnx.Module, adapter: Tree) -> None:
     """
     layers = _layers(model)
     _expect_unmerged(layers)
-    held, given = _trained(model), flatten(adapter)
+    held = _trained(model)
+    # From a file, a name with a dot in it comes as two.
+    paths = {dotted(path): path for path in held}
+    given = {paths.get(dotted(path), path): leaf for path, leaf in flatten(adapter).items()}
     adapted_paths(adapter)
     lacking, spare = (sorted(map(dotted, a.keys() - b.keys())) for a, b in ((held, given), (given, held)))
     if lacking or spare:
@@ -520,6 +531,12 @@ def _adapted(node: Any, name: str, layout: Layout, config: RoadConfig, key: jax.
         layout=layout,
         subspace=config.subspace,
     )
+
+
+def _normed(model: nnx.Module) -> dict[int, str]:
+    """What stands in norms that change their layers' kernels from outside, by id, and such a norm's name."""
+    norms = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.WeightNorm | nnx.SpectralNorm)]
+    return {id(node): f"nnx.{type(norm).__name__}" for norm in norms for _, node in nnx.iter_graph(norm.layer_instance)}
 
 
 def _layout(node: nnx.Module, layers: Layouts) -> Layout | None:

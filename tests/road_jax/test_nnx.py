@@ -427,6 +427,17 @@ def test_save_and_load(x, tmp_path):
         road_jax.nnx.set_adapter(again, jax.tree.map(lambda leaf: jnp.ones((3, *leaf.shape[1:])), loaded))
 
 
+def test_a_name_with_a_dot_is_read_back(tmp_path):
+    config = RoadConfig(target_modules="all-linear", group_size=8)
+    model = nnx.Dict({"a.b": nnx.Linear(16, 16, rngs=nnx.Rngs(0))})
+    adapter = road_jax.nnx.get_adapter(set_values(wrap(model, config)))
+    road_jax.save_adapter(tmp_path / "a", adapter, config)
+    again = wrap(model, config)
+    road_jax.nnx.set_adapter(again, road_jax.load_adapter(tmp_path / "a")[0])
+    for a, b in zip(jax.tree.leaves(road_jax.nnx.get_adapter(again)), jax.tree.leaves(adapter), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_saved_modules_are_trained_whole(x):
     model, adapted, _ = small(modules_to_save=["head"])
     before = jax.tree.map(jnp.copy, nnx.state(model))
@@ -578,6 +589,19 @@ def test_what_does_not_fit_is_refused():
         road_jax.nnx.set_adapter(wrap(model, RoadConfig(target_modules=["first"])), None)
     noisy = road_jax.nnx.wrap(model, RoadConfig(target_modules=["first"], init_weights=False), rngs=nnx.Rngs(3))
     assert 0.2 < float(jnp.std(noisy.first.road_alpha[...])) < 0.8
+
+
+@pytest.mark.parametrize("norm", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_a_layer_in_a_norm_of_its_params_is_refused(norm):
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(norm(nnx.Linear(16, 16, rngs=rngs), rngs=rngs), nnx.Linear(16, 16, rngs=rngs))
+    config = RoadConfig(target_modules="all-linear", group_size=8)
+    said = rf"layers\.0\.layer_instance: expected a layer in no norm of its params, found one in nnx\.{norm.__name__}"
+    with pytest.raises(AdapterError, match=said):
+        wrap(model, config)
+    adapted = wrap(model, RoadConfig(target_modules="all-linear", group_size=8, exclude_modules=["layer_instance"]))
+    assert list(road_jax.nnx.get_adapter(adapted)["layers"]) == ["1"]
+    assert adapted(jnp.ones((4, 16))).shape == (4, 16)
 
 
 def test_theta_and_alpha_that_do_not_go_together_are_refused():
