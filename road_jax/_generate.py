@@ -172,14 +172,23 @@ def _run(
 
 
 def _filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Drops what isn't among the ``top_k`` likeliest, and what isn't needed to reach ``top_p`` of probability."""
-    order = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    """Drops what isn't among the ``top_k`` likeliest, and what isn't needed to reach ``top_p`` of probability.
+
+    As in transformers, tokens as likely as the last of ``top_k`` stay, and of those as likely as the last that
+    ``top_p`` needs no more than it needs.
+    """
+    order = jnp.flip(jnp.argsort(logits, axis=-1), axis=-1)
+    falling = jnp.take_along_axis(logits, order, axis=-1)
     place = jnp.arange(logits.shape[-1])[None]
-    probabilities = jax.nn.softmax(jnp.where(place < top_k, order, -jnp.inf), axis=-1)
+    least = jnp.min(jnp.where(place < top_k, falling, jnp.inf), axis=-1, keepdims=True)
+    falling = jnp.where(falling >= least, falling, -jnp.inf)
+    probabilities = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (place < top_k) & ((before < top_p) | (place == 0))
-    least = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+    # The sum of all may be rounded to 1 before the last.
+    kept = (before < top_p) | (place == 0) | (top_p >= 1)
+    return jnp.put_along_axis(
+        jnp.full_like(logits, -jnp.inf), order, jnp.where(kept, falling, -jnp.inf), axis=-1, inplace=False
+    )
 
 
 def _bucket(n: int, least: int) -> int:

@@ -123,6 +123,18 @@ def test_what_is_drawn_follows_the_distribution(small):
         assert (np.abs(counts - rows * expected) < 5 * deviation + 1).all()
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(4, 1), (4, 0.7), (160, 0.5), (160, 0.01), (160, 1)])
+def test_tokens_that_are_as_likely_are_filtered_as_in_transformers(top_k, top_p):
+    logits = np.round(named_values("logits", 64, 160))
+    expected = transformers.TopKLogitsWarper(top_k)(None, torch.from_numpy(logits))
+    if top_p < 1:
+        expected = transformers.TopPLogitsWarper(top_p)(None, expected)
+    found = _generate._filter(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p))
+    # Which of them stay is not said.
+    np.testing.assert_array_equal(np.sort(found, -1), np.sort(expected.numpy(), -1))
+    assert ((found == logits) | np.isneginf(found)).all()
+
+
 @pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-38, 1.2e-38, 1e-37, 1e-30, 1e-6])
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}])
 def test_a_temperature_near_zero_gives_the_likeliest(temperature, options, small):
