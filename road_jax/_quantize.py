@@ -106,8 +106,8 @@ def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[st
         Variables with a `QuantizedKernel` for each such kernel.
 
     Raises:
-        AdapterError: an unknown kind, an excluded name that no module has, a kernel that isn't finite, whose inputs 64
-            doesn't divide (nf4) or whose shards would cut codes, or nothing to quantise.
+        AdapterError: an unknown kind, an excluded name that no module has, a kernel that isn't finite, that is traced,
+            whose inputs 64 doesn't divide (nf4) or whose shards would cut codes, or nothing to quantise.
 
     Example:
         >>> import jax, jax.numpy as jnp, road_jax
@@ -126,7 +126,9 @@ def quantize_kernels(variables: Mapping[str, Any], kind: Kind, paths: Collection
     """As `quantize`, for the kernels at given paths, with stack axes in front."""
     check_kind(kind)
     leaves = flatten(params_of(variables))
-    found = {path: _quantized(dotted(path[:-1]), leaves[path], kind) for path in paths}
+    # Without elements a kernel has no absmax, and nothing to save.
+    some = [path for path in paths if unbox(leaves[path]).size]
+    found = {path: _quantized(dotted(path[:-1]), leaves[path], kind) for path in some}
     if not found:
         raise AdapterError("quantize: expected kernels of Dense layers, found none")
     return replace_leaves(variables, {("params", *path): leaf for path, leaf in found.items()})
@@ -362,6 +364,8 @@ def _looks_dense(leaves: Mapping[Path, Any], path: Path) -> bool:
 
 def _quantized(path: str, leaf: Any, kind: Kind) -> QuantizedKernel:
     array = unbox(leaf)
+    if isinstance(array, jax.core.Tracer):
+        raise AdapterError(f"{path}: expected a kernel with values to quantise, found one being traced (by jit, say)")
     kernel = _encoded(path, np.asarray(jax.device_get(array)), kind)
     where = getattr(array, "sharding", None)
     if isinstance(where, NamedSharding):

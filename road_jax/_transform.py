@@ -90,11 +90,14 @@ class Road:
     # What init and apply learn of each linear layer while they are traced, for merge and shardings.
     _seen: dict[Path, Place] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def init(self, rng: jax.Array, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tree:
+    def init(
+        self, rng: jax.Array | Mapping[str, jax.Array], variables: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Tree:
         """Returns a fresh adapter; the model is only traced for its shapes, never run.
 
         Args:
-            rng: a key; it decides nothing unless ``config.init_weights`` is False.
+            rng: a key, or keys by name as Flax takes them, of which ``params`` counts; it decides nothing unless
+                ``config.init_weights`` is False.
             variables: the model's variables, ``{"params": …}``.
             *args: sample inputs of the model; shapes and dtypes are all that counts.
             **kwargs: more of them. ``rngs`` and ``mutable`` are taken as `apply` takes them, and decide nothing.
@@ -108,6 +111,12 @@ class Road:
             AdapterError: no layer matches, a match is no linear layer, the group size doesn't divide a layer's
                 outputs, two layers share one scope, or ``variables`` aren't the model's.
         """
+        if isinstance(rng, Mapping):
+            if "params" not in rng:
+                raise AdapterError(
+                    f"rng: expected a key for 'params', found keys for {listed(sorted(rng)) or 'nothing'}"
+                )
+            rng = rng["params"]
         places: dict[Path, Place] = {}
         # Every module's name and type.
         names: dict[str, str] = {}

@@ -452,6 +452,10 @@ def test_what_cannot_be_is_refused(tmp_path):
         road_jax.quantize({"params": {"a": {"kernel": kernel}}}, "fp3")
     with pytest.raises(AdapterError, match="found none"):
         road_jax.quantize({"params": {"a": {"embedding": kernel}}}, "nf4")
+    with pytest.raises(AdapterError, match="a: expected a kernel with values to quantise, found one being traced"):
+        jax.eval_shape(lambda kernel: road_jax.quantize({"params": {"a": {"kernel": kernel}}}, "int8"), kernel)
+    empty = {"params": {"a": {"kernel": jnp.ones((0, 64))}, "b": {"kernel": kernel}}}
+    assert road_jax.quantize(empty, "nf4")["params"]["a"]["kernel"] is empty["params"]["a"]["kernel"]
     with pytest.raises(AdapterError, match="exclude: expected names of modules, found None"):
         road_jax.quantize({"params": {"a": {"kernel": kernel}}}, "nf4", exclude=None)
     for call in (lambda tree: road_jax.quantize(tree, "nf4"), road_jax.dequantize):

@@ -116,12 +116,15 @@ def test_a_fresh_adapter_changes_nothing_and_mirrors_params(x, loop):
 def test_init_weights_false_draws_by_path(x, loop):
     road, variables, _ = loop
     noisy = road_jax.transform(road.model, RoadConfig(target_modules=["up"], group_size=8, init_weights=False))
-    one, same, other = (noisy.init(jax.random.key(seed), variables, x) for seed in (1, 1, 2))
+    one, other = (noisy.init(jax.random.key(seed), variables, x) for seed in (1, 2))
+    same = noisy.init({"params": jax.random.key(1), "dropout": jax.random.key(2)}, variables, x)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, one, same))
     assert not any(jax.tree.leaves(jax.tree.map(jnp.array_equal, one, other)))
     alphas = np.concatenate([one[f"blocks_{i}"]["up"]["road_alpha"] for i in range(LAYERS)])
     assert abs(alphas.mean() - 1) < 0.15
     assert abs(alphas.std() - 0.5) < 0.1
+    with pytest.raises(AdapterError, match="rng: expected a key for 'params', found keys for dropout"):
+        noisy.init({"dropout": jax.random.key(1)}, variables, x)
 
 
 @pytest.mark.parametrize("how", ["scan", "scan-remat", "scan-axis1", "scan-axis1-remat"])
