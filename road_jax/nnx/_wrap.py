@@ -274,6 +274,12 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
     first = {id(modules[name]): name for name in reversed(chosen)}
     names = {name: first[id(node)] for name, node in modules.items() if id(node) in first}
     saved = _saved(modules, config)
+    # It passes over what is no nnx.Param.
+    if any(normed.get(variable) == "nnx.SpectralNorm" for variable in saved):
+        raise AdapterError(
+            f"RoadConfig.modules_to_save: expected modules without nnx.SpectralNorm, found {config.modules_to_save} "
+            "with params in one"
+        )
 
     def adapt(path: tuple, node: Any) -> Any:
         _replace_params(node, lambda variable: saved.get(id(variable), variable))

@@ -602,6 +602,13 @@ def test_a_layer_in_a_norm_of_its_params_is_refused(norm):
     adapted = wrap(model, RoadConfig(target_modules="all-linear", group_size=8, exclude_modules=["layer_instance"]))
     assert list(road_jax.nnx.get_adapter(adapted)["layers"]) == ["1"]
     assert adapted(jnp.ones((4, 16))).shape == (4, 16)
+    whole = RoadConfig(target_modules=["layers.1"], group_size=8, modules_to_save=["layers.0"])
+    if norm is nnx.SpectralNorm:
+        said = r"modules_to_save: expected modules without nnx\.SpectralNorm, found \['layers\.0'\] with params in one"
+        with pytest.raises(AdapterError, match=said):
+            wrap(model, whole)
+    else:
+        np.testing.assert_array_equal(wrap(model, whole)(jnp.ones((4, 16))), model(jnp.ones((4, 16))))
 
 
 def test_theta_and_alpha_that_do_not_go_together_are_refused():
