@@ -67,7 +67,7 @@ class RoadModel(nn.Module):
         adapter_name: its name.
         max_loaded: how many adapters may have their coefficients on the layers' devices at once. With it θ and α of
             those that were loaded for inference stay on the CPU, and the least recently used make room for those that
-            a call names.
+            a call names. Active ones keep their place; ``set_adapter([])`` leaves it to others.
         kernel: which implementation of the rotation inference uses: ``"default"`` (plain PyTorch), ``"triton"``, or
             ``"auto"`` for the device's own.
 
