@@ -7,7 +7,7 @@ QUANTIZERS := .venv-quantizers
 FUZZED := .venv-fuzz
 FUZZ ?= 3600
 
-.PHONY: demo test test-published test-quantizers fuzz lint format bench clean
+.PHONY: demo test test-leaks test-published test-quantizers fuzz lint format bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -21,6 +21,10 @@ demo: $(VENV)/installed
 # Two processes at once, each file's tests in one of them.
 test: $(VENV)/installed
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# JAX's side under JAX's check for tracers that outlive their trace, which traces anew at every call: half an hour.
+test-leaks: $(VENV)/installed
+	JAX_CHECK_TRACER_LEAKS=1 $(RUN) -m pytest -n 2 --dist loadfile -o timeout=1800 tests/road_jax
 
 # Flax models of other packages, in an environment of their own.
 $(PUBLISHED)/installed: tests_published/requirements.txt
