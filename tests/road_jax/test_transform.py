@@ -1,3 +1,4 @@
+import contextlib
 import functools
 
 import jax
@@ -261,7 +262,9 @@ def test_gradients_on_a_mesh_are_those_without(how):
 
     expected = jax.grad(loss)(adapter, variables, x)
     mesh = jax.make_mesh((8,), ("data",))
-    with jax.set_mesh(mesh):
+    # With its leak check on, JAX 0.10 refuses any gradient of a shard_map within jit, a bare product's too.
+    unchecked = jax.check_tracer_leaks(False) if how == "shard_map around" else contextlib.nullcontext()
+    with jax.set_mesh(mesh), unchecked:
         placed = jax.device_put((adapter, variables), P()), jax.device_put(x, P("data"))
         specs = {"in_specs": (P(), P(), P("data")), "out_specs": P()}
         if how == "explicit":
