@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from road_core import AdapterError
+from road_torch._layer import bare
 
 if TYPE_CHECKING:
     from road_torch._model import RoadModel
@@ -64,9 +66,17 @@ class Forward:
         return inspect.Signature(parameters)
 
 
+def of_base(base: Any, name: str) -> Any:
+    """Returns an attribute of the base for a model around it; a method that would pass over names refuses them."""
+    value = getattr(base, name)
+    if inspect.ismethod(value) and (value.__self__ is base or value.__self__ is bare(base)):
+        return types.MethodType(_without_names(value.__func__), value.__self__)
+    return value
+
+
 @functools.lru_cache(maxsize=256)
-def without_names(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a base's method that refuses ``adapter_names``, if it would take any keyword and pass over these."""
+def _without_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a method that refuses ``adapter_names``, if it would take any keyword and pass over these."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:

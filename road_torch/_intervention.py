@@ -1,9 +1,10 @@
 """`InterventionModel`: RoAd on what whole decoder blocks give, another intervention for each row of a batch."""
 
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from road_core import AdapterError, Intervention, InterventionConfig, read_intervention
 from road_torch._bank import Bank
+from road_torch._call import of_base
 from road_torch._checkpoint import checkpointing
 from road_torch._io import to_tensor
 from road_torch._kernels import default
@@ -70,8 +72,8 @@ class InterventionModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        base: nn.Module,
-        directory: str | os.PathLike,
+        model: nn.Module,
+        model_id: str | os.PathLike,
         adapter_name: str = "default",
         *,
         blocks: str | None = None,
@@ -81,9 +83,9 @@ class InterventionModel(nn.Module):
         Raises:
             AdapterError: the folder is broken, or is for another model.
         """
-        model = cls(base, blocks=blocks)
-        model.load_adapter(directory, adapter_name)
-        return model
+        intervened = cls(model, blocks=blocks)
+        intervened.load_adapter(model_id, adapter_name)
+        return intervened
 
     @property
     def adapter_names(self) -> list[str]:
@@ -100,7 +102,7 @@ class InterventionModel(nn.Module):
         """The config of each intervention."""
         return {name: intervention.config for name, intervention in self._interventions.items()}
 
-    def load_adapter(self, directory: str | os.PathLike, adapter_name: str) -> None:
+    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str = "default") -> None:
         """Loads a folder of ``road_jax.save_intervention``; the first one becomes active.
 
         Raises:
@@ -110,18 +112,18 @@ class InterventionModel(nn.Module):
             raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {adapter_name!r}")
         if adapter_name in self._interventions:
             raise AdapterError(f"adapter_name: expected a new name, found {adapter_name!r}, which is there already")
-        intervention = read_intervention(directory)
+        intervention = read_intervention(model_id)
         count, hidden = len(self.base_model.get_submodule(self.blocks)), _hidden_size(self.base_model)
         if hidden is None:
             hidden = next((each.hidden_size for each in self._interventions.values()), None)
         if intervention.config.layers[-1] >= count:
             raise AdapterError(
-                f"{directory}: expected an intervention on the model's {count} blocks, "
+                f"{model_id}: expected an intervention on the model's {count} blocks, "
                 f"found one on block {intervention.config.layers[-1]}"
             )
         if hidden not in (None, intervention.hidden_size):
             raise AdapterError(
-                f"{directory}: expected an intervention on hidden vectors of size {hidden}, "
+                f"{model_id}: expected an intervention on hidden vectors of size {hidden}, "
                 f"found one on {intervention.hidden_size}"
             )
         with LOCK:
@@ -144,16 +146,21 @@ class InterventionModel(nn.Module):
         self._active = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an intervention. If it was active, none is.
+        """Forgets an intervention.
 
         Raises:
-            AdapterError: the name is unknown, or a call uses it; nothing has changed.
+            AdapterError: the name is unknown, the intervention is active (``set_adapter(None)`` makes none so), or a
+                call uses it; nothing has changed.
         """
-        self._check_known([adapter_name])
         with LOCK:
+            self._check_known([adapter_name])
             if any(adapter_name in call.used for call in self._calls):
                 raise AdapterError(
                     f"delete_adapter: expected an intervention that no call uses, found {adapter_name!r}"
+                )
+            if adapter_name == self._active:
+                raise AdapterError(
+                    f"delete_adapter: expected an intervention that is not active, found {adapter_name!r}"
                 )
             row = self._rows.pop(adapter_name)
             del self._interventions[adapter_name]
@@ -162,8 +169,20 @@ class InterventionModel(nn.Module):
             if not self._interventions:
                 # The next one's vectors may have another size.
                 self._banks.clear()
-            if self._active == adapter_name:
-                self._active = None
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """While open, plain calls are the base's."""
+        before = self._active
+        self._active = None
+        try:
+            yield
+        finally:
+            self._active = before
+
+    def get_base_model(self) -> nn.Module:
+        """Returns the base model, which is as it was."""
+        return self.base_model
 
     # What each row gets is told to the blocks by tensors; of this function a compiled graph must know nothing.
     @torch.compiler.disable(recursive=False)
@@ -244,7 +263,7 @@ class InterventionModel(nn.Module):
             # Before __init__ has run there is no base model to ask, and what accelerate hooked is hooked by itself.
             if name in ("base_model", *HOOKED) or "base_model" not in self._modules:
                 raise
-            return getattr(self._modules["base_model"], name)
+            return of_base(self._modules["base_model"], name)
 
     def _bank(self, layer: int, device: torch.device) -> Bank:
         """Returns the coefficients of a block, on its device."""

@@ -4,10 +4,8 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import inspect
 import operator
 import os
-import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +29,7 @@ from road_core._compose import check_group_sizes
 from road_core._errors import listed
 from road_core._files import check_free, new_directory
 from road_torch import _base, _checkpoint, _kernels, _layer, _merge
-from road_torch._call import Forward, batch_sizes, without_names
+from road_torch._call import Forward, batch_sizes, of_base
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, bare, layers
 from road_torch._routing import BASE, HOOKED, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
@@ -734,11 +732,7 @@ class RoadModel(nn.Module):
             # Before __init__ has run there is no base model to ask, and what accelerate hooked is hooked by itself.
             if name in ("base_model", "_shared", *HOOKED) or "base_model" not in self._modules:
                 raise
-            base: Any = self._modules["base_model"]
-            value = getattr(base, name)
-            if inspect.ismethod(value) and (value.__self__ is base or value.__self__ is bare(base)):
-                return types.MethodType(without_names(value.__func__), value.__self__)
-            return value
+            return of_base(self._modules["base_model"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Writes to the base model what is read from it."""

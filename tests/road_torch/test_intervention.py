@@ -360,8 +360,17 @@ def test_interventions_come_and_go(base, folders):
     assert model.configs == CONFIGS
     batch = padded(TEXTS[:2])
     before = _logits_of(model, batch, ["ends", "all"])
+    active = _logits_of(model, batch, None)
+    with pytest.raises(
+        AdapterError, match=r"^delete_adapter: expected an intervention that is not active, found 'last'$"
+    ):
+        model.delete_adapter("last")
+    with model.disable_adapter():
+        np.testing.assert_array_equal(_logits_of(model, batch, None), _logits(base, batch))
+    np.testing.assert_array_equal(_logits_of(model, batch, None), active)
+    model.set_adapter(None)
     model.delete_adapter("last")
-    assert model.active_adapter is None
+    assert model.adapter_names == [name for name in CONFIGS if name != "last"]
     np.testing.assert_array_equal(_logits_of(model, batch, None), _logits(base, batch))
     np.testing.assert_array_equal(_logits_of(model, batch, ["ends", "all"]), before)
     model.load_adapter(folders / "last", "new")
@@ -391,7 +400,15 @@ def test_an_intervention_in_use_is_not_deleted(names, base, folders):
     finally:
         handle.remove()
     assert refused
+    model.set_adapter(None)
     model.delete_adapter("last")
+
+
+def test_a_method_of_the_base_that_takes_no_names_refuses_them(base, folders):
+    model = with_interventions(base, folders)
+    assert model.get_base_model() is base
+    with pytest.raises(AdapterError, match=r"^adapter_names: expected a call of the model or its generate, found gene"):
+        model.generate_batch([TEXTS[0]], adapter_names=["last"])
 
 
 def _logits_of(model, batch, names):
