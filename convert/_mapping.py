@@ -14,7 +14,7 @@ from convert._regroup import regroup
 from convert._tied import is_tied
 from road_core import Adapter, AdapterError, RoadConfig, select_modules
 from road_core._adapter import Array, dtype_name
-from road_core._config import NOT_IN_PEFT
+from road_core._config import NOT_IN_PEFT, TARGETS
 from road_core._safetensors import EMBEDDINGS, HEAD
 
 # Metadata of a converted file: what the other side's file has that this side can't say, so that the way back gives
@@ -26,7 +26,7 @@ _TIED = "tied_head"
 _HEAD_WEIGHT = f"{HEAD}.weight"
 
 # What chooses modules on either side.
-_CHOICES = ("target_modules", "modules_to_save", *NOT_IN_PEFT)
+_CHOICES = ("modules_to_save", *TARGETS)
 
 # One line a key: what it is called before and after.
 Trace = list[tuple[str, str]]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from road_core._adapter import Adapter, Array, to_float32
-from road_core._config import VARIANTS, RoadConfig
+from road_core._config import TARGETS, VARIANTS, RoadConfig
 from road_core._errors import AdapterError
 from road_core._reference import (
     Float64,
@@ -24,9 +24,6 @@ from road_core._reference import (
     parameter_size,
     subspace_mask,
 )
-
-# What decides which modules a config selects.
-_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 class Part(NamedTuple):
@@ -231,14 +228,14 @@ def _saved(adapters: Sequence[tuple[Adapter, float, str]]) -> Mapping[str, Array
 
 
 def _choice(configs: Sequence[RoadConfig], paths: Sequence[str]) -> dict[str, Any]:
-    choices = [{name: getattr(config, name) for name in _CHOICE} for config in configs]
+    choices = [{name: getattr(config, name) for name in TARGETS} for config in configs]
     if all(choice == choices[0] for choice in choices):
         return choices[0]
     targets = [choice.pop("target_modules") for choice in choices]
     if all(isinstance(target, list) for target in targets) and all(choice == choices[0] for choice in choices):
         return {**choices[0], "target_modules": list(dict.fromkeys(name for target in targets for name in target))}
     # Whole paths as a pattern, for in a list each would match the ends of longer ones too.
-    return {**dict.fromkeys(_CHOICE), "target_modules": "|".join(map(re.escape, paths))}
+    return {**dict.fromkeys(TARGETS), "target_modules": "|".join(map(re.escape, paths))}
 
 
 def _wide(array: Array) -> bool:

@@ -15,6 +15,9 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 # What chooses layers and PEFT's own RoadConfig lacks.
 NOT_IN_PEFT = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
+# All that chooses them.
+TARGETS = ("target_modules", *NOT_IN_PEFT)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoadConfig:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from road_core._adapter import Adapter, Array
-from road_core._config import NOT_IN_PEFT, RoadConfig
+from road_core._config import NOT_IN_PEFT, TARGETS, RoadConfig
 from road_core._errors import AdapterError, listed
 from road_core._files import dump_json, inside, read_json, write_files
 from road_core._safetensors import dump_tensors, read_tensors
@@ -44,8 +44,6 @@ _INNER = re.compile(
 _OWN_METADATA = ("format", "road_variant", "road_group_size", "road_digest", "road_subspace", "road_targets")
 
 # What chooses the layers.
-_CHOICE = ("target_modules", *NOT_IN_PEFT)
-
 _PEFT = _Format("adapter_config.json", "adapter_model.safetensors", "base_model.model.", "pt")
 _FLAX = _Format("road_config.json", "road_adapter.safetensors", "", "flax")
 
@@ -110,7 +108,7 @@ def _write(directory: str | os.PathLike, adapter: Adapter, form: _Format, overwr
     fields = adapter.config.to_dict()
     if form is _PEFT and any(name in fields for name in NOT_IN_PEFT) and adapter.modules:
         # PEFT would warn of fields that it doesn't know, and take more modules: it gets those that there are by name.
-        metadata["road_targets"] = json.dumps({name: fields.pop(name) for name in _CHOICE if name in fields})
+        metadata["road_targets"] = json.dumps({name: fields.pop(name) for name in TARGETS if name in fields})
         fields["target_modules"] = [*adapter.modules]
     if "subspace" in fields:
         metadata["road_subspace"] = json.dumps(fields["subspace"])
@@ -161,9 +159,9 @@ def _chosen(text: str, adapter: Adapter, path: os.PathLike) -> RoadConfig:
     plain = all(getattr(config, name) is None for name in NOT_IN_PEFT)
     try:
         fields = json.loads(text)
-        if not isinstance(fields, dict) or not fields.keys() <= set(_CHOICE):
+        if not isinstance(fields, dict) or not fields.keys() <= set(TARGETS):
             raise ValueError
-        before: dict[str, Any] = {name: fields.get(name) for name in _CHOICE}
+        before: dict[str, Any] = {name: fields.get(name) for name in TARGETS}
         chosen = dataclasses.replace(config, **before)
     except (AdapterError, ValueError, RecursionError):
         raise AdapterError(

@@ -15,9 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from road_core import AdapterError, check_group_size, output_size, parameter_size, subspace_mask
+from road_core._reference import Subspace
 from road_jax._tree import check_floating
-
-Subspace = tuple[float, float] | None
 
 
 def polar(theta: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
