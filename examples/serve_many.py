@@ -36,7 +36,8 @@ def main() -> None:
     folders = sorted(path.parent for path in options.adapters.glob("*/adapter_config.json"))
     if not folders:
         raise SystemExit(f"{options.adapters}: expected folders with an adapter_config.json")
-    base, tokenizer = road_torch.load(options.checkpoint, quantize=options.quantize)
+    quantize = None if options.quantize == "none" else options.quantize
+    base, tokenizer = road_torch.load(options.checkpoint, quantize=quantize)
     model = RoadModel(base, max_loaded=options.max_loaded).eval()
     for folder in folders:
         model.load_adapter(folder, adapter_name=folder.name)
