@@ -36,6 +36,8 @@ def test_the_readmes_commands_and_code_run(tmp_path):
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
+        # The page's batches are for one device; tests of this process may have set more.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         # The page steps an optimiser of optax, which promotes dtypes by itself.
         "JAX_NUMPY_DTYPE_PROMOTION": "standard",
     }
