@@ -36,8 +36,8 @@ from road_torch import RoadConfig, RoadModel, load
 
 # Name, quantisation and dtype.
 BASES = (
-    ("float32", "none", "float32"),
-    ("bfloat16", "none", "bfloat16"),
+    ("float32", None, "float32"),
+    ("bfloat16", None, "bfloat16"),
     ("nf4", "nf4", "bfloat16"),
     ("int8", "int8", "bfloat16"),
 )
