@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-PUBLISHED := .venv-published
-QUANTIZERS := .venv-quantizers
 FUZZED := .venv-fuzz
 FUZZ ?= 3600
 
@@ -26,23 +24,15 @@ test: $(VENV)/installed
 test-leaks: $(VENV)/installed
 	JAX_CHECK_TRACER_LEAKS=1 $(RUN) -m pytest -n 2 --dist loadfile -o timeout=1800 tests/road_jax
 
-# Flax models of other packages, in an environment of their own.
-$(PUBLISHED)/installed: tests_published/requirements.txt
-	test -x $(PUBLISHED)/bin/python || $(PYTHON) -m venv $(PUBLISHED)
-	$(PUBLISHED)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+# Each in an environment of its own: Flax models of other packages; layers of GPTQ, AWQ, HQQ, quanto and
+# compressed-tensors.
+.venv-published/installed .venv-quantizers/installed: .venv-%/installed: tests_%/requirements.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
-test-published: $(PUBLISHED)/installed
-	$(PUBLISHED)/bin/python -m pytest tests_published
-
-# Layers of GPTQ, AWQ, HQQ, quanto and compressed-tensors, in an environment of their own.
-$(QUANTIZERS)/installed: tests_quantizers/requirements.txt
-	test -x $(QUANTIZERS)/bin/python || $(PYTHON) -m venv $(QUANTIZERS)
-	$(QUANTIZERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
-	touch $@
-
-test-quantizers: $(QUANTIZERS)/installed
-	$(QUANTIZERS)/bin/python -m pytest tests_quantizers
+test-published test-quantizers: test-%: .venv-%/installed
+	.venv-$*/bin/python -m pytest tests_$*
 
 # Every reader on spoilt files, for so many seconds: make fuzz FUZZ=60. What it has learnt is kept in runs/fuzz.
 $(FUZZED)/installed: constraints.txt
@@ -74,4 +64,4 @@ bench: $(VENV)/installed
 	$(RUN) -m benchmarks.conversion
 
 clean:
-	rm -rf $(VENV) $(PUBLISHED) $(QUANTIZERS) $(FUZZED) runs
+	rm -rf $(VENV) .venv-published .venv-quantizers $(FUZZED) runs

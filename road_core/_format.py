@@ -43,7 +43,6 @@ _INNER = re.compile(
 # What `_write` adds to an adapter's metadata.
 _OWN_METADATA = ("format", "road_variant", "road_group_size", "road_digest", "road_subspace", "road_targets")
 
-# What chooses the layers.
 _PEFT = _Format("adapter_config.json", "adapter_model.safetensors", "base_model.model.", "pt")
 _FLAX = _Format("road_config.json", "road_adapter.safetensors", "", "flax")
 

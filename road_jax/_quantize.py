@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from road_core import AdapterError
 from road_core._bitsandbytes import NF4
-from road_jax._tree import Path, dotted, flatten, params_of, replace_leaves, unbox, under
+from road_jax._tree import Path, dotted, flatten, is_cut, params_of, replace_leaves, unbox, under
 
 Kind = Literal["nf4", "int8"]
 
@@ -277,7 +277,7 @@ class _Spec:
 
     @property
     def cut(self) -> bool:
-        return any(axis is not None for axis in self.axes)
+        return is_cut(self.axes)
 
 
 def _product(x: jax.Array, kernel: QuantizedKernel, precision: Any) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from road_core import AdapterError, check_group_size, output_size, parameter_size, subspace_mask
 from road_core._reference import Subspace
-from road_jax._tree import check_floating
+from road_jax._tree import check_floating, is_cut
 
 
 def polar(theta: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -237,7 +237,7 @@ def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array
     # The transpose of [[f0, −s0], [s1, f1]] is the rotation with f and the other half's s, turned back.
     dy = _rotate_blocks(d, first, -second[..., ::-1, :])
     # All branches are traced on any platform, and folding joins axes, which mustn't be where they are sharded by type.
-    if any(axis is not None for axis in jax.typeof(d).sharding.spec) or 0 in d.shape:
+    if is_cut(jax.typeof(d).sharding.spec) or 0 in d.shape:
         dfirst, dsecond = _plain_sums(d, y, first)
         return dy, _as_laid(dfirst, first), _as_laid(dsecond, first)
     return dy, *jax.lax.platform_dependent(d, y, first, cpu=_folded_sums, default=_plain_sums)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from road_core import AdapterError
-from road_jax._tree import ROAD_LEAVES, Tree, check_floating, dotted, flatten, unflatten
+from road_jax._tree import ROAD_LEAVES, Tree, check_floating, dotted, flatten, is_cut, unflatten
 
 
 def stack_adapters(adapters: Sequence[Tree]) -> Tree:
@@ -86,10 +86,10 @@ def of_rows(table: jax.Array, adapter_ids: jax.Array, identity: float) -> jax.Ar
     most = min(table.shape[-1] - 1, jnp.iinfo(adapter_ids.dtype).max)
     adapted = jnp.asarray((adapter_ids > 0) & (adapter_ids <= most))
     places = jnp.where(adapted, adapter_ids, 0)
-    spec = (*jax.typeof(table).sharding.spec[:-1], *jax.typeof(places).sharding.spec)
-    if any(axis is not None for axis in spec):
+    spec = PartitionSpec(*jax.typeof(table).sharding.spec[:-1], *jax.typeof(places).sharding.spec)
+    if is_cut(spec):
         # On a mesh with explicit axes a gather is told how its result lies.
-        rows = table.at[..., places].get(mode="clip", out_sharding=PartitionSpec(*spec))
+        rows = table.at[..., places].get(mode="clip", out_sharding=spec)
     else:
         rows = jnp.take(table, places, axis=-1, mode="clip")
     return jnp.where(adapted.reshape((1,) * (table.ndim - 1) + adapted.shape), rows, identity)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import FrozenDict
+from jax.sharding import PartitionSpec
 
 from road_core import AdapterError
 from road_core._errors import listed
@@ -163,6 +164,11 @@ def unbox(tree: Tree) -> Tree:
 def under(path: Path, names: Iterable[str]) -> bool:
     """True for a param of a module whose dotted path ends with one of the names, as PEFT's ``modules_to_save`` do."""
     return any(dotted(path[:n]).endswith(name) for n in range(1, len(path)) for name in names)
+
+
+def is_cut(spec: PartitionSpec) -> bool:
+    """True if an array whose type has this spec lies in shards on a mesh with explicit axes."""
+    return any(axis is not None for axis in spec)
 
 
 def dotted(path: Path) -> str:

@@ -184,8 +184,8 @@ def _called_for(base: Any, path: str) -> list[str]:
     """Returns the embeddings that hold the weight of one which an encoder-decoder has for loading alone."""
     if path.rpartition(".")[2] != "shared":
         return []
-    modules, tied = modules_by_path(base), getattr(base, "all_tied_weights_keys", None) or {}
-    others = [key.rpartition(".")[0] for key, source in tied.items() if source == f"{path}.weight"]
+    modules = modules_by_path(base)
+    others = [key.rpartition(".")[0] for key, source in _tied(base).items() if source == f"{path}.weight"]
     return [other for other in others if isinstance(_unwrapped(modules[other]), nn.Embedding)]
 
 
@@ -252,8 +252,7 @@ def wrapped_ends(base: Any) -> list[str]:
     """Returns the paths of wrapped modules that are or hold the embedding, the head, or what is tied to them."""
     getters = (getattr(base, f"get_{side}_embeddings", None) for side in ("input", "output"))
     ends = {id(_unwrapped(module)) for get in getters if get is not None and (module := get()) is not None}
-    tied = getattr(base, "all_tied_weights_keys", None) or {}
-    weights = [weight for pair in tied.items() for weight in pair]
+    weights = [weight for pair in _tied(base).items() for weight in pair]
     return [
         path
         for path, module in modules_by_path(base).items()
@@ -267,7 +266,7 @@ def wrapped_ends(base: Any) -> list[str]:
 
 def are_tied(base: Any) -> bool:
     """True if all that a model ties is one already, below what is wrapped."""
-    return all(_are_one(base, *pair) for pair in getattr(base, "all_tied_weights_keys", {}).items())
+    return all(_are_one(base, *pair) for pair in _tied(base).items())
 
 
 def untie(base: Any) -> None:
@@ -297,6 +296,11 @@ def untie(base: Any) -> None:
         apart.append(tensor)
     if before and not base.all_tied_weights_keys:
         config.tie_word_embeddings = False
+
+
+def _tied(model: Any) -> Mapping[str, str]:
+    """By the path of each weight that transformers ties, that of the one that it stores."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def _are_one(model: nn.Module, path: str, other: str) -> bool:

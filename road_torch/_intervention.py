@@ -108,25 +108,12 @@ class InterventionModel(nn.Module):
         Raises:
             AdapterError: the name is taken, the folder is broken or is for another model; nothing has changed.
         """
-        if not isinstance(adapter_name, str) or not adapter_name or adapter_name == BASE:
-            raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {adapter_name!r}")
-        if adapter_name in self._interventions:
-            raise AdapterError(f"adapter_name: expected a new name, found {adapter_name!r}, which is there already")
+        self._check_new(adapter_name)
         intervention = read_intervention(model_id)
-        count, hidden = len(self.base_model.get_submodule(self.blocks)), _hidden_size(self.base_model)
-        if hidden is None:
-            hidden = next((each.hidden_size for each in self._interventions.values()), None)
-        if intervention.config.layers[-1] >= count:
-            raise AdapterError(
-                f"{model_id}: expected an intervention on the model's {count} blocks, "
-                f"found one on block {intervention.config.layers[-1]}"
-            )
-        if hidden not in (None, intervention.hidden_size):
-            raise AdapterError(
-                f"{model_id}: expected an intervention on hidden vectors of size {hidden}, "
-                f"found one on {intervention.hidden_size}"
-            )
+        # Calls of other threads don't wait for the file.
         with LOCK:
+            self._check_new(adapter_name)
+            self._check_fits(intervention, model_id)
             self._interventions[adapter_name] = intervention.cleared()
             self._rows[adapter_name] = next(
                 row for row in range(1, len(self._rows) + 2) if row not in self._rows.values()
@@ -289,6 +276,27 @@ class InterventionModel(nn.Module):
             )
             bank.update(row, [theta, alpha], form)
             bank.forget(row)
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name or name == BASE:
+            raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {name!r}")
+        if name in self._interventions:
+            raise AdapterError(f"adapter_name: expected a new name, found {name!r}, which is there already")
+
+    def _check_fits(self, intervention: Intervention, model_id: str | os.PathLike) -> None:
+        count, hidden = len(self.base_model.get_submodule(self.blocks)), _hidden_size(self.base_model)
+        if hidden is None:
+            hidden = next((each.hidden_size for each in self._interventions.values()), None)
+        if intervention.config.layers[-1] >= count:
+            raise AdapterError(
+                f"{model_id}: expected an intervention on the model's {count} blocks, "
+                f"found one on block {intervention.config.layers[-1]}"
+            )
+        if hidden not in (None, intervention.hidden_size):
+            raise AdapterError(
+                f"{model_id}: expected an intervention on hidden vectors of size {hidden}, "
+                f"found one on {intervention.hidden_size}"
+            )
 
     def _check_known(self, names: Sequence[str]) -> None:
         if unknown := [name for name in dict.fromkeys(names) if name not in self._interventions]:

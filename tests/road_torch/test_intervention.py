@@ -23,7 +23,7 @@ from road_core import (
     position_mask,
     write_intervention,
 )
-from road_torch import InterventionModel, RoadModel
+from road_torch import InterventionModel, RoadModel, _intervention
 from road_torch._kernels import default
 
 HIDDEN = 128
@@ -402,6 +402,30 @@ def test_an_intervention_in_use_is_not_deleted(names, base, folders):
     assert refused
     model.set_adapter(None)
     model.delete_adapter("last")
+
+
+def test_of_two_threads_that_load_one_name_one_is_told(base, folders):
+    model, read, errors = InterventionModel(base), threading.Barrier(2), []
+
+    def read_both(*args, read_intervention=_intervention.read_intervention):
+        found = read_intervention(*args)
+        read.wait(30)
+        return found
+
+    def load(name):
+        try:
+            model.load_adapter(folders / name, "mine")
+        except AdapterError as error:
+            errors.append(str(error))
+
+    with mock.patch.object(_intervention, "read_intervention", read_both):
+        threads = [threading.Thread(target=load, args=(name,)) for name in ("last", "ends")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert errors == ["adapter_name: expected a new name, found 'mine', which is there already"]
+    assert model.adapter_names == ["mine"]
 
 
 def test_a_method_of_the_base_that_takes_no_names_refuses_them(base, folders):
