@@ -38,7 +38,12 @@ class Forward:
         self._model = model
 
     def __get__(self, model: "RoadModel | None", owner: type) -> Callable[..., Any]:
-        return self._function if model is None else Forward(self._function, model)
+        if model is None:
+            return self._function
+        if torch.compiler.is_exporting():
+            # torch.export takes nothing that isn't to be traced, and one choice of adapters is all that it traces.
+            return functools.partial(inspect.unwrap(self._function), model)
+        return Forward(self._function, model)
 
     # Traced, this would be guarded by every value of adapter_names.
     @torch.compiler.disable(recursive=False)
@@ -56,6 +61,11 @@ class Forward:
         parameters = self.__signature__.parameters.values()
         function.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
         return function
+
+    @property
+    def __code__(self) -> types.CodeType:
+        # torch.export names its graph by it.
+        return self._function.__code__
 
     @property
     def __signature__(self) -> inspect.Signature:

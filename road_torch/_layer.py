@@ -438,6 +438,9 @@ class RoadLayer(nn.Module):
 
     def _traced(self, y: Tensor, routing: Routing) -> Tensor:
         """What ``torch.compile`` sees: a gather by tensors alone: another choice of adapters is no new graph."""
+        if torch.compiler.is_exporting():
+            # A graph of its own, whose θ and α may yet be trained or replaced.
+            return self._differentiable(y, routing)
         if LOCAL.routing is not None:
             about_to_trace()
         # Looked at, it guards the graph: a copy of the model that wasn't traced yet traces it anew.

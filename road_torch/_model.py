@@ -764,6 +764,8 @@ class RoadModel(nn.Module):
             if self._shared.off and names is not None:
                 # A backward pass may come when they are enabled again.
                 names = [BASE] * len(names)
+            if torch.compiler.is_exporting():
+                return self._exported(names, with_grad)
             if names is None and (self._shared.off or not generates):
                 routing = self._shared.plain
             else:
@@ -781,6 +783,22 @@ class RoadModel(nn.Module):
                 configs = {n: self._shared.configs[n] for name in routing.used for n, _ in parts(name)}
                 again = functools.partial(self._again, routing.names, configs, self._shared.active)
             return routed(routing, with_grad, functools.partial(self._before_traced, routing, trains), again)
+
+    def _exported(self, names: Sequence[Name] | None, with_grad: bool) -> routed:
+        """As `_routed` for torch.export, while which θ and α are its own tensors: no row of a bank may be formed."""
+        for name in names or ():
+            if not isinstance(name, str):
+                raise AdapterError(
+                    f"adapter_names: expected one adapter a row for torch.export, found {name}; add_weighted_adapter "
+                    "makes one of several"
+                )
+            if name != BASE and name not in self._shared.rows:
+                raise AdapterError(
+                    f"adapter_names: expected adapters on the layers' device for torch.export, found {name!r}, which "
+                    "max_loaded keeps off it until a call names it"
+                )
+        routing = self._shared.plain if names is None else Routing(self._shared, names, with_grad=with_grad)
+        return routed(routing, with_grad, lambda: None)
 
     @torch.compiler.disable
     def _again(self, names: Sequence[Name], configs: Mapping[str, RoadConfig], active: Sequence[str]) -> routed:

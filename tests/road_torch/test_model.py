@@ -130,7 +130,6 @@ def test_delete_adapter_unwraps_layers_and_frees_its_row():
     c = logits(model, adapter_names=["c"] * 4)
     assert not torch.allclose(c, alone, atol=1e-2)
     logits(model)
-    model.delete_adapter("c")
     left = {m for m in model.modules() if isinstance(m, RoadLayer)}
     assert set(model._shared.plain.plans) <= left
     assert torch.equal(logits(model), alone)
@@ -383,6 +382,35 @@ def test_the_base_is_exported_with_its_adapters():
         base = model(x)
     with torch.no_grad():
         assert_close(exported(x), model(x), "float32", moved_from=base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [None, ["a", "b", "__base__"]])
+def test_a_model_is_exported_with_the_adapters_of_its_rows(tmp_path, names):
+    model = with_adapters()
+    model.set_adapter(["a", "b"])
+    given = {} if names is None else {"adapter_names": names}
+    inputs = {"input_ids": IDS[:3], "use_cache": False, **given}
+    sizes = {"input_ids": {1: torch.export.Dim("length", min=2)}, "use_cache": None, **{key: [None] * 3 for key in given}}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=sizes)
+    torch.export.save(exported, tmp_path / "model.pt2")
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    for ids in (IDS[:3], IDS[1:4, :4]):
+        expected, base = model(ids, **given).logits, model(ids, adapter_names=["__base__"] * 3).logits
+        assert_close(again(**{**inputs, "input_ids": ids}).logits, expected, "float32", moved_from=base)
+    assert not model._shared.traced
+
+
+def test_what_cannot_be_exported_says_so():
+    model = RoadModel(nn.Sequential(nn.Linear(8, 8)), max_loaded=1)
+    for name in "ab":
+        model.add_adapter(name, RoadConfig(target_modules=["0"], group_size=4, inference_mode=True))
+    for names, found in ((["a+b", "a"], "one adapter a row .* found .*add_weighted"), (["b", "a"], "found 'b', which")):
+        with pytest.raises(AdapterError, match=found):
+            torch.export.export(model, (torch.randn(2, 8),), {"adapter_names": names})
+    model.set_adapter([])
+    model(torch.randn(1, 8), adapter_names=["b"])
+    torch.export.export(model, (torch.randn(2, 8),), {"adapter_names": ["b", "__base__"]})
 
 
 def test_counting_parameters(capsys):
