@@ -61,12 +61,13 @@ class Adapter:
         modules: ``{module path: (theta, alpha)}``. In PyTorch both are 1-D of `parameter_size`; in Flax a stacked
             layer's have its stack axes too. Any floating dtype.
         modules_to_save: ``{tensor path: tensor}``, e.g. ``"lm_head.weight"`` (Flax: ``"lm_head.kernel"``).
+            Floating, integer or bool.
         metadata: text that the file carries besides; not part of the function.
         base_weights: ``{tensor path: tensor}`` of the base's embeddings and head, which PEFT saves along where one of
             them is targeted or the vocabulary was resized. They are the base's, not the adapter's.
 
     Raises:
-        AdapterError: no modules, or a tensor that is misshapen, not floating or not finite (named by its path).
+        AdapterError: no modules, or a tensor that is misshapen, of no such dtype or not finite (named by its path).
     """
 
     config: RoadConfig
@@ -90,7 +91,11 @@ class Adapter:
             outs = [output_size(self.config.variant, size) for size in theta.shape]
             if not any(out and out % self.config.group_size == 0 for out in outs):
                 check_group_size(outs[-1] or 1, self.config.group_size, path)
-        for path, array in (*self.modules_to_save.items(), *self.base_weights.items()):
+        for path, array in self.modules_to_save.items():
+            # BatchNorm counts its batches, and some modules keep positions or masks.
+            if array.dtype.kind not in "iub":
+                _check_tensor(path, array)
+        for path, array in self.base_weights.items():
             _check_tensor(path, array)
 
     def tensors(self) -> dict[str, Array]:

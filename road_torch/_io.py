@@ -12,10 +12,10 @@ from road_torch._saved import SavedModule
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
-    """Returns a float32 tensor with the values of an array of `Adapter`."""
+    """Returns a tensor with the values of an array of `Adapter`: float32, or integers and bools in their own dtype."""
     if array.dtype == bfloat16 or array.dtype.name == "bfloat16":
         return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16).float()
-    return torch.from_numpy(np.array(array, np.float32))
+    return torch.from_numpy(np.array(array, np.float32 if array.dtype.kind == "f" else array.dtype))
 
 
 def to_array(tensor: Tensor) -> np.ndarray:

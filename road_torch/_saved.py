@@ -162,18 +162,19 @@ def copy_of(path: str, module: nn.Module, tensors: Mapping[str, Tensor] | None, 
     Args:
         path: the module's.
         module: the original.
-        tensors: values by state-dict key, rounded to the module's dtypes; without them the original's are kept.
+        tensors: values by state-dict key, rounded to the module's floating dtypes; without them the original's are
+            kept.
         strict: whether every key must have a value.
 
     Raises:
         AdapterError: the module can't be trained whole, or a tensor is missing, misshapen or not the module's.
     """
     state = module.state_dict()
-    wrong = [key for key, value in state.items() if not value.is_floating_point()]
-    if wrong or not state or type(module).forward is nn.Module.forward:
+    wrong = _untrainable(module)
+    if wrong is not None or not state or type(module).forward is nn.Module.forward:
         raise AdapterError(
-            f"{path}: expected a module for modules_to_save that is called and has floating-point tensors only, found "
-            f"{type(module).__name__}" + (f" with {wrong[0]} of {state[wrong[0]].dtype}" if wrong else "")
+            f"{path}: expected a module for modules_to_save that is called and has floating-point weights, found "
+            f"{type(module).__name__}{wrong or ''}"
         )
     if tensors is not None:
         if extra := [key for key in tensors if key not in state]:
@@ -183,8 +184,27 @@ def copy_of(path: str, module: nn.Module, tensors: Mapping[str, Tensor] | None, 
         for key, value in tensors.items():
             if value.shape != state[key].shape:
                 raise AdapterError(f"{path}.{key}: expected shape {list(state[key].shape)}, found {list(value.shape)}")
+            if value.is_floating_point() != state[key].is_floating_point():
+                raise AdapterError(f"{path}.{key}: expected {state[key].dtype}, found {value.dtype}")
     with torch.inference_mode(False), torch.no_grad():
         new = copy.deepcopy(module)
         for key, value in (tensors or {}).items():
             new.state_dict()[key].copy_(value)
     return new
+
+
+def _untrainable(module: nn.Module) -> str | None:
+    """Tells which of a module's tensors are the codes of a quantised weight, or no tensors; None if none are."""
+    # Counts, positions and masks are buffers of modules that aren't linear.
+    kept = {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules()
+        if not hasattr(part, "out_features")
+        for name in part._buffers
+    }
+    for key, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            return f" with {key}, a {type(value).__name__}"
+        if not value.is_floating_point() and key not in kept:
+            return f" with {key} of {value.dtype}"
+    return None

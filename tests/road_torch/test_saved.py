@@ -180,12 +180,21 @@ class Net(nn.Module):
         super().__init__()
         self.body = nn.Linear(8, 8)
         self.heads = nn.ModuleList([nn.Linear(8, 8)])
-        self.counted = nn.BatchNorm1d(8)
+        self.codes = Codes(8, 8)
         self.pair = Pair()
         self.last = nn.Identity()
 
     def forward(self, x):
         return self.last(self.pair(self.body(x), 2.0))
+
+
+class Codes(nn.Linear):
+    """As quantisers have them: a bias to train, and a weight that can't be."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        del self.weight
+        self.register_buffer("qweight", torch.zeros(8, 8, dtype=torch.int32))
 
 
 class Pair(nn.Module):
@@ -204,7 +213,7 @@ def net(**changes):
 REFUSED = {
     "nothing": ({"modules_to_save": ["hed"]}, r"modules_to_save: expected a match for \['hed'\]"),
     "list": ({"modules_to_save": ["heads"]}, r"heads: expected a module .* that is called .* found ModuleList"),
-    "integers": ({"modules_to_save": ["counted"]}, r"counted: .* num_batches_tracked of torch.int64"),
+    "integers": ({"modules_to_save": ["codes"]}, r"codes: .* floating-point weights, found Codes with qweight of .*int32"),
     "rotated": (
         {"target_modules": ["pair.inner"], "modules_to_save": ["body"]},
         "body: .* found one that adapters rotate",
@@ -223,6 +232,75 @@ def test_refused(case):
     assert "\n" not in str(caught.value)
     assert {name: id(module) for name, module in model.named_modules()} == modules
     assert model.adapter_names == ["default"]
+
+
+class Counting(nn.Module):
+    """A head with running statistics, and with an integer beyond what float32 tells apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))
+        self.head[0].num_batches_tracked.fill_(2**24 + 1)
+        self.head.register_buffer("seen", torch.tensor([True, False]))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def counting():
+    torch.manual_seed(0)
+    return Counting()
+
+
+def train_a_little(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    model.train()
+    for step in range(3):
+        x = torch.from_numpy(named_values(f"step {step}", 16, 8)).float()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_running_statistics_are_trained_and_saved_as_in_peft(tmp_path):
+    fields = {"target_modules": ["body"], "modules_to_save": ["head"], "group_size": 8}
+    theirs = train_a_little(peft.get_peft_model(counting(), peft.RoadConfig(**fields)))
+    base = counting()
+    model = train_a_little(RoadModel(base, RoadConfig(**fields)))
+    x = torch.from_numpy(named_values("x", 4, 8)).float()
+    with torch.no_grad():
+        expected = theirs(x)
+        assert (expected - counting().eval()(x)).abs().max() > 0.1
+        torch.testing.assert_close(model(x), expected)
+        assert torch.equal(base.head.original_module[0].running_mean, torch.zeros(8))
+
+        theirs.save_pretrained(tmp_path / "theirs")
+        model.save_pretrained(tmp_path / "ours")
+        again = RoadModel.from_pretrained(counting(), tmp_path / "theirs").eval()
+        torch.testing.assert_close(again(x), expected)
+        back = peft.PeftModel.from_pretrained(counting(), tmp_path / "ours").eval()
+        assert torch.equal(back(x), model(x))
+        again.load_adapter(tmp_path / "ours", "ours")
+        head = again.base_model.head.modules_to_save["ours"]
+        assert head[0].num_batches_tracked == 2**24 + 4
+        assert head.seen.tolist() == [True, False]
+
+        mixed = again(x, adapter_names=["ours", "__base__", "default", "ours"])
+        torch.testing.assert_close(mixed[[0, 3]], model(x)[[0, 3]])
+        torch.testing.assert_close(mixed[2], expected[2])
+        torch.testing.assert_close(mixed[1], counting().eval()(x)[1])
+
+
+def test_an_integer_for_a_weight(tmp_path):
+    model = net(modules_to_save=["pair"])
+    model.save_pretrained(tmp_path / "saved")
+    adapter = read_peft(tmp_path / "saved")
+    saved = {key: array.astype("int64") for key, array in adapter.modules_to_save.items()}
+    write_peft(tmp_path / "other", dataclasses.replace(adapter, modules_to_save=saved))
+    with pytest.raises(AdapterError, match=r"pair\.inner\.\w+: expected torch.float32, found torch.int64"):
+        RoadModel.from_pretrained(Net(), tmp_path / "other")
 
 
 def test_a_copy_and_a_rotation_of_one_module():
