@@ -11,6 +11,7 @@ from torch import Tensor
 
 from road_core import AdapterError
 from road_torch._layer import bare
+from road_torch._routing import exporting
 
 if TYPE_CHECKING:
     from road_torch._model import RoadModel
@@ -40,7 +41,7 @@ class Forward:
     def __get__(self, model: "RoadModel | None", owner: type) -> Callable[..., Any]:
         if model is None:
             return self._function
-        if torch.compiler.is_exporting():
+        if exporting():
             # torch.export takes nothing that isn't to be traced, and one choice of adapters is all that it traces.
             return functools.partial(inspect.unwrap(self._function), model)
         return Forward(self._function, model)

@@ -16,7 +16,7 @@ from road_torch import _kernels, _ops
 from road_torch._bank import Bank
 from road_torch._checkpoint import in_another
 from road_torch._kernels import default
-from road_torch._routing import LOCAL, LOCK, Mix, Name, Pass, Plan, Routing, Shared, about_to_trace, parts
+from road_torch._routing import LOCAL, LOCK, Mix, Name, Pass, Plan, Routing, Shared, about_to_trace, exporting, parts
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -438,7 +438,7 @@ class RoadLayer(nn.Module):
 
     def _traced(self, y: Tensor, routing: Routing) -> Tensor:
         """What ``torch.compile`` sees: a gather by tensors alone: another choice of adapters is no new graph."""
-        if torch.compiler.is_exporting():
+        if exporting():
             # A graph of its own, whose θ and α may yet be trained or replaced.
             return self._differentiable(y, routing)
         if LOCAL.routing is not None:

@@ -32,7 +32,7 @@ from road_torch import _base, _checkpoint, _kernels, _layer, _merge
 from road_torch._call import Forward, batch_sizes, of_base
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, bare, layers
-from road_torch._routing import BASE, HOOKED, LOCK, Mix, Name, Routing, Shared, parts, read_name, routed
+from road_torch._routing import BASE, HOOKED, LOCK, Mix, Name, Routing, Shared, exporting, parts, read_name, routed
 from road_torch._rows import check_generation, check_media, stray
 from road_torch._saved import SavedModule, saved_modules
 
@@ -764,7 +764,7 @@ class RoadModel(nn.Module):
             if self._shared.off and names is not None:
                 # A backward pass may come when they are enabled again.
                 names = [BASE] * len(names)
-            if torch.compiler.is_exporting():
+            if exporting():
                 return self._exported(names, with_grad)
             if names is None and (self._shared.off or not generates):
                 routing = self._shared.plain

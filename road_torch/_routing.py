@@ -352,6 +352,14 @@ class _Local(threading.local):
 LOCAL = _Local()
 
 
+def exporting() -> bool:
+    """True while ``torch.export`` traces.
+
+    ``torch.compiler.is_exporting`` isn't asked: in torch 2.11 it is True for ``torch.compile`` too, and 2.6 lacks it.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 @torch.compiler.assume_constant_result
 def about_to_trace() -> None:
     """Makes the banks right while ``torch.compile`` traces: the call began when nobody knew that they would be read."""

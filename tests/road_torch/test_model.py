@@ -391,7 +391,11 @@ def test_a_model_is_exported_with_the_adapters_of_its_rows(tmp_path, names):
     model.set_adapter(["a", "b"])
     given = {} if names is None else {"adapter_names": names}
     inputs = {"input_ids": IDS[:3], "use_cache": False, **given}
-    sizes = {"input_ids": {1: torch.export.Dim("length", min=2)}, "use_cache": None, **{key: [None] * 3 for key in given}}
+    sizes = {
+        "input_ids": {1: torch.export.Dim("length", min=2)},
+        "use_cache": None,
+        **{key: [None] * 3 for key in given},
+    }
     exported = torch.export.export(model, (), inputs, dynamic_shapes=sizes)
     torch.export.save(exported, tmp_path / "model.pt2")
     again = torch.export.load(tmp_path / "model.pt2").module()

@@ -213,7 +213,10 @@ def net(**changes):
 REFUSED = {
     "nothing": ({"modules_to_save": ["hed"]}, r"modules_to_save: expected a match for \['hed'\]"),
     "list": ({"modules_to_save": ["heads"]}, r"heads: expected a module .* that is called .* found ModuleList"),
-    "integers": ({"modules_to_save": ["codes"]}, r"codes: .* floating-point weights, found Codes with qweight of .*int32"),
+    "integers": (
+        {"modules_to_save": ["codes"]},
+        r"codes: .* floating-point weights, found Codes with qweight of .*int32",
+    ),
     "rotated": (
         {"target_modules": ["pair.inner"], "modules_to_save": ["body"]},
         "body: .* found one that adapters rotate",
