@@ -43,7 +43,7 @@ _R = TypeVar("_R")
 
 
 def _locked(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Of several threads that change a model one comes after the other."""
+    """Makes a method hold the lock, so that threads change models one at a time."""
 
     @functools.wraps(method)
     def locked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -54,23 +54,26 @@ def _locked(method: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 class RoadModel(nn.Module):
-    """A model whose linear layers carry RoAd adapters: one, several, or another one for each row of a batch.
+    """A base model whose linear layers carry RoAd adapters.
 
-    The base model is changed in place, as PEFT does it: targeted layers are wrapped, its own parameters frozen.
-    ``merge_and_unload`` and ``unload`` give it back.
+    A call applies one adapter, several in sequence, or a different one to each row of the batch. As in PEFT, the base
+    model is changed in place: targeted layers are wrapped and its own parameters are frozen. ``merge_and_unload`` and
+    ``unload`` return it without the wrappers.
 
     Args:
-        base: any ``nn.Module``; for ``generate`` a Hugging Face model.
-        config: of a first adapter, which is made new, active and trainable. Without one there is no adapter yet.
-        adapter_name: its name.
-        max_loaded: how many adapters may have their coefficients on the layers' devices at once. With it θ and α of
-            those that were loaded for inference stay on the CPU, and the least recently used make room for those that
-            a call names. Active ones keep their place; ``set_adapter([])`` leaves it to others.
-        kernel: which implementation of the rotation inference uses: ``"default"`` (plain PyTorch), ``"triton"``, or
-            ``"auto"`` for the device's own.
+        base: any ``nn.Module``; ``generate`` needs a Hugging Face model.
+        config: config of a first adapter, which is created, activated and made trainable. If None, the model starts
+            without adapters.
+        adapter_name: name of the first adapter.
+        max_loaded: how many adapters may have their coefficients on the layers' devices at once; None for no limit.
+            With a limit, θ and α of adapters that were loaded for inference stay on the CPU, and the least recently
+            used adapters make room for those that a call names. Active adapters keep their place until
+            ``set_adapter([])`` releases it.
+        kernel: implementation of the rotation for inference: ``"default"`` (plain PyTorch), ``"triton"``, or
+            ``"auto"``, which chooses by device.
 
     Raises:
-        AdapterError: nothing is targeted, or a targeted module can't be adapted; the base is as it was.
+        AdapterError: no module is targeted, or a targeted module can't be adapted; the base is left unchanged.
 
     Example:
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
@@ -81,7 +84,7 @@ class RoadModel(nn.Module):
 
     base_model: Any
 
-    # Hugging Face's Trainer trains a quantised model only where this says that it has adapters.
+    # Hugging Face's Trainer trains a quantised model only if this flag says that it has adapters.
     _hf_peft_config_loaded = True
 
     def __init__(
@@ -102,7 +105,7 @@ class RoadModel(nn.Module):
                 "add adapters to the RoadModel that wraps it"
             )
         self._shared = Shared(max_loaded, _kernels.check(kernel))
-        # The names of the base's weights that came with an adapter, and go with it when it is saved.
+        # By adapter: the paths of base weights that were loaded with it and are saved with it again.
         self._base_weights: dict[str, tuple[str, ...]] = {}
         self.base_model = base
         self.training = base.training
@@ -121,10 +124,12 @@ class RoadModel(nn.Module):
         max_loaded: int | None = None,
         kernel: str = "auto",
     ) -> "RoadModel":
-        """Returns a model with the adapter of a PEFT folder, active; arguments as `load_adapter` and the class have.
+        """Wraps a model and loads an adapter from a PEFT folder as the active one.
+
+        For the arguments see `load_adapter` and the class.
 
         Raises:
-            AdapterError: the folder is broken, or is for another model; the base is as it was.
+            AdapterError: the folder is broken, or its adapter is for another model; the base is left unchanged.
         """
         road = cls(model, max_loaded=max_loaded, kernel=kernel)
         road.load_adapter(model_id, adapter_name, is_trainable, strict=strict)
@@ -132,18 +137,18 @@ class RoadModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that a plain call applies, one after the other."""
+        """The adapters that a call without ``adapter_names`` applies, in order."""
         return list(self._shared.active)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter's name; a list where there are several, or none."""
+        """The active adapter's name; a list of names if there are several or none."""
         active = self.active_adapters
         return active[0] if len(active) == 1 else active
 
     @property
     def adapter_names(self) -> list[str]:
-        """All adapters, in the order in which they came."""
+        """All adapters, in the order in which they were added."""
         return list(self._shared.configs)
 
     @property
@@ -153,14 +158,14 @@ class RoadModel(nn.Module):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The adapters that now stand in the base's weights."""
+        """The adapters that are currently merged into the base's weights."""
         return list(self._shared.merged)
 
     def get_base_model(self) -> nn.Module:
-        """Returns the base model, with its layers wrapped."""
+        """Returns the base model, with its layers still wrapped."""
         return self.base_model
 
-    # Which adapter a row gets is told to the layers by a tensor; of this function a compiled graph must know nothing.
+    # Layers learn from a tensor which adapter each row gets, so a compiled graph must not contain this function.
     @Forward
     @torch.compiler.disable(recursive=False)
     def forward(
@@ -173,16 +178,17 @@ class RoadModel(nn.Module):
         """Calls the base model.
 
         Args:
-            *args: for the base model.
-            adapter_names: for each row of the batch an adapter's name, or ``"__base__"`` for none; without them all
-                rows get the active adapters. A row may name several, applied one after the other: ``"a+b"`` or
-                ``["a", "b"]``, weighted as in ``"a:0.7+b:0.3"`` (see `add_weighted_adapter`). Their composition is
-                formed once, and anew when one of them changes.
-            labels: for the base model. Hugging Face's Trainer looks for them in this signature.
-            **kwargs: for the base model.
+            *args: passed to the base model.
+            adapter_names: an adapter name for each row of the batch, ``"__base__"`` for no adapter. If None, all rows
+                get the active adapters. A row may name several adapters, applied in order: ``"a+b"`` or
+                ``["a", "b"]``, with weights as in ``"a:0.7+b:0.3"`` (see `add_weighted_adapter`). Their composition is
+                computed once and reused until one of them changes.
+            labels: passed to the base model. Hugging Face's Trainer looks for this name in the signature.
+            **kwargs: passed to the base model.
 
         Raises:
-            AdapterError: an unknown name, another number of names than of rows, or adapters that don't compose.
+            AdapterError: a name is unknown, the number of names differs from that of the rows, or the adapters of a
+                row can't be composed.
         """
         if labels is not None:
             kwargs["labels"] = labels
@@ -190,16 +196,16 @@ class RoadModel(nn.Module):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
-        """Calls the base model's ``generate``; arguments and errors as `forward`."""
+        """Calls the base model's ``generate``; ``adapter_names`` and errors are those of `forward`."""
         with self._routed(adapter_names, args, kwargs, generates=True):
             return self.base_model.generate(*args, **kwargs)
 
     @_locked
     def add_adapter(self, adapter_name: str, peft_config: RoadConfig) -> None:
-        """Makes a new adapter; the model's first one becomes active, and with it trainable.
+        """Adds a new adapter. The model's first adapter also becomes active, and thereby trainable.
 
         Raises:
-            AdapterError: the name is taken or can't be used, or the config doesn't fit the model; nothing has changed.
+            AdapterError: the name is taken or invalid, or the config doesn't fit the model; nothing is changed.
         """
         self._check_new(adapter_name)
         if not isinstance(peft_config, RoadConfig):
@@ -214,7 +220,7 @@ class RoadModel(nn.Module):
         parameters = {}
         for path, module in chosen.items():
             size = parameter_size(config.variant, _base.check_layer(self.base_model, path, module, config))
-            # On the CPU also where another device is the default.
+            # On the CPU even if the default device is another one.
             if config.init_weights:
                 parameters[path] = (torch.zeros(size, device="cpu"), torch.ones(size, device="cpu"))
             else:
@@ -223,19 +229,20 @@ class RoadModel(nn.Module):
         self._install(adapter_name, config, parameters, saved)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        """Makes a new adapter that does what others do one after the other, each as often as its weight says.
+        """Adds an adapter that composes others: each one's rotation raised to the power of its weight.
 
-        ``R_n^w_n ⋯ R_1^w_1``, the first one applied first, in closed form, in float64 and rounded once to float32; see
-        `road_core.compose` for what weights there are and for the variant of the result.
+        The result is ``R_n^w_n ⋯ R_1^w_1``, where the first adapter is applied first. It is computed in closed form in
+        float64 and rounded once to float32. For the weights allowed and the variant of the result see
+        `road_core.compose`.
 
         Args:
-            adapters: names of adapters of one group size.
-            weights: one for each.
-            adapter_name: of the new one, which is made for inference if they all are.
+            adapters: names of adapters, all of the same group size.
+            weights: one weight for each adapter.
+            adapter_name: name of the new adapter. It is for inference if all the others are.
 
         Raises:
-            AdapterError: an unknown name, another number of weights, group sizes differ, or a power doesn't exist;
-                nothing has changed.
+            AdapterError: a name is unknown, the number of weights differs from that of the adapters, group sizes
+                differ, or a power doesn't exist; nothing is changed.
         """
         if isinstance(adapters, str):
             raise AdapterError(f"adapters: expected a list of names, found {adapters!r}")
@@ -246,7 +253,7 @@ class RoadModel(nn.Module):
             self._check_no_copies("add_weighted_adapter", names)
             records = [to_adapter(layers(self), (), name, self._shared.configs[name]) for name in names]
             paths = [path for name in names for path in self._base_weights.get(name, ())]
-        # Calls of other threads don't wait for it.
+        # Outside the lock, so that calls of other threads don't wait for it.
         composed = compose(records, weights, names=[repr(name) for name in names])
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in composed.modules.items()}
         with LOCK:
@@ -262,25 +269,27 @@ class RoadModel(nn.Module):
         *,
         strict: bool = True,
     ) -> None:
-        """Reads an adapter from a PEFT folder; the model's first one becomes active.
+        """Loads an adapter from a PEFT folder; the model's first adapter becomes active.
 
-        Weights of the base's embedding and head that PEFT saved along, as after a resized vocabulary, are taken into
-        the base with the model's first adapter, for good. With a later one they must be the base's own.
+        PEFT may have saved weights of the base's embedding and head beside the adapter, for example after the
+        vocabulary was resized. If this is the model's first adapter, they permanently replace the base's; with a later
+        adapter they must equal the base's.
 
         Args:
             model_id: the folder.
             adapter_name: a new name.
-            is_trainable: whether to train it further when it is active. Without it the model goes into evaluation mode.
-            strict: whether every module that the config selects must have its tensors in the file. Without it, those
-                that have none start at the identity, and saved modules as the base's.
+            is_trainable: whether the adapter can be trained further when it is active. If False, the model is put into
+                evaluation mode.
+            strict: whether the file must have tensors for every module that the config selects. If False, modules
+                without θ and α start at the identity, and modules to save without tensors as copies of the base's.
 
         Raises:
-            AdapterError: the name is taken or can't be used, the folder is broken, or its adapter is for another model
-                (by module, sizes, and the base's weights that came along); nothing has changed.
+            AdapterError: the name is taken or invalid, the folder is broken, or its adapter is for another model
+                (judged by modules, sizes and accompanying base weights); nothing is changed.
         """
         self._check_new(adapter_name)
         adapter = _read(model_id)
-        # Calls of other threads don't wait for the file.
+        # Only now, so that calls of other threads don't wait for the file.
         with LOCK:
             self._check_new(adapter_name)
             self._take(adapter, model_id, adapter_name, is_trainable, strict)
@@ -331,16 +340,17 @@ class RoadModel(nn.Module):
 
     @_locked
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes these adapters, applied one after the other, the ones that plain calls use.
+        """Activates adapters: calls without ``adapter_names`` apply them, in the given order.
 
-        Those that were not loaded for inference become trainable, all others frozen.
+        Active adapters that were not loaded for inference become trainable; all others are frozen.
 
         Args:
-            adapter_name: one name, or several.
-            inference_mode: whether to freeze them too.
+            adapter_name: one name or a list of names.
+            inference_mode: whether to freeze the active adapters, too.
 
         Raises:
-            AdapterError: an unknown or repeated name, or adapters are merged; nothing has changed.
+            AdapterError: a name is unknown or repeated, several of the adapters bring the same module whole
+                (``modules_to_save``), or adapters are merged; nothing is changed.
         """
         names = _as_list(adapter_name)
         self._check_known(names)
@@ -360,14 +370,14 @@ class RoadModel(nn.Module):
                 own.requires_grad_(name in trainable)
 
     def hotswap_adapter(self, model_name_or_path: str | os.PathLike, adapter_name: str) -> None:
-        """Replaces an adapter's θ and α by those of a PEFT folder, in place.
+        """Replaces an adapter's θ and α with those of a PEFT folder, in place.
 
-        A compiled model isn't compiled anew. A call of this model that another thread has begun keeps the old adapter
-        to its end, and every later one has the new adapter: no call sees some of both.
+        A compiled model isn't recompiled. Calls of this model that are already running in other threads keep the old
+        adapter to their end, and later calls use the new one; no call sees a mixture.
 
         Raises:
-            AdapterError: the name is unknown or merged, the folder is broken, or its adapter has another variant,
-                group size or other modules; nothing has changed.
+            AdapterError: the name is unknown or merged, the folder is broken, either adapter has ``modules_to_save``,
+                or variant, group size or modules differ; nothing is changed.
         """
         self._check_swappable(adapter_name)
         adapter = _read(model_name_or_path)
@@ -417,7 +427,7 @@ class RoadModel(nn.Module):
         resident, mixes = adapter_name in self._shared.rows, self._shared.mixes_with(adapter_name)
         read: list[Name] = [*mixes, *[adapter_name] * resident]
         for path, layer in mine.items():
-            # A call that began before reads these rows, and may not have done so yet.
+            # A call that is already running reads these rows, but may not have done so yet.
             for name in read:
                 layer.place(name)
             layer.replace(adapter_name, *tensors[path])
@@ -432,11 +442,11 @@ class RoadModel(nn.Module):
 
     @_locked
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter. Layers that have none left are unwrapped.
+        """Deletes an adapter. Layers that have no adapter left are unwrapped.
 
         Raises:
-            AdapterError: the name is unknown, active or merged, or merged again once adapters are enabled; nothing has
-                changed.
+            AdapterError: the adapter is unknown, active, merged, due to be merged again when adapters are enabled, or
+                in use by a call; nothing is changed.
         """
         self._check_known([adapter_name])
         if adapter_name in self._shared.active:
@@ -461,12 +471,12 @@ class RoadModel(nn.Module):
         self._forget(self._shared.mixes_with(adapter_name))
         del self._shared.configs[adapter_name]
         self._base_weights.pop(adapter_name, None)
-        # Unwrapped layers have their plans in the old one.
+        # The old routing still holds plans of the unwrapped layers.
         self._shared.plain = Routing(self._shared, None, lasting=True)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """While open, the model computes as the base did; merged adapters are unmerged and merged again after."""
+        """Disables all adapters within the block; merged ones are unmerged and merged again after it."""
         before = self._shared.off
         self.disable_adapter_layers()
         try:
@@ -479,7 +489,7 @@ class RoadModel(nn.Module):
 
     @_locked
     def disable_adapter_layers(self) -> None:
-        """Makes the model compute as the base did until `enable_adapter_layers`; merged adapters are unmerged."""
+        """Disables all adapters until `enable_adapter_layers`; merged ones are unmerged."""
         if merged := self._shared.merged:
             self.unmerge_adapter()
             self._shared.paused = merged
@@ -487,7 +497,7 @@ class RoadModel(nn.Module):
 
     @_locked
     def enable_adapter_layers(self) -> None:
-        """Ends what `disable_adapter_layers` began, and merges again what was merged."""
+        """Enables the adapters again, and merges those that `disable_adapter_layers` unmerged."""
         self._shared.off = False
         names, self._shared.paused = self._shared.paused, ()
         if names:
@@ -502,30 +512,31 @@ class RoadModel(nn.Module):
         *,
         keep_weights: bool = True,
     ) -> dict[str, float]:
-        """Rotates the base's weights and biases themselves, in float32 and rounded once.
+        """Merges adapters into the base's weights and biases, computed in float32 and rounded once.
 
-        Copies of whole modules that the adapters bring are used meanwhile.
+        While they are merged, the model uses their copies of whole modules (``modules_to_save``).
 
         Args:
-            adapter_names: one name, or several, applied one after the other; the active ones if not given.
-            safe_merge: whether to refuse weights that aren't finite.
-            keep_weights: whether to keep the old weights, so that `unmerge_adapter` puts them back bit for bit. Else
-                there is no memory for more than one layer's beside the model, and unmerging multiplies by each block's
-                inverse: float32 weights come back to within rounding, others as near as their dtype is fine, those of a
-                quantised base quantised twice. Weights that other modules hold too are kept in any case.
+            adapter_names: one name, or several that are applied in order; the active adapters if None.
+            safe_merge: whether to refuse merged weights that aren't finite.
+            keep_weights: whether to keep the old weights, so that `unmerge_adapter` restores them bit for bit. If
+                False, no more than one layer's old weight is in memory at a time, and unmerging multiplies by the
+                inverse of each 2x2 block. This restores float32 weights up to rounding, other dtypes to their own
+                precision, and quantises quantised weights a second time. Weights that are shared with other modules
+                are kept in any case.
 
         Returns:
-            For each layer with a quantised base, how far its weight moved by being quantised anew, relative to its
-            norm.
+            For each layer with a quantised base, by module path: the error from quantising its weight again, relative
+            to the weight's norm.
 
         Raises:
-            AdapterError: an unknown name, something is merged already, adapters are disabled, a layer can't be merged,
-                or without ``keep_weights`` its weight wouldn't come back: a block has no inverse, as with α = 0, or
-                nearly none, or the dtype can't hold the result. Nothing has changed.
+            AdapterError: a name is unknown, adapters are already merged or are disabled, or a layer can't be merged.
+                Without ``keep_weights`` also if a weight couldn't be restored, because a block has no inverse (as with
+                α = 0) or nearly none, or because the dtype can't hold the result. Nothing is changed.
         """
         names = self._to_merge(adapter_names)
         if not keep_weights:
-            # All are tried first, for the way back isn't exact.
+            # All layers are tried first, because undoing a merge isn't exact.
             for layer in layers(self):
                 _merge.attempt(layer, names, check=safe_merge, keep=False)
         kept, check = (list(layers(self)), safe_merge) if keep_weights else (self._held_twice(), False)
@@ -543,14 +554,14 @@ class RoadModel(nn.Module):
 
     @_locked
     def unmerge_adapter(self) -> dict[str, float]:
-        """Puts back the weights that `merge_adapter` replaced, bit for bit; where it kept none it rotates them back.
+        """Restores the weights that `merge_adapter` kept, bit for bit, or rotates the merged ones back if none were.
 
         Returns:
-            For each layer with a quantised base whose weight wasn't kept, how far it moved by being quantised anew,
-            relative to its norm.
+            For each layer with a quantised base whose weight wasn't kept, by module path: the error from quantising the
+            weight again, relative to its norm.
 
         Raises:
-            AdapterError: nothing is merged, or accelerate has taken the merged weights away; they stay merged.
+            AdapterError: nothing is merged, or accelerate has offloaded the merged weights; they stay merged.
         """
         if not self.merged_adapters:
             raise AdapterError("unmerge_adapter: expected merged adapters, found none")
@@ -577,21 +588,22 @@ class RoadModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
-        """Merges adapters for good and returns the plain base model, frozen as in PEFT, without any wrapped layer.
+        """Merges adapters permanently and returns the plain base model without wrapped layers, frozen as in PEFT.
 
-        All layers are tried first, and then each lets go of its old weight as it is merged: there is no memory for more
-        than one layer's beside the model. Interrupted meanwhile, layers are plain with these adapters merged, or as
-        they were: what computed with them still does, and merging the same ones again goes on with the rest.
+        All layers are tried first. Then they are merged one by one, and each frees its old weight, so that no more than
+        one layer's old weight is in memory at a time. After an interruption every layer is either merged and
+        unwrapped or unchanged: the model still computes with these adapters, and merging the same ones again continues
+        with the remaining layers.
 
-        A warning tells how far the weights of quantised layers moved by being quantised anew.
+        For quantised layers a warning states the error from quantising their weights again.
 
         Args:
-            progressbar: whether to show how many layers are merged.
+            progressbar: whether to show a progress bar.
             safe_merge: as in `merge_adapter`.
             adapter_names: as in `merge_adapter`.
 
         Raises:
-            AdapterError: as `merge_adapter`.
+            AdapterError: as in `merge_adapter`, or other adapters than ``adapter_names`` are merged already.
         """
         if not self.merged_adapters:
             names = self._to_merge(adapter_names)
@@ -599,7 +611,7 @@ class RoadModel(nn.Module):
             for layer in track(list(layers(self)), "Merging", disable=not progressbar):
                 _merge.merge(layer, names, check=False)
                 layer.unmerged = None
-                # At once: what is merged must not be rotated again if the rest can't be merged.
+                # At once: a merged layer must not be rotated again if a later one fails.
                 self._unwrap(functools.partial(operator.is_, layer))
             self._shared.merged = tuple(names)
         elif adapter_names is not None and _as_list(adapter_names) != self.merged_adapters:
@@ -614,9 +626,9 @@ class RoadModel(nn.Module):
 
     @_locked
     def unload(self) -> nn.Module:
-        """Returns the plain base model with its old weights, without adapters.
+        """Removes all adapters and returns the plain base model with its original weights.
 
-        Weights that `load_adapter` took stay, and parameters stay frozen, as in PEFT.
+        Base weights that `load_adapter` replaced stay replaced, and parameters stay frozen, as in PEFT.
         """
         if self.merged_adapters:
             self.unmerge_adapter()
@@ -631,18 +643,18 @@ class RoadModel(nn.Module):
         is_main_process: bool = True,
         overwrite: bool = False,
     ) -> None:
-        """Writes adapters in PEFT's format: ``"default"`` into the folder itself, others into a folder of their name.
+        """Writes adapters in PEFT's format: ``"default"`` into the folder itself, others into subfolders by name.
 
         Args:
-            save_directory: a new or empty folder.
-            safe_serialization: PEFT's; only True is taken, for nothing is pickled.
-            selected_adapters: all of them if not given.
-            is_main_process: whether to write at all; False in all processes but one that share the folder.
+            save_directory: a new or empty folder; with ``overwrite`` any.
+            safe_serialization: for PEFT's signature; must be True, as nothing is pickled.
+            selected_adapters: names of the adapters to save; all if None.
+            is_main_process: whether to write. Of several processes that share the folder, only one should.
             overwrite: whether to replace adapter files that the folder already holds.
 
         Raises:
-            AdapterError: an unknown name, there is no adapter, the folder holds something, or weights of the base go
-                with an adapter while something is merged into them; nothing is written.
+            AdapterError: a name is unknown, there is no adapter, the folder isn't empty, or base weights are to be
+                saved with an adapter while adapters are merged; nothing is written.
         """
         if safe_serialization is not True:
             raise AdapterError(f"safe_serialization: expected True, found {safe_serialization!r}")
@@ -663,7 +675,7 @@ class RoadModel(nn.Module):
                 }
                 if base_weights:
                     self._check_unmerged("save_pretrained with weights of the base")
-                # By all processes, for each may have a part of them.
+                # In all processes, because each may hold only a shard of them.
                 adapters[name] = to_adapter(layers(self), saved_modules(self), name, config, base_weights)
         if not is_main_process:
             return
@@ -678,10 +690,10 @@ class RoadModel(nn.Module):
                 write_peft(draft if name == "default" else draft / name, adapter, overwrite=True)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Calls the base's.
+        """Calls the base's ``resize_token_embeddings``.
 
         Raises:
-            AdapterError: adapters have the embedding or the head, or what is tied to them; nothing has changed.
+            AdapterError: an adapter wraps the embedding, the head, or a module tied to them; nothing is changed.
         """
         if (args or kwargs) and (wrapped := _base.wrapped_ends(self.base_model)):
             raise AdapterError(
@@ -691,10 +703,10 @@ class RoadModel(nn.Module):
         return self.base_model.resize_token_embeddings(*args, **kwargs)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Calls the base's, unless adapters have what it ties and that is tied already.
+        """Calls the base's ``tie_weights``; does nothing if adapters wrap modules with tied weights and all are tied.
 
         Raises:
-            AdapterError: adapters have what would be tied; nothing has changed.
+            AdapterError: adapters wrap modules whose weights would have to be tied; nothing is changed.
         """
         if not hasattr(self.base_model, "tie_weights"):
             return
@@ -707,7 +719,7 @@ class RoadModel(nn.Module):
             )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Returns how many parameters are trainable, and how many there are; one of 4 bits counts as one."""
+        """Returns the numbers of trainable and of all parameters; a 4-bit parameter counts as one."""
         trainable = total = 0
         for parameter in self.parameters():
             count = parameter.numel()
@@ -718,24 +730,24 @@ class RoadModel(nn.Module):
         return trainable, total
 
     def print_trainable_parameters(self) -> None:
-        """Prints how many parameters are trainable, as PEFT does."""
+        """Prints the number and share of trainable parameters, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
     def __getattr__(self, name: str) -> Any:
-        """Looks in the base model for what isn't here: ``config``, ``device``, ``generation_config``."""
+        """Looks up missing attributes in the base model: ``config``, ``device``, ``generation_config``, …."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Before __init__ has run there is no base model to ask, and what accelerate hooked is hooked by itself.
+            # There is no base model before __init__ has run, and accelerate's hooks on the base are not this model's.
             if name in ("base_model", "_shared", *HOOKED) or "base_model" not in self._modules:
                 raise
             return of_base(self._modules["base_model"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Writes to the base model what is read from it."""
+        """Sets attributes that are read from the base model on the base model."""
         base = self.__dict__.get("_modules", {}).get("base_model")
         own = name.startswith("_") or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
         if base is None or own or not hasattr(base, name):
@@ -752,17 +764,17 @@ class RoadModel(nn.Module):
         *,
         generates: bool = False,
     ) -> routed:
-        """Returns the context in which the layers know which adapter each row gets."""
-        # No rows at all are no mixed batch.
+        """Returns the context within which the layers know which adapter each row gets."""
+        # An empty list is no mixed batch.
         names = None if adapter_names is None else self._check_names(adapter_names, args, kwargs) or None
-        # A generation records none.
+        # Generation records no gradients.
         with_grad = torch.is_grad_enabled() and not generates
         if generates and names is not None:
             check_generation(self.base_model, names, args, kwargs)
         checkpointed = names is not None and with_grad and _checkpoint.follow(self.base_model)
         with LOCK:
             if self._shared.off and names is not None:
-                # A backward pass may come when they are enabled again.
+                # Recorded in the names, because adapters may be enabled again before the backward pass.
                 names = [BASE] * len(names)
             if exporting():
                 return self._exported(names, with_grad)
@@ -773,7 +785,7 @@ class RoadModel(nn.Module):
                 routing = Routing(self._shared, names, with_grad=with_grad)
             trains = with_grad and routing.trainable
             if trains:
-                # Compiled layers don't do it themselves.
+                # Compiled layers don't do this themselves.
                 for layer in layers(self):
                     layer.expire()
             elif self._shared.traced:
@@ -785,7 +797,7 @@ class RoadModel(nn.Module):
             return routed(routing, with_grad, functools.partial(self._before_traced, routing, trains), again)
 
     def _exported(self, names: Sequence[Name] | None, with_grad: bool) -> routed:
-        """As `_routed` for torch.export, while which θ and α are its own tensors: no row of a bank may be formed."""
+        """`_routed` for torch.export, which replaces θ and α by tensors of its own: no bank row may be formed."""
         for name in names or ():
             if not isinstance(name, str):
                 raise AdapterError(
@@ -802,15 +814,16 @@ class RoadModel(nn.Module):
 
     @torch.compiler.disable
     def _again(self, names: Sequence[Name], configs: Mapping[str, RoadConfig], active: Sequence[str]) -> routed:
-        """Returns the context of a mixed call once more, for what its backward pass computes a second time.
+        """Returns the context of a mixed call again, for layers that its backward pass recomputes.
 
         Args:
-            names: of the call.
-            configs: those that its adapters had: each adapter, loaded or swapped, has one of its own.
-            active: the adapters that were active, as `Shared` had them.
+            names: the call's names.
+            configs: the configs of the call's adapters. Loading or swapping an adapter gives it a new config object, so
+                identity tells whether it is still the same.
+            active: the adapters that were active, the same object as in `Shared`.
 
         Raises:
-            AdapterError: layers would compute something else.
+            AdapterError: adapters have changed, so layers would compute something else.
         """
         shared = self._shared
         with LOCK:
@@ -826,7 +839,7 @@ class RoadModel(nn.Module):
                     "adapter_names: expected the adapters of a call with gradient checkpointing as they were until its "
                     f"backward pass is over, found {found[0]}"
                 )
-            # Others may have taken their rows.
+            # Other adapters may have taken their rows.
             self._place([name for name in dict.fromkeys(names) if name != BASE])
             routing = Routing(shared, names, with_grad=True)
             if routing.trainable and shared.traced:
@@ -836,13 +849,13 @@ class RoadModel(nn.Module):
 
     def _before_traced(self, routing: Routing, trains: bool) -> None:
         with LOCK:
-            # What trains doesn't read the banks, and what is written after it may leave no trace.
+            # Adapters in training don't read the banks, and later writes to them may go unnoticed.
             if not (self._shared.traced or trains):
                 self._place_for_traced(routing)
             self._shared.traced = True
 
     def _place_for_traced(self, routing: Routing) -> None:
-        # Compiled layers don't look whether θ and α were written to.
+        # Compiled layers don't check whether θ and α were written to.
         for layer in layers(self):
             for name in routing.used:
                 layer.place(name)
@@ -863,7 +876,7 @@ class RoadModel(nn.Module):
         return names
 
     def _place(self, names: Sequence[Name], also_active: Sequence[str] | None = None) -> None:
-        """Sees to it that these adapters and mixes have a row in every layer's bank, as the most recently used."""
+        """Gives these adapters and mixes a row in every layer's bank and marks them as most recently used."""
         # Another thread may have deleted one since the names were checked.
         self._check_known([part for name in names if name not in self._shared.rows for part, _ in parts(name)])
         for name in names:
@@ -875,7 +888,7 @@ class RoadModel(nn.Module):
         try:
             for layer in layers(self) if missing else ():
                 for name in missing:
-                    # Another mix of the same adapters may have had it.
+                    # Another mix of the same adapters may have had this row.
                     layer.bank.forget(self._shared.rows[name])
                     layer.place(name)
         except AdapterError:
@@ -886,7 +899,7 @@ class RoadModel(nn.Module):
                 self._shared.rows[name] = self._shared.rows.pop(name)
 
     def _forget(self, names: Sequence[Name]) -> None:
-        """Takes their rows from mixes whose adapters changed, or from what couldn't be placed."""
+        """Frees the rows of mixes whose adapters changed, and of names that couldn't be placed."""
         for name in names:
             row = self._shared.rows.pop(name)
             for layer in layers(self):
@@ -901,7 +914,7 @@ class RoadModel(nn.Module):
     def _install(
         self, name: str, config: RoadConfig, parameters: _Parameters, saved: Mapping[str, nn.Module] | None = None
     ) -> None:
-        """Wraps the layers that aren't yet and hands out θ, α and copies. Everything is known to fit."""
+        """Wraps layers that aren't wrapped yet and stores θ, α and copies in them. All are known to fit."""
         modules = _base.modules_by_path(self.base_model)
         wrapped: dict[nn.Module, RoadLayer | SavedModule] = {}
         for path, own in (saved or {}).items():
@@ -926,9 +939,9 @@ class RoadModel(nn.Module):
             if layer is not module:
                 wrapped[bare(module)] = layer
         first = not self._shared.configs
-        # A backward pass knows by it that this is another adapter than one of the same name before.
+        # A new object: by its identity a backward pass tells this adapter from an earlier one of the same name.
         self._shared.configs[name] = copy.copy(config)
-        # Wherever a shared module stands, its wrapper takes its place.
+        # A module may have several parents; the wrapper replaces it in each.
         for parent in list(self.base_model.modules()):
             for key, child in list(parent._modules.items()):
                 inside = isinstance(parent, RoadLayer | SavedModule) or bare(parent) is not parent
@@ -946,7 +959,7 @@ class RoadModel(nn.Module):
             self.set_adapter(name)
 
     def _held_twice(self) -> list[RoadLayer]:
-        """The layers whose weight another module holds too, such as a tied head's: keeping it takes no memory."""
+        """Returns layers that share their weight with another module, such as a tied head: keeping it costs nothing."""
         holders = Counter(id(p) for module in self.modules() for p in module._parameters.values() if p is not None)
         return [layer for layer in layers(self) if holders[id(bare(layer.base_layer)._parameters.get("weight"))] > 1]
 
@@ -966,7 +979,7 @@ class RoadModel(nn.Module):
         self._unwrap(lambda layer: True)
         self._put_back(lambda module: module.original_module)
         _checkpoint.leave(self.base_model)
-        # The layers are gone; what they looked at must not say that there are adapters.
+        # Without wrapped layers the shared state must not report adapters.
         self._shared.active, self._shared.merged, self._shared.rows, self._shared.configs = (), (), {}, {}
         self._shared.paused = ()
         self._shared.plain = Routing(self._shared, None, lasting=True)
@@ -980,7 +993,7 @@ class RoadModel(nn.Module):
                     setattr(parent, key, child.base_layer)
 
     def _put_back(self, choose: Callable[[SavedModule], nn.Module | None]) -> None:
-        """Replaces the wrappers of saved modules by what is chosen; None leaves one in its place."""
+        """Replaces wrappers of saved modules by the modules that ``choose`` returns; None leaves the wrapper."""
         for parent in list(self.base_model.modules()):
             for key, child in list(parent._modules.items()):
                 if isinstance(child, SavedModule) and (chosen := choose(child)) is not None:
@@ -989,7 +1002,7 @@ class RoadModel(nn.Module):
     def _check_new(self, name: str) -> None:
         if not isinstance(name, str) or not name or name == BASE:
             raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {name!r}")
-        # The name becomes an attribute of these, part of parameters' paths and a folder's name.
+        # The name becomes an attribute of these containers, part of parameter paths and a folder name.
         taken = hasattr(_layer._Parameters([0]), name) or hasattr(nn.ModuleDict(), name)
         if any(sign in name for sign in "./\\") or taken:
             raise AdapterError(
@@ -1048,7 +1061,7 @@ def _warn_of(errors: Mapping[str, float | None]) -> None:
 
 
 def _read(folder: str | os.PathLike) -> Adapter:
-    """Reads a PEFT folder; in paths of a model that ``torch.compile`` wrapped the wrappers' names are left out."""
+    """Reads a PEFT folder, leaving the ``_orig_mod`` of ``torch.compile``'s wrappers out of its paths."""
     adapter = read_peft(folder)
     paths = (*adapter.modules, *adapter.modules_to_save, *adapter.base_weights)
     if not any("_orig_mod" in path.split(".") for path in paths):
