@@ -1,4 +1,4 @@
-"""`RoadLayer`: any linear base, and the rotation of its output."""
+"""`RoadLayer`: wraps any linear layer and rotates its output."""
 
 import functools
 import itertools
@@ -24,7 +24,7 @@ _linear, _linear_forward = nn.functional.linear, nn.Linear.forward
 
 
 class _Parameters(nn.ParameterDict):
-    """θ or α by adapter. They keep their dtype when the model is cast, and count how often one is replaced."""
+    """θ or α by adapter name. They keep their dtype when the model is cast; ``changes[0]`` counts replacements."""
 
     def __init__(self, changes: list[int]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Parameters(nn.ParameterDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_hf_hook" and hasattr(value, "detach_hook"):
-            # Accelerate has put them away until this is called, which nobody does: they stay where they were.
+            # Accelerate offloads a module's tensors until the module is called, but this one is never called.
             self.changes[0] += 1
             value.detach_hook(self)
         else:
@@ -53,19 +53,20 @@ class _Parameters(nn.ParameterDict):
 class RoadLayer(nn.Module):
     """A linear layer whose output is rotated: ``y * first + rotate_half(y) * second``, in the dtype of ``y``.
 
-    The base may be anything whose last output axis is the features': ``nn.Linear``, ``Conv1D``, layers of bitsandbytes
-    and others. Only its output is touched.
+    The base may be any layer whose output has the features on its last axis: ``nn.Linear``, ``Conv1D``, layers of
+    bitsandbytes and others. Only its output is touched.
 
     Args:
-        base_layer: the layer that is wrapped.
+        base_layer: the layer to wrap.
         module_path: its path, for error messages.
-        shared: what all layers of the model look at.
-        stray: why it doesn't see the batch's rows in order, and so can't be in a mixed batch; None if it does.
+        shared: state shared by all layers of the model.
+        stray: why the layer doesn't see the batch's rows in order and so can't take part in a mixed batch; None if it
+            does.
 
     Attributes:
         road_theta: θ of each adapter, float32.
         road_alpha: α of each adapter, float32.
-        merged_adapters: those that now stand in the base's weight.
+        merged_adapters: the adapters that are currently merged into the base's weight.
     """
 
     base_layer: Any
@@ -81,7 +82,7 @@ class RoadLayer(nn.Module):
         self.road_theta = _Parameters(self._changes)
         self.road_alpha = _Parameters(self._changes)
         self.merged_adapters: list[str] = []
-        # What unmerging puts back.
+        # A Kept or an Inverse: how to restore the old weights.
         self.unmerged: Any = None
         if type(bare(base_layer)).__module__.startswith("bitsandbytes."):
             from road_torch import _bnb
@@ -90,7 +91,7 @@ class RoadLayer(nn.Module):
         self._shared = shared
         self._bank: Bank | None = None
         self._kernel = _kernels.DEFAULT
-        # These give a tensor that nobody else holds, so it may be overwritten.
+        # These layers return a new tensor, which may be overwritten.
         kind = type(base_layer)
         self._gives_new = kind is nn.Linear or is_conv1d(base_layer) or kind.__module__.startswith("bitsandbytes.")
         self._stray = stray
@@ -98,7 +99,7 @@ class RoadLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight; models look at its dtype and device."""
+        """The base's weight; models read its dtype and device."""
         return self.base_layer.weight
 
     @property
@@ -108,13 +109,13 @@ class RoadLayer(nn.Module):
 
     @property
     def adapters(self) -> list[str]:
-        """The adapters that this layer has."""
+        """The adapters of this layer."""
         return list(self.road_theta)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Calls the base layer and rotates what it gives."""
-        # Decoding calls this hundreds of times a token: every attribute counts. self.base_layer would go the long way
-        # through nn.Module.__getattr__, and the call of an nn.Linear that nobody watches through four functions.
+        """Calls the base layer and rotates its output."""
+        # Decoding calls this hundreds of times per token, so every attribute access counts: self.base_layer would go
+        # through nn.Module.__getattr__, and calling an nn.Linear without hooks would go through four functions.
         base: Any = self._modules["base_layer"]
         compiling, with_grad = _is_compiling(), _is_grad_enabled()
         weights = base._parameters
@@ -163,11 +164,11 @@ class RoadLayer(nn.Module):
                 return self._differentiable(y, routing)
             if y.requires_grad:
                 for first, cross, group_size, index in plan.passes:
-                    # Gathered, for what is saved must stay as it is, and the tables' rows are written anew.
+                    # Gathered: autograd saves the coefficients, and the tables' rows may be overwritten.
                     y = self._recorded(y, *default.gather(y, first, cross, index), group_size)
                 return y
         if not unseen and self._gives_new:
-            # A hook may hold what the base gave, or what stands in place of its forward.
+            # A hook, or whatever replaces the base's forward, may hold on to its output.
             unseen = not (base._forward_hooks or _global_forward_hooks or "forward" in base.__dict__ or _is_replaced())
         if unseen and y.is_contiguous():
             for step in plan.steps:
@@ -178,20 +179,20 @@ class RoadLayer(nn.Module):
         return y
 
     def add(self, name: str, theta: Tensor, alpha: Tensor, device: torch.device | None = None) -> None:
-        """Takes an adapter's θ and α, which are known to fit, to a device: the layer's if not given."""
+        """Adds an adapter's θ and α, already checked, on a device (the layer's if None)."""
         with torch.inference_mode(False):
             for parameters, values in ((self.road_theta, theta), (self.road_alpha, alpha)):
                 copy = values.detach().to(device or self._device(), torch.float32, copy=True)
                 parameters[name] = nn.Parameter(copy, requires_grad=False)
 
     def replace(self, name: str, theta: Tensor, alpha: Tensor) -> None:
-        """Writes other values over θ and α."""
+        """Overwrites an adapter's θ and α."""
         with torch.no_grad():
             for own, value in ((self.road_theta[name], theta), (self.road_alpha[name], alpha)):
                 own.copy_(_like(own, value))
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter."""
+        """Removes an adapter."""
         if name in self.road_theta:
             del self.road_theta[name], self.road_alpha[name]
             if name in self._shared.rows:
@@ -199,7 +200,7 @@ class RoadLayer(nn.Module):
 
     @property
     def bank(self) -> Bank:
-        """The coefficients, on the layer's device."""
+        """The table of coefficients, on the layer's device."""
         device = self._device()
         if self._bank is None or self._bank.first.device != device:
             self._bank = Bank(self.out_features, device)
@@ -209,20 +210,21 @@ class RoadLayer(nn.Module):
         return self._bank
 
     def place(self, name: Name, bank: Bank | None = None) -> Sequence[Tensor]:
-        """Writes the row of the bank for an adapter or a mix, unless it is right already.
+        """Writes the bank's row for an adapter or mix, unless it is up to date.
 
         Args:
-            name: of the adapter or mix; it has a row.
-            bank: the layer's, where the caller knows it.
+            name: an adapter or mix that has a row.
+            bank: the layer's bank, if the caller has it at hand.
 
         Returns:
-            θ and α that the row is formed of; none if the layer has nothing of it, and its row is the identity.
+            The θ and α from which the row is formed; empty if this layer has none of the adapters, and the row is the
+            identity.
 
         Raises:
-            AdapterError: an adapter of the mix has no power of its weight here.
+            AdapterError: a rotation of this layer can't be raised to its weight in the mix.
         """
         row, bank = self._shared.rows[name], self.bank if bank is None else bank
-        # While no θ or α is replaced, these need not be looked up: a mixed batch asks for each name in each layer.
+        # A mixed batch asks for each name in each layer, so sources are looked up only after a θ or α was replaced.
         key = name, self._changes[0]
         known = bank.sources(row, key)
         if known is not None:
@@ -236,14 +238,14 @@ class RoadLayer(nn.Module):
         return sources
 
     def _here(self, name: Name) -> Mix:
-        """The adapters of a name that this layer has, with their weights."""
+        """Returns those adapters of a name that this layer has, with their weights."""
         return tuple(part for part in parts(name) if part[0] in self.road_theta)
 
     def _sources(self, name: Name) -> list[Tensor]:
         return [v for part, _ in self._here(name) for v in (self.road_theta[part], self.road_alpha[part])]
 
     def _form(self, name: Name) -> tuple[Tensor, Tensor]:
-        """Forms the coefficients of an adapter, or of a mix in float64 and rounded once, each ``[out]``."""
+        """Forms coefficients, each ``[out]``: for an adapter in float32, for a mix in float64 and rounded once."""
         if isinstance(name, str):
             config, theta, alpha = self._shared.configs[name], self.road_theta[name], self.road_alpha[name]
             return default.coefficients(
@@ -268,9 +270,9 @@ class RoadLayer(nn.Module):
         return first, cross
 
     def passes(self, names: Sequence[str]) -> list[Pass]:
-        """Returns float32 rotations that amount to these adapters one after the other, each ``[out]``.
+        """Returns float32 rotations, each ``[out]``, equivalent to applying these adapters in order.
 
-        Neighbours of one group size become one rotation.
+        Successive adapters with the same group size are composed into one rotation.
         """
         return self._passes([(name, 1.0) for name in names], self._device())
 
@@ -299,10 +301,11 @@ class RoadLayer(nn.Module):
             found.append(Pass(*then, config.group_size))
         return found
 
-    # Where torch.compile gives a layer up it takes what that calls, and fails on memory that calls share.
+    # If torch.compile falls back to eager for a layer, it compiles what the layer calls, and would fail on scratch
+    # memory that calls share.
     @torch.compiler.disable
     def _plan(self, y: Tensor, routing: Routing, old: Plan | None) -> Plan:
-        """Gathers the coefficients of a call, once; for another shape of as many rows only the memory changes."""
+        """Gathers a call's coefficients once; for another shape with as many rows only the memory is replaced."""
         before = old.shape if old is not None and old.dtype is y.dtype else None
         if old is not None and before and before[0] == len(y) and len(before) == y.ndim:
             plan = old
@@ -320,25 +323,25 @@ class RoadLayer(nn.Module):
                 for first, cross, size, rows in plan.passes
             ]
         else:
-            # Layers run one after the other, so those of one size can share memory.
+            # Layers run one after another, so layers with outputs of one shape can share scratch memory.
             key = (y.shape, y.dtype, y.device)
             if key not in routing.scratch:
                 with torch.inference_mode(False):
                     routing.scratch[key] = torch.empty_like(y, memory_format=torch.contiguous_format)
             plan.steps = [default.prepare_(*one[:3], routing.scratch[key]) for one in plan.passes]
-        # Another thread may look for it: it comes last.
+        # Last, because another thread may pick the plan up from here.
         routing.plans[self] = plan
         return plan
 
     def _gather(self, y: Tensor, routing: Routing) -> Plan:
         self._check_output(y)
         if y.is_meta:
-            # A shape, which no rotation changes.
+            # Only the shape counts, and a rotation doesn't change it.
             return Plan(y.dtype, [], [], self._changes[0])
         plain = self._shared.plain
         follows_plain = routing.names is None and routing is not plain
         if follows_plain and (routing.used, routing.rows) == (plain.used, plain.rows):
-            # A generation with the active adapters: what a plain call gathered serves every one of them.
+            # A generation with the active adapters reuses what a plain call gathered.
             known = plain.plans.get(self)
             if known is None or known.dtype is not y.dtype or known.outdated(self._changes[0]):
                 known = self._plan(y, plain, None)
@@ -352,7 +355,7 @@ class RoadLayer(nn.Module):
         with LOCK, torch.inference_mode(False), torch.no_grad():
             changes, bank = self._changes[0], self.bank
             for name in routing.used:
-                # A call that began before an adapter was swapped keeps to the row that is no longer written.
+                # The adapter was swapped after this call began: the call keeps its old row, which isn't written to.
                 if routing.rows[name] != self._shared.rows.get(name):
                     names += [name] if self._here(name) else []
                 elif found := self.place(name, bank):
@@ -378,7 +381,7 @@ class RoadLayer(nn.Module):
             )
 
     def _check_checkpointed(self, routing: Routing) -> None:
-        # The other form of checkpointing shows while it records; what it computes anew wouldn't fit that.
+        # Non-reentrant checkpointing can be detected while it records; its recomputation wouldn't match.
         if routing.batch and _is_grad_enabled() and not _is_compiling() and in_another():
             raise AdapterError(
                 f"{self.module_path}: expected a mixed batch without checkpointing, found a call in "
@@ -386,9 +389,9 @@ class RoadLayer(nn.Module):
             )
 
     def _check_recomputed(self) -> None:
-        # Only a backward pass computes forward outside of a call; which adapters its rows had isn't known any more.
+        # A forward outside of a call, during backward, is a recomputation; its rows' adapters are no longer known.
         if torch._C._current_graph_task_id() != -1:
-            # Once: a plain step that follows has nothing to do with it.
+            # Reset: a later plain training step must not be refused.
             self._shared.unrecorded = False
             raise AdapterError(
                 f"{self.module_path}: expected a mixed batch without reentrant checkpointing, found a backward pass "
@@ -396,14 +399,14 @@ class RoadLayer(nn.Module):
             )
 
     def expire(self) -> None:
-        """Forgets which θ and α the coefficients are of: an optimizer that writes through ``.data`` leaves no trace."""
+        """Marks all coefficients as out of date: an optimizer that writes through ``.data`` leaves no trace."""
         self._changes[0] += 1
         if self._bank is not None:
             self._bank.expire()
 
     def _differentiable(self, y: Tensor, routing: Routing) -> Tensor:
-        """The rotation with gradients for ``y``, θ and α, nothing prepared."""
-        # A compiled graph would be guarded by what changes here: RoadModel does it before the call.
+        """Rotates with gradients for ``y``, θ and α, without prepared coefficients."""
+        # Compiled, this would add guards on state that changes here; RoadModel does it before the call instead.
         if not _is_compiling():
             self.expire()
         self._check_output(y)
@@ -429,30 +432,30 @@ class RoadLayer(nn.Module):
         return y
 
     def _recorded(self, y: Tensor, first: Tensor, cross: Tensor, size: int, index: Tensor | None = None) -> Tensor:
-        """A rotation with gradients."""
+        """Rotates with gradients for ``y`` and the coefficients."""
         if default.transformed() or (_is_compiling() and self._shared.kernel != "triton"):
-            # Expanded first, the coefficients' gradients are summed in float32.
+            # Expanded before they are rounded, so that the coefficients' gradients are summed in float32.
             first, cross = (table.expand(y.shape) for table in default.gather(y, first, cross, index))
             return default.rotate(y, first, cross, size)
         return _ops.rotate(y, first, cross, size, index, self._shared.kernel)
 
     def _traced(self, y: Tensor, routing: Routing) -> Tensor:
-        """What ``torch.compile`` sees: a gather by tensors alone: another choice of adapters is no new graph."""
+        """Rotates under ``torch.compile``: gathers by tensors alone, so other adapters need no new graph."""
         if exporting():
-            # A graph of its own, whose θ and α may yet be trained or replaced.
+            # The exported graph is separate, and its θ and α may still be trained or replaced.
             return self._differentiable(y, routing)
         if LOCAL.routing is not None:
             about_to_trace()
-        # Looked at, it guards the graph: a copy of the model that wasn't traced yet traces it anew.
+        # Reading this adds a guard, so that a copy of the model that wasn't traced yet is traced again.
         if not self._shared.traced:
             self._shared.traced = True
-        # In a call that began with gradients nobody has formed coefficients for what runs without.
+        # If the call began with gradients, no coefficients were formed for parts of it that run without.
         if (LOCAL.with_grad or _is_grad_enabled()) and routing.trainable:
             return self._differentiable(y, routing)
         self._check_order(routing)
         bank: Any = self._bank
         for size, index in routing.steps[bank.first.device]:
-            # Every layer takes part, for which of them have an adapter isn't known to the graph.
+            # Every layer takes part, because the graph doesn't know which layers have an adapter.
             if self.out_features % size == 0:
                 if routing.mixed and (repeats := routing.repeats(y, self.module_path, len(index))) > 1:
                     index = index.repeat_interleave(repeats)
@@ -469,7 +472,7 @@ class RoadLayer(nn.Module):
         return _device(self.base_layer)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoadLayer":
-        # Tables and plans stand where the parameters stood.
+        # Tables and plans are on the device that the parameters are about to leave.
         self._shared.plain.plans.pop(self, None)
         self._bank = None
         if self.unmerged is not None:
@@ -485,29 +488,29 @@ class RoadLayer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Names the adapters."""
+        """Returns the adapters' names for ``repr``."""
         return f"adapters={self.adapters}"
 
 
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Returns what a module's ``_apply`` makes of a tensor that keeps its dtype."""
+    """Applies a function of ``nn.Module._apply`` to a tensor, but keeps the tensor's dtype."""
     new = fn(tensor)
     return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Returns the whole of a tensor of which each process has a part, as FSDP shares them out; others as they are."""
+    """Gathers a tensor that is sharded across processes, as by FSDP; returns other tensors unchanged."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
-    """Returns a whole copy: memory that NumPy has seen can't be freed by FSDP any more."""
+    """Returns the whole tensor, copied: FSDP can't free memory that NumPy refers to."""
     return _whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def _like(own: Tensor, value: Tensor) -> Tensor:
-    """Shares a value out among processes as another tensor is."""
+    """Shards a value across processes in the way ``own`` is sharded."""
     mesh: Any = getattr(own, "device_mesh", None)
     if mesh is None:
         return value
@@ -517,7 +520,7 @@ def _like(own: Tensor, value: Tensor) -> Tensor:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """Returns what ``torch.compile`` made this module of; one that it didn't make is returned as it is."""
+    """Returns the module within ``torch.compile``'s wrapper; other modules are returned unchanged."""
     while (inner := module._modules.get("_orig_mod")) is not None:
         module = inner
     return module
@@ -539,7 +542,7 @@ def features(module: Any) -> tuple[int, int]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """True for transformers' ``Conv1D``, a linear layer with its weight as ``[in, out]``; imports nothing."""
+    """True for transformers' ``Conv1D``, a linear layer with weight ``[in, out]``; doesn't import transformers."""
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
@@ -549,16 +552,16 @@ def layers(model: nn.Module) -> Iterator[RoadLayer]:
 
 
 def _is_replaced() -> bool:
-    """True where somebody has put something of their own in the place of what every linear layer calls."""
+    """True if ``nn.Linear.forward`` or ``nn.functional.linear`` has been patched."""
     return nn.Linear.forward is not _linear_forward or nn.functional.linear is not _linear
 
 
 def _device(module: nn.Module) -> torch.device:
-    # Where accelerate keeps the weights elsewhere, and brings them for each call. Both ways around nn.Module's own, for
+    # Where accelerate's hook brings offloaded weights for each call. The lookups here bypass nn.Module's own, because
     # a mixed batch asks every layer.
     device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
     if device is not None:
-        # As a tensor there calls it: "cuda" is also "cuda:0".
+        # The name that tensors on it report: "cuda" becomes "cuda:0".
         return torch.empty(0, device=device).device
     for tensor in itertools.chain(module._parameters.values(), module.parameters(), module.buffers()):
         if tensor is not None and tensor.device.type != "meta":
