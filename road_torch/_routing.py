@@ -1,4 +1,4 @@
-"""What all layers of a model look at, and which adapter each row of a call gets."""
+"""State that all layers of a model share, and which adapter each row of a call gets."""
 
 import contextlib
 import math
@@ -15,32 +15,34 @@ from road_torch._kernels import Kernel, default
 if TYPE_CHECKING:
     from road_torch._bank import Bank
 
-# What a row of a batch that wants no adapter calls itself, as in PEFT.
+# The adapter name of rows that get no adapter, as in PEFT.
 BASE = "__base__"
 
-# What accelerate leaves on a module that it hooks.
+# Attributes that accelerate sets on a module that it hooks.
 HOOKED = ("_hf_hook", "_old_forward")
 
-# Several adapters as one, in the order in which they are applied: (name, weight) of each.
+# Several adapters in the order in which they are applied: (name, weight) of each.
 Mix = tuple[tuple[str, float], ...]
 
-# How many mixes keep their coefficients where the number of adapters has no limit.
+# How many mixes keep their coefficients if the number of adapters has no limit.
 MIXES = 64
 
-# What a row of a batch may ask for: an adapter, or a mix of them.
+# What a row of a batch may ask for: an adapter or a mix.
 Name = str | Mix
 
 
 def parts(name: Name) -> Mix:
-    """Returns the adapters that a name stands for, with their weights."""
+    """Returns the adapters of a name, with their weights."""
     return ((name, 1.0),) if isinstance(name, str) else name
 
 
 def read_name(name: object, known: Container[str]) -> Name:
-    """Reads ``"a+b"``, ``"a:0.7+b:0.3"`` or a list of such parts; what is an adapter's name as it stands is that.
+    """Parses ``"a+b"``, ``"a:0.7+b:0.3"`` or a list of such parts; the name of a known adapter is taken whole.
+
+    Whether the parts are known adapters isn't checked.
 
     Raises:
-        AdapterError: no text and no list of it, or a weight that isn't finite. Names aren't checked.
+        AdapterError: the name is neither a string nor a list of strings, or a weight isn't finite.
     """
     if isinstance(name, str):
         pieces = [name] if name == BASE or name in known else name.split("+")
@@ -61,19 +63,19 @@ def read_name(name: object, known: Container[str]) -> Name:
     return found[0][0] if len(found) == 1 and found[0][1] == 1 else tuple(found)
 
 
-# Held while adapters come, go or are merged, and while rows of the banks are written, read or handed out; never while a
-# model computes or a file is read.
+# Held while adapters are added, removed or merged, and while rows of the banks are written, read or assigned; never
+# while a model computes or a file is read.
 LOCK = threading.RLock()
 
 
 class Pass(NamedTuple):
-    """One rotation of a layer's output. Adapters of several group sizes need one each.
+    """One rotation of a layer's output. Each group size needs a pass of its own.
 
     Attributes:
-        first: coefficients, broadcasting against the output; with ``rows`` a table ``[adapters, out]``.
+        first: coefficients that broadcast against the output; with ``rows`` a table ``[adapters, out]``.
         cross: as ``first``.
-        group_size: of the rotation.
-        rows: of the tables, one for each row of the output, int64 ``[batch]``.
+        group_size: the rotation's group size.
+        rows: the table row for each row of the output, int64 ``[batch]``.
     """
 
     first: Tensor
@@ -83,10 +85,10 @@ class Pass(NamedTuple):
 
 
 class Plan:
-    """The rotations that a layer applies, ready for one dtype; if the routing lives for one call, for one shape.
+    """The rotations that a layer applies, prepared for one dtype and, unless the routing is lasting, for one shape.
 
-    A plan is made for the device that its first output was on: who moves a layer moves it through ``_apply``, which
-    drops the plan of lasting routings.
+    A plan is also tied to the device of the layer's output. Layers are moved through ``_apply``, which drops the plans
+    of lasting routings.
     """
 
     __slots__ = ("changes", "dtype", "passes", "shape", "sources", "steps", "trained", "versions")
@@ -98,35 +100,34 @@ class Plan:
         self.versions = [source._version for source in sources]
         self.trained = any(source.requires_grad for source in sources)
         self.changes = changes
-        # None where the routing lasts: outputs of any shape, and each time a look whether θ and α were written to.
+        # None for a lasting routing: any shape is served, and each use checks whether θ and α were written to.
         self.shape: torch.Size | None = None
-        # The passes, each as a function that overwrites an output.
+        # The passes as functions that overwrite an output.
         self.steps: list[Callable[[Tensor], Tensor]] = []
 
     def outdated(self, changes: int) -> bool:
-        """True where θ or α were replaced or written to, or may have been, for they are trained."""
+        """True if θ or α were replaced or written to, or may have been because they are trained."""
         return self.trained or changes != self.changes or [source._version for source in self.sources] != self.versions
 
 
 class Shared:
-    """What all layers of a model look at.
+    """State that all layers of a model share. A plain call is one without ``adapter_names``.
 
     Attributes:
-        active: the adapters that a plain call applies, one after the other.
+        active: the adapters that a plain call applies, in order.
         off: True while adapters are disabled.
-        merged: the adapters that stand in the base's weights, in the order in which they were applied.
-        paused: those that are merged again once adapters are enabled.
-        merge_options: ``safe_merge`` and ``keep_weights`` that they were merged with.
-        configs: of every adapter, in the order in which they came.
-        rows: the row of the banks for each adapter and mix that has one, the least recently used first; 0 is the
-            identity.
-        limit: how many adapters may have a row at once; None for all.
-        plain: what a plain call follows. It is replaced, never changed, so that a call in flight keeps its own.
-        calls: those in flight. Their rows are left alone.
-        devices: where there are layers.
-        kernel: the name of the rotation's implementation; "auto" is each device's own.
-        traced: whether a compiled model reads the banks, which must then be right before it runs.
-        unrecorded: whether a mixed call that began with gradients passed a layer without.
+        merged: the adapters that are merged into the base's weights, in the order of application.
+        paused: the adapters that are merged again once adapters are enabled.
+        merge_options: ``safe_merge`` and ``keep_weights`` of the last merge.
+        configs: the config of each adapter, in the order of addition.
+        rows: the banks' row of each adapter and mix that has one, least recently used first. Row 0 is the identity.
+        limit: how many adapters may have a row at once; None for no limit.
+        plain: the routing of plain calls. It is replaced, never changed, so that a running call keeps its own.
+        calls: the routings of running calls; their rows are not reassigned.
+        devices: the devices that have layers.
+        kernel: name of the rotation's implementation; ``"auto"`` chooses by device.
+        traced: whether a compiled model reads the banks, which must then be up to date before it runs.
+        unrecorded: whether, in a mixed call that began with gradients, a layer ran without recording them.
     """
 
     def __init__(self, limit: int | None = None, kernel: str = "auto") -> None:
@@ -146,46 +147,46 @@ class Shared:
         self.plain = Routing(self, None, lasting=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The calls in flight are not a copy's."""
+        """Leaves out running calls, which a copy doesn't take part in."""
         return {**self.__dict__, "calls": []}
 
     def group_size(self, name: Name) -> int:
-        """The group size of an adapter, or of the adapters of a mix."""
+        """Returns the group size of an adapter, or of a mix's adapters."""
         return self.configs[parts(name)[0][0]].group_size
 
     def arrive(self, device: torch.device) -> None:
-        """Notes where there are layers now; those of a compiled model find there what a plain call follows."""
+        """Registers a device that has layers, and puts the plain routing's indices there for compiled models."""
         if device not in self.devices:
             self.devices.add(device)
             self.plain.steps[device] = self.plain.indices(1, device)
 
     def stores(self, config: RoadConfig) -> bool:
-        """True for an adapter whose θ and α stay on the CPU, wherever the layers are."""
+        """True for an adapter whose θ and α stay on the CPU, whatever the layers' device."""
         return self.limit is not None and config.inference_mode
 
     def mixes_with(self, adapter: str) -> list[Mix]:
-        """Returns the mixes that have a row and this adapter in them."""
+        """Returns the mixes that have a row and contain this adapter."""
         return [name for name in self.rows if not isinstance(name, str) and adapter in dict(name)]
 
     def new_row(self) -> int:
-        """Returns the lowest row that no adapter and no call in flight has."""
+        """Returns the lowest row that no adapter, mix or running call uses."""
         used = {*self.rows.values(), *(row for call in self.calls for row in call.rows.values())}
         return next(row for row in range(1, len(used) + 2) if row not in used)
 
     def make_room(self, wanted: Sequence[Name], active: Sequence[str]) -> list[Name]:
-        """Takes their rows from the least recently used adapters until those that are wanted fit.
+        """Frees the rows of the least recently used adapters and mixes until the wanted ones fit.
 
-        Without a limit only mixes beyond `MIXES` lose theirs: a server may be asked for any weights.
+        Without a limit only mixes beyond `MIXES` lose their rows, because a server may be asked for ever new weights.
 
         Args:
-            wanted: names that shall have a row.
-            active: names that keep theirs.
+            wanted: names that need a row.
+            active: names that keep their row.
 
         Returns:
-            The wanted adapters that have no row yet.
+            The wanted names that have no row yet.
 
         Raises:
-            AdapterError: so many can't have a row at once; nothing has changed.
+            AdapterError: more adapters than the limit are in use at once; nothing is changed.
         """
         missing = [name for name in wanted if name not in self.rows]
         if not missing:
@@ -208,25 +209,25 @@ class Shared:
 class Routing:
     """Which adapter each row of a call gets.
 
-    Layers keep here what they gathered. The routing of a mixed batch or of a generation lives for its call, that of
-    other plain calls until another adapter becomes active.
+    Layers also cache here what they gathered. The routing of a mixed batch or a generation lives for its call; other
+    plain calls share one routing until it is replaced, as when another adapter becomes active.
 
     Attributes:
-        shared: of the model that was called; layers of another one take no notice.
-        names: one a row, or a mix; None for a plain call, in which all rows get the active adapters.
-        lasting: whether it serves many calls, of several threads perhaps.
-        batch: how many names there are; 0 for a plain call.
-        alike: whether they all are one: then it doesn't matter which rows a layer gets, nor how many.
-        mixed: whether there are any. Compiled models look at this, for of names each other one would be a reason to
-            compile again, and of ``batch`` each other number.
-        used: the adapters and mixes among them.
-        rows: their rows in the banks. An adapter that is swapped meanwhile gets another one.
+        shared: state of the model that was called; layers of another model ignore the routing.
+        names: an adapter or mix for each row; None for a plain call, in which all rows get the active adapters.
+        lasting: whether it serves many calls, possibly from several threads.
+        batch: the number of names; 0 for a plain call.
+        alike: whether all names are the same. Then it doesn't matter which rows a layer gets, or how many.
+        mixed: whether there are names. Compiled models read this instead of ``names`` or ``batch``, because every other
+            value of these would cause a recompilation.
+        used: the distinct adapters and mixes of the call.
+        rows: their rows in the banks. An adapter that is swapped during the call moves to another row.
         sizes: their group sizes.
         trainable: whether one of them may be in training.
-        with_grad: whether the call that this is for began with gradients.
+        with_grad: whether the call began with gradients enabled.
         steps: by device, ``(group size, rows of the banks)`` for a compiled model, int64 ``[batch]`` or ``[1]``.
-        plans: what each layer gathered.
-        scratch: memory that layers use one after the other, by its shape, dtype and device.
+        plans: by layer, what it gathered.
+        scratch: memory that layers use one after another, by shape, dtype and device.
     """
 
     def __init__(
@@ -256,20 +257,21 @@ class Routing:
             self.steps[device] = self.indices(1, device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What layers gathered fits their own θ and α, not those of a copy."""
+        """Leaves out what layers gathered, which doesn't belong to a copy's θ and α."""
         return {**self.__dict__, "plans": {}, "scratch": {}}
 
     def indices(self, repeats: int, device: torch.device) -> list[tuple[int, Tensor]]:
-        """Returns ``(group size, rows of the banks)``: for each size in a mixed batch, for each active adapter else.
+        """Returns pairs ``(group size, rows of the banks)``.
 
-        A mixed batch has those of all the model's adapters, also of ones that no row names.
+        A mixed batch has a pair for each group size of the model's adapters, including those that no row names; a plain
+        call has one for each active adapter.
         """
         key = (repeats, device)
         if key not in self._indices:
             if self.names is None:
                 found = [(size, [self.rows[name]]) for name, size in self.sizes.items()]
             else:
-                # All that the model's adapters have, in one order: for a compiled model others would be another graph.
+                # All sizes of the model's adapters, sorted: other sizes or another order would need another graph.
                 sizes = sorted({self.shared.group_size(name) for name in self.shared.configs})
                 found = [
                     (size, [self.rows[name] if self.sizes.get(name) == size else 0 for name in self.names])
@@ -282,18 +284,18 @@ class Routing:
         return self._indices[key]
 
     def repeats(self, y: Tensor, path: str, batch: int | None = None) -> int:
-        """How many rows of ``y`` in a row belong to one name: beams, returned sequences, flattened tokens.
+        """Returns how many successive rows of ``y`` belong to one name (beams, returned sequences, flattened tokens).
 
         Args:
             y: a layer's output.
-            path: the layer's, for errors.
-            batch: how many names there are, where a compiled graph knows it as the size of a tensor.
+            path: the layer's path, for errors.
+            batch: the number of names, where a compiled graph knows it as a tensor's size; ``self.batch`` if None.
 
         Raises:
-            AdapterError: the number of rows is no multiple of that of the names.
+            AdapterError: the number of rows is not a multiple of the number of names.
         """
         rows, batch = len(y) if y.ndim > 1 else 0, self.batch if batch is None else batch
-        # Not by divmod, which torch.compile can't trace where the number of rows is symbolic.
+        # Not divmod, which torch.compile can't trace for a symbolic number of rows.
         repeats, rest = rows // batch, rows % batch
         if rest != 0 or repeats < 1:
             raise AdapterError(
@@ -303,7 +305,7 @@ class Routing:
         return repeats
 
     def gather(self, bank: "Bank", names: Sequence[Name], y: Tensor, path: str, kernel: Kernel) -> list[Pass]:
-        """Returns the rotations of ``y`` for these adapters, those of them that a layer has, from its bank."""
+        """Returns the rotations of ``y``, from a layer's bank, for those adapters of the call that the layer has."""
         if self.names is None or self.alike:
             return self._compose(bank, names, y.dtype)
         repeats = self.repeats(y, path)
@@ -320,7 +322,7 @@ class Routing:
         return passes
 
     def _compose(self, bank: "Bank", names: Sequence[Name], dtype: torch.dtype) -> list[Pass]:
-        """Neighbours of one group size become one rotation."""
+        """Returns the rotations of all rows; successive ones with the same group size are composed into one."""
         passes: list[Pass] = []
         for name in names:
             size = self.sizes[name]
@@ -329,22 +331,22 @@ class Routing:
                 before = passes.pop()
                 then = default.compose(before[:2], then, size)
             passes.append(Pass(*then, size))
-        # A copy, for the row may be written anew.
+        # A copy, because the row may be overwritten.
         return [Pass(first.to(dtype, copy=True), cross.to(dtype, copy=True), size) for first, cross, size, _ in passes]
 
 
 class _Local(threading.local):
-    """A compiled model reads this too; of a context variable torch.compile makes a break in the graph."""
+    """The current call of a thread. Compiled models read it too; a context variable would break their graph."""
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
-        # Whether gradients were recorded as the call began; outside of calls it isn't known that none were.
+        # Whether gradients were enabled as the call began. True outside of calls, where it isn't known.
         self.with_grad = True
-        # Makes the rows right that the call reads.
+        # Brings the rows that the call reads up to date.
         self.place: Callable[[], None] | None = None
-        # Opens the call anew for what its backward pass computes a second time; None where nothing is.
+        # Reopens the call for what its backward pass recomputes; None if it recomputes nothing.
         self.again: Callable[[], routed] | None = None
-        # Within what is computed a second time: what saved tensors as it began, and whether that was without gradients.
+        # Within a checkpointed block: the hooks for saved tensors, and whether gradients were off, as it began.
         self.saving: tuple[Any, ...] | None = None
         self.unrecorded = False
 
@@ -362,13 +364,13 @@ def exporting() -> bool:
 
 @torch.compiler.assume_constant_result
 def about_to_trace() -> None:
-    """Makes the banks right while ``torch.compile`` traces: the call began when nobody knew that they would be read."""
+    """Updates the banks while ``torch.compile`` traces: before the call it wasn't known that they would be read."""
     if LOCAL.place is not None:
         LOCAL.place()
 
 
 class routed:  # noqa: N801 - a context manager, and so lean because it stands around every call
-    """While it is open, the calls of this thread on this model follow a routing."""
+    """Context within which this thread's calls of a model follow a routing."""
 
     def __init__(
         self,
