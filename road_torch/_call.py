@@ -1,4 +1,4 @@
-"""How a `RoadModel` is called: signatures, the rows of a batch, and calls that have no adapter names."""
+"""How a `RoadModel` is called: its signature, the number of rows, and methods that take no adapter names."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from road_torch._routing import exporting
 if TYPE_CHECKING:
     from road_torch._model import RoadModel
 
-# What models call the arguments that have the batch's rows.
+# Names that models give to arguments whose first axis is the batch.
 _INPUTS = (
     "input_ids",
     "inputs_embeds",
@@ -29,9 +29,9 @@ _INPUTS = (
 
 
 class Forward:
-    """The function `RoadModel.forward`; on a model one that has the base's arguments in its signature.
+    """Descriptor for `RoadModel.forward`. Bound to a model, its signature includes the base's arguments.
 
-    Hugging Face's Trainer keeps those columns of a dataset that stand there.
+    Hugging Face's Trainer keeps only the dataset columns that occur in this signature.
     """
 
     def __init__(self, function: Callable[..., Any], model: "RoadModel | None" = None) -> None:
@@ -42,18 +42,18 @@ class Forward:
         if model is None:
             return self._function
         if exporting():
-            # torch.export takes nothing that isn't to be traced, and one choice of adapters is all that it traces.
+            # torch.export accepts no function that is excluded from tracing; it traces one choice of adapters anyway.
             return functools.partial(inspect.unwrap(self._function), model)
         return Forward(self._function, model)
 
-    # Traced, this would be guarded by every value of adapter_names.
+    # If this were traced, every value of adapter_names would be guarded.
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(self._model, *args, **kwargs)
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        # Accelerate wraps this and binds it again: a copy of the model must then call itself.
+        # Accelerate wraps this and binds it again, so that a copy of the model calls itself, not the original.
         @functools.wraps(self._function)
         def function(*args: Any, **kwargs: Any) -> Any:
             return self._function(*args, **kwargs)
@@ -65,7 +65,7 @@ class Forward:
 
     @property
     def __code__(self) -> types.CodeType:
-        # torch.export names its graph by it.
+        # torch.export names its graph after it.
         return self._function.__code__
 
     @property
@@ -78,7 +78,7 @@ class Forward:
 
 
 def of_base(base: Any, name: str) -> Any:
-    """Returns an attribute of the base for a model around it; a method that would pass over names refuses them."""
+    """Returns an attribute of the base; methods that would silently ignore ``adapter_names`` refuse them instead."""
     value = getattr(base, name)
     if inspect.ismethod(value) and (value.__self__ is base or value.__self__ is bare(base)):
         return types.MethodType(_without_names(value.__func__), value.__self__)
@@ -87,7 +87,7 @@ def of_base(base: Any, name: str) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _without_names(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a method that refuses ``adapter_names``, if it would take any keyword and pass over these."""
+    """Makes a method refuse ``adapter_names`` if it takes any keyword and would silently ignore this one."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:
@@ -108,7 +108,7 @@ def _without_names(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def batch_sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
-    """The numbers of rows that a model may be called with: one where its inputs tell, none if no tensor is there."""
+    """Returns possible numbers of rows of a call: one if a named input tells it, none if there are no tensors."""
     named = [kwargs[name] for name in _INPUTS if name in kwargs]
     for values in (args, named, kwargs.values()):
         if found := [len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0]:
