@@ -1,4 +1,4 @@
-"""`SavedModule`: a module that adapters bring trained whole (``modules_to_save``), each a copy of its own."""
+"""`SavedModule`: a module of which each adapter may bring its own trained copy (``modules_to_save``)."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,19 +12,19 @@ from road_torch._routing import BASE, HOOKED, LOCAL, Name, Routing, Shared, part
 
 
 class SavedModule(nn.Module):
-    """Calls the copy that an adapter brought, or the original for adapters that brought none.
+    """Calls an adapter's copy of a module, or the original for adapters without a copy.
 
-    In a mixed batch each copy is called with its own rows. For this the module must be called with one tensor whose
-    first axis is the batch's, and give one: heads, embeddings and norms do.
+    In a mixed batch each copy is called with its own rows. This requires that the module takes one tensor whose first
+    axis is the batch and returns one, as heads, embeddings and norms do.
 
     Args:
-        original_module: the base's.
+        original_module: the base's module.
         module_path: its path, for error messages.
-        shared: what all layers of the model look at.
-        stray: why it doesn't see the batch's rows in order; None if it does.
+        shared: state shared by all layers of the model.
+        stray: why the module doesn't see the batch's rows in order; None if it does.
 
     Attributes:
-        modules_to_save: the copies by adapter.
+        modules_to_save: the copies by adapter name.
     """
 
     original_module: nn.Module
@@ -40,7 +40,7 @@ class SavedModule(nn.Module):
         self.train(original_module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the copy of the active adapter, of each row's adapter, or the original."""
+        """Calls the copies of the rows' adapters or of the active adapter, or the original."""
         routing = self._routing()
         if not routing.batch or self._shared.off:
             return self.current(routing)(*args, **kwargs)
@@ -75,18 +75,18 @@ class SavedModule(nn.Module):
         return result
 
     def current(self, routing: Routing | None = None) -> nn.Module:
-        """Returns what a plain call uses."""
+        """Returns the module that a plain call uses."""
         if self._shared.off:
             return self.original_module
         names: Sequence[Name] = self._shared.merged or (self._shared.plain if routing is None else routing).used
         return self._copy_for(next((n for n in names if isinstance(n, str) and n in self.modules_to_save), BASE))
 
     def __getattr__(self, name: str) -> Any:
-        """Looks in the module that the call uses: models read ``weight`` and the like."""
+        """Looks up attributes such as ``weight``, which models read, in the module that the call uses."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # What accelerate hooked is hooked by itself.
+            # Accelerate's hooks on the module are not the wrapper's.
             if (
                 name in HOOKED
                 or "modules_to_save" not in self.__dict__.get("_modules", {})
@@ -109,14 +109,14 @@ class SavedModule(nn.Module):
         return self._shared.plain if routing is None or routing.shared is not self._shared else routing
 
     def _kinds(self, routing: Routing) -> list[str]:
-        """Whose copy each row of a mixed batch gets."""
+        """Returns, for each row of a mixed batch, the adapter whose copy it gets, or `BASE`."""
         return [
             next((part for part, _ in parts(name) if part in self.modules_to_save), BASE)
             for name in routing.names or ()
         ]
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """Returns the tensors of an adapter's copy by state-dict key; none where it has no copy."""
+        """Returns the tensors of an adapter's copy by state-dict key; empty if it has no copy."""
         return self.modules_to_save[name].state_dict() if name in self.modules_to_save else {}
 
     def _copy_for(self, name: str) -> nn.Module:
@@ -132,7 +132,7 @@ class SavedModule(nn.Module):
 
 
 class _OfSeveral(Tensor):
-    """A tensor of which each row of a call has another: how it looks can be asked, but not computed with."""
+    """A tensor that differs from row to row of a call: its shape, dtype and device can be read, but no values."""
 
     path = ""
 
@@ -152,7 +152,7 @@ class _OfSeveral(Tensor):
 
 
 def saved_modules(model: nn.Module) -> Iterator[SavedModule]:
-    """Yields the model's modules of which adapters have copies, each once."""
+    """Yields the model's modules that adapters have copies of, each once."""
     return (module for module in model.modules() if isinstance(module, SavedModule))
 
 
@@ -160,14 +160,15 @@ def copy_of(path: str, module: nn.Module, tensors: Mapping[str, Tensor] | None, 
     """Copies a module for an adapter.
 
     Args:
-        path: the module's.
+        path: the module's path.
         module: the original.
-        tensors: values by state-dict key, rounded to the module's floating dtypes; without them the original's are
-            kept.
-        strict: whether every key must have a value.
+        tensors: values by state-dict key, cast to the module's floating dtypes. Without a value, a tensor keeps the
+            original's.
+        strict: whether ``tensors``, if given, must have a value for every key.
 
     Raises:
-        AdapterError: the module can't be trained whole, or a tensor is missing, misshapen or not the module's.
+        AdapterError: the module can't be trained whole, or a tensor is missing, unknown, or has a wrong shape or kind
+            of dtype.
     """
     state = module.state_dict()
     wrong = _untrainable(module)
@@ -194,8 +195,8 @@ def copy_of(path: str, module: nn.Module, tensors: Mapping[str, Tensor] | None, 
 
 
 def _untrainable(module: nn.Module) -> str | None:
-    """Tells which of a module's tensors are the codes of a quantised weight, or no tensors; None if none are."""
-    # Counts, positions and masks are buffers of modules that aren't linear.
+    """Describes a state-dict entry that can't be trained: quantised codes or a non-tensor. Returns None if all can."""
+    # Not floating-point, but fine: counts, positions and masks, which are buffers of modules that aren't linear.
     kept = {
         f"{path}.{name}" if path else name
         for path, part in module.named_modules()
