@@ -1,4 +1,4 @@
-"""What adapters find in a base model: the modules that they are for, whether these can carry them, what comes along."""
+"""What adapters need from a base model: targeted modules, checks that they can be adapted, and accompanying weights."""
 
 import dataclasses
 import functools
@@ -14,11 +14,11 @@ from road_torch._io import to_tensor
 from road_torch._layer import RoadLayer, bare, features, is_conv1d, layers
 from road_torch._saved import SavedModule, copy_of
 
-# What a task's head is called in transformers.
+# Names of a task's head in transformers.
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
-# Linear layers whose parent, of such a class in transformers, takes their weight instead of calling them: always, or in
-# its fused training pass or its cached decoding.
+# Linear layers, by their parent's class in transformers, whose weight the parent reads instead of calling the layer:
+# always, or only in a fused training pass or in cached decoding.
 _MAMBA = ("x_proj", "dt_proj", "out_proj")
 _READ_BY_PARENT = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -44,9 +44,9 @@ _READ_BY_PARENT = {
 
 
 def modules_by_path(base: nn.Module) -> dict[str, nn.Module]:
-    """All modules by their path in the base model as it came: what is inside a wrapped layer isn't there.
+    """Returns all modules by their path in the original base model; modules inside wrapped layers are left out.
 
-    What ``torch.compile`` returned stands where the module stands that it was made of.
+    A wrapper of ``torch.compile`` takes the path of the module that it wraps.
     """
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
@@ -67,7 +67,7 @@ def modules_by_path(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def select(base: nn.Module, config: RoadConfig) -> dict[str, nn.Module]:
-    """Returns the targeted modules by path, by PEFT's rules."""
+    """Returns the targeted modules by path, following PEFT's rules."""
     modules = modules_by_path(base)
     linear = {path for path, module in modules.items() if _is_linear(_unwrapped(module))}
     chosen = select_modules(
@@ -81,10 +81,10 @@ def select(base: nn.Module, config: RoadConfig) -> dict[str, nn.Module]:
 
 
 def check_layer(base: nn.Module, path: str, module: nn.Module, config: RoadConfig) -> int:
-    """Returns a layer's number of outputs.
+    """Checks that a layer can have an adapter of this config, and returns its number of outputs.
 
     Raises:
-        AdapterError: it can't carry an adapter of this config.
+        AdapterError: it can't.
     """
     if not path:
         raise AdapterError("target_modules: expected modules within the model, found the model itself")
@@ -119,7 +119,7 @@ def check_layer(base: nn.Module, path: str, module: nn.Module, config: RoadConfi
 
 
 def with_head(base: nn.Module, config: RoadConfig) -> RoadConfig:
-    """As PEFT: a task's head, which the checkpoint doesn't have, is trained and saved with the adapter."""
+    """Adds the task's head to ``modules_to_save``, as PEFT does, because the base's checkpoint doesn't contain it."""
     named = config.modules_to_save or []
     heads = [
         head
@@ -137,17 +137,17 @@ def copies(
     *,
     strict: bool = True,
 ) -> dict[str, nn.Module]:
-    """Returns a copy of each module that a config wants to be saved whole, by path.
+    """Copies each module that a config's ``modules_to_save`` selects; returns the copies by path.
 
     Args:
         base: the base model.
-        config: a name in its ``modules_to_save`` stands for every module whose path ends with it, as in PEFT.
-        tensors: values by tensor path; without them the copies are like the originals.
-        source: where they are from, for errors.
+        config: a name in its ``modules_to_save`` selects every module whose path ends with it, as in PEFT.
+        tensors: values by tensor path; if None, the copies equal the originals.
+        source: where the tensors come from, for errors.
         strict: see `RoadModel.load_adapter`.
 
     Raises:
-        AdapterError: there is no such module, it can't be saved whole, or the tensors aren't its own.
+        AdapterError: no module matches, a module can't be saved whole, or the tensors don't fit the modules.
     """
     if not config.modules_to_save:
         return {}
@@ -181,7 +181,7 @@ def copies(
 
 
 def _called_for(base: Any, path: str) -> list[str]:
-    """Returns the embeddings that hold the weight of one which an encoder-decoder has for loading alone."""
+    """Returns the embeddings called in place of an encoder-decoder's ``shared`` one, which only serves loading."""
     if path.rpartition(".")[2] != "shared":
         return []
     modules = modules_by_path(base)
@@ -202,19 +202,20 @@ def base_weight(base: nn.Module, path: str) -> Tensor:
 def check_base_weights(
     base: nn.Module, source: object, adapter: Adapter, *, in_use: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """Checks the base's weights that came with an adapter.
+    """Checks base weights that were saved with an adapter.
 
     Args:
         base: the base model.
-        source: where the adapter is from, for errors.
-        adapter: as it was read.
-        in_use: whether the base has adapters already, which use these weights as they are.
+        source: where the adapter comes from, for errors.
+        adapter: the adapter as it was read.
+        in_use: whether the base already has adapters, which rely on its current weights.
 
     Returns:
-        Those of the base that are to be replaced, each with its new value: none of a base in use.
+        The base's tensors to replace, each with its new value; empty for a base in use.
 
     Raises:
-        AdapterError: they aren't of the base's embedding or head, don't fit, or differ from those of a base in use.
+        AdapterError: a weight doesn't belong to the base's embedding or head, doesn't fit, or differs from the weight
+            of a base in use.
     """
     if not adapter.base_weights:
         return []
@@ -249,7 +250,7 @@ def check_base_weights(
 
 
 def wrapped_ends(base: Any) -> list[str]:
-    """Returns the paths of wrapped modules that are or hold the embedding, the head, or what is tied to them."""
+    """Returns the paths of wrapped modules that are or contain the embedding, the head, or weights that are tied."""
     getters = (getattr(base, f"get_{side}_embeddings", None) for side in ("input", "output"))
     ends = {id(_unwrapped(module)) for get in getters if get is not None and (module := get()) is not None}
     weights = [weight for pair in _tied(base).items() for weight in pair]
@@ -265,15 +266,16 @@ def wrapped_ends(base: Any) -> list[str]:
 
 
 def are_tied(base: Any) -> bool:
-    """True if all that a model ties is one already, below what is wrapped."""
+    """True if all weights that a model ties are tied already, looking through wrappers."""
     return all(_are_one(base, *pair) for pair in _tied(base).items())
 
 
 def untie(base: Any) -> None:
-    """Takes weights that merging gave a value of their own off the model's lists of tied ones.
+    """Removes weights that merging has separated from the model's lists of tied weights.
 
-    On loading transformers would tie them again, and with no list at all it wouldn't find the others, of which it saves
-    one. Where some are left the config says as before that there are: models scale the head's input by it.
+    If they stayed listed, transformers would tie them again on loading. The lists keep the other weights, of which
+    transformers saves only one. While some remain, ``tie_word_embeddings`` stays set in the config, because models
+    scale the head's input by it.
     """
     config: Any = getattr(base, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(base, "all_tied_weights_keys"):
@@ -285,13 +287,13 @@ def untie(base: Any) -> None:
         if len(left) < len(tied):
             own = module.get_expanded_tied_weights_keys()
             module.all_tied_weights_keys = left
-            # For whoever ties weights once more, as resizing the embeddings does.
+            # Used when weights are tied again, as after resizing the embeddings.
             module._tied_weights_keys = {path: other for path, other in own.items() if path in left}
     apart: list[Tensor] = []
     for path in [path for path in before if path not in base.all_tied_weights_keys]:
         owner, leaf, tensor = _held(base, path)
         if any(tensor is other for other in apart):
-            # What these were tied to has gone: saved as one they would be tied to it again.
+            # They are separate from their source but still share one tensor; saved like that, all would be tied again.
             setattr(owner, leaf, nn.Parameter(tensor.detach().clone(), tensor.requires_grad))
         apart.append(tensor)
     if before and not base.all_tied_weights_keys:
@@ -299,13 +301,13 @@ def untie(base: Any) -> None:
 
 
 def _tied(model: Any) -> Mapping[str, str]:
-    """By the path of each weight that transformers ties, that of the one that it stores."""
+    """Returns, for the path of each weight that transformers ties, the path of the weight that it stores."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def _are_one(model: nn.Module, path: str, other: str) -> bool:
     first, second = _held(model, path)[2], _held(model, other)[2]
-    # Where accelerate took them away nobody can tell.
+    # Unknown if accelerate has offloaded them.
     return first is second or first.is_meta or second.is_meta
 
 
@@ -322,7 +324,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """What ``"all-linear"`` means: to PEFT ``nn.Linear`` and ``Conv1D``, here also the layers of GPTQ, AWQ, HQQ, …."""
+    """True for ``"all-linear"``: ``nn.Linear`` and ``Conv1D`` as in PEFT, here also layers of GPTQ, AWQ, HQQ, …."""
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return True
     inner = (child for child in module.modules() if child is not module)
@@ -338,7 +340,7 @@ def _has_features(module: nn.Module) -> bool:
 
 
 def _output_head(model: Any, modules: Mapping[str, nn.Module], config: RoadConfig) -> list[str]:
-    """What ``"all-linear"`` leaves out: a language model's head, or a classifier's."""
+    """Returns the paths that ``"all-linear"`` leaves out: the head of a language model or a classifier."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     if head is None and get is not None and config.task_type == "SEQ_CLS":
