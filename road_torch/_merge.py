@@ -1,4 +1,4 @@
-"""Merging in closed form, and back: rows of the weight rotated in float32, rounded once, checked, then stored."""
+"""Merging and unmerging in closed form: a weight's rows are rotated in float32, rounded once, checked and stored."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,31 +11,32 @@ from road_torch._kernels import default
 from road_torch._layer import RoadLayer, bare, features, is_conv1d, moved
 from road_torch._routing import Pass
 
-# Rows are widened to float32 in blocks of about this many elements: little memory, and few calls a layer.
+# Rows are widened to float32 in blocks of about this many elements, to use little memory in few calls per layer.
 _BLOCK = 1 << 20
 
-# How far a row may be from where it was, relative to its norm, when it is rotated forth and back.
+# Largest error of a row after rotating it forth and back, relative to its norm.
 _WAY_BACK = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 _WAY_BACK_QUANTIZED = 0.5
 
-# How far a merged layer with a forward of its own may be from its rotated output, relative to its norm: rounding alone,
-# TF32's too. A weight that is quantised anew at each call, for less than which there is no use, is 0.01 and more away.
+# For merged layers with a forward of their own: largest distance of the output from the rotated one, relative to its
+# norm. It allows for rounding alone, including TF32's. With weights that are quantised anew at each call, the distance
+# is at least 0.01 in any practical format.
 _SAME_OUTPUT = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
-# What is rotated through float32; float8 and the like have scales elsewhere.
+# Dtypes that are rotated in float32; float8 and the like are left out, because their scales are stored elsewhere.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Kept:
-    """A layer's weight and bias as they stand, to be put back: data, which is moved, copied and pickled with the layer.
+    """A layer's current weight and bias, kept to be restored; they are moved, copied and pickled with the layer.
 
     Args:
         base: the layer.
-        quantized: whether it is one of bitsandbytes whose weight stands in 4 or 8 bits.
+        quantized: whether it is a bitsandbytes layer with a 4-bit or 8-bit weight.
     """
 
     def __init__(self, base: Any, *, quantized: bool) -> None:
-        # In a module, for what moves a model moves parameters of every kind.
+        # In a module, because nn.Module._apply moves parameters of every kind.
         self._module = nn.Module()
         for name in ("weight", "bias"):
             if name in base._parameters:
@@ -47,12 +48,12 @@ class Kept:
             self._beside = _bnb.beside_weight(base)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Does what the layer's ``_apply`` does."""
+        """Applies the function of the layer's ``_apply``."""
         self._module._apply(fn)
         self._beside = {n: moved(v, fn) if isinstance(v, Tensor) else v for n, v in self._beside.items()}
 
     def put_back(self, base: Any) -> None:
-        """Gives the layer its weight and bias back, bit for bit."""
+        """Restores the layer's weight and bias, bit for bit."""
         for name, value in self._module._parameters.items():
             setattr(base, name, value)
         if self._beside:
@@ -62,21 +63,21 @@ class Kept:
 
 
 class Inverse:
-    """What rotates a layer's weight and bias back where the old ones weren't kept: exact but for rounding.
+    """Rotations that undo a merge where the old weight and bias weren't kept; exact up to rounding.
 
     Args:
-        passes: the rotations that were applied, one after the other.
-        path: of the layer.
+        passes: the rotations that were applied, in order.
+        path: the layer's path, for errors.
 
     Raises:
-        AdapterError: a block has no inverse.
+        AdapterError: a 2x2 block has no inverse.
     """
 
     def __init__(self, passes: Sequence[Pass], path: str) -> None:
         self.passes = []
         for first, cross, group_size, _ in reversed(passes):
             back = Pass(*default.inverse(first, cross, group_size), group_size)
-            # One that isn't finite in float32 rotates nothing back either.
+            # An inverse that isn't finite in float32 is of no use either.
             singular = ~(back.first.isfinite() & back.cross.isfinite())
             if blocks := int((singular | default.partner(singular, group_size)).sum()) // 2:
                 raise AdapterError(
@@ -86,25 +87,26 @@ class Inverse:
             self.passes.append(back)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Does what the layer's ``_apply`` does."""
+        """Applies the function of the layer's ``_apply``."""
         self.passes = [Pass(moved(f, fn), moved(c, fn), size) for f, c, size, _ in self.passes]
 
 
 def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True, keep: bool = True) -> float | None:
-    """Rotates a layer's weight and bias, so that the base alone gives what base and adapters gave.
+    """Rotates a layer's weight and bias, so that the base alone returns what the adapted layer returned.
 
     Args:
-        layer: one that is not merged.
-        names: adapters, applied one after the other; those that the layer doesn't have are passed over.
+        layer: a layer without merged adapters.
+        names: adapters, applied in order; names that the layer doesn't have are skipped.
         check: whether to refuse a result that isn't finite.
-        keep: whether the old weight and bias stay beside the new ones, for `unmerge` to put back bit for bit; else it
+        keep: whether to keep the old weight and bias, so that `unmerge` restores them bit for bit. If False, `unmerge`
             rotates the new ones back.
 
     Returns:
-        For a quantised base, how far the weight moved by being quantised anew, relative to its norm; else None.
+        For a quantised base, the error from quantising the weight again, relative to its norm; else None.
 
     Raises:
-        AdapterError: the weight can't be rotated, or not back, or the result isn't finite; the layer is as it was.
+        AdapterError: the weight can't be rotated, the rotation can't be undone although ``keep`` is False, or the
+            result isn't finite; the layer is left unchanged.
     """
     with torch.inference_mode(False), torch.no_grad():
         passes = layer.passes(names)
@@ -118,10 +120,10 @@ def merge(layer: RoadLayer, names: Sequence[str], *, check: bool = True, keep: b
 
 
 def attempt(layer: RoadLayer, names: Sequence[str], *, check: bool = True, keep: bool = True) -> float | None:
-    """Returns and raises what `merge` would; the layer is as it was.
+    """Tries `merge` and undoes it: returns and raises what `merge` would, and leaves the layer unchanged.
 
     Raises:
-        AdapterError: besides, a weight that isn't kept wouldn't come back.
+        AdapterError: as in `merge`; or, if ``keep`` is False, rounding would leave too little of the weight to restore.
     """
     base: Any = bare(layer.base_layer)
     with torch.inference_mode(False), torch.no_grad():
@@ -138,11 +140,11 @@ def attempt(layer: RoadLayer, names: Sequence[str], *, check: bool = True, keep:
 
 
 def _check_back(path: str, base: Any, back: Tensor) -> None:
-    """Refuses a weight rotated forth and back of which rounding has left too little: by rows, a block being two."""
+    """Refuses a weight that rotating forth and back doesn't restore, by row (each 2x2 block mixes two of them)."""
     weight = _weight(base)
     moved, size = (weight.float() - back).norm(dim=1), weight.float().norm(dim=1)
     tolerance = _WAY_BACK_QUANTIZED if _is_quantized(base) else _WAY_BACK[weight.dtype]
-    # A row that isn't finite isn't near either.
+    # Written so that a row that isn't finite counts as lost.
     if lost := int((~(moved <= tolerance * size)).sum()):
         raise AdapterError(
             f"{path}: expected a merged weight that its blocks' inverses bring back where keep_weights is False, "
@@ -151,11 +153,11 @@ def _check_back(path: str, base: Any, back: Tensor) -> None:
 
 
 def unmerge(layer: RoadLayer) -> float | None:
-    """Puts back what `merge` replaced, or rotates it back where that wasn't kept.
+    """Restores the weight and bias that `merge` kept, or rotates the merged ones back.
 
     Returns:
-        For a quantised base that was rotated back, how far the weight moved by being quantised anew, relative to its
-        norm; else None.
+        For a quantised base that was rotated back, the error from quantising the weight again, relative to its norm;
+        else None.
     """
     error = None
     if layer.merged_adapters:
@@ -170,9 +172,9 @@ def unmerge(layer: RoadLayer) -> float | None:
 
 
 def _rotate(layer: RoadLayer, passes: Sequence[Pass], check: bool, *, prove: bool) -> tuple[Kept, float | None]:
-    """Replaces a layer's weight and bias by rotated ones; returns the old ones and what quantising anew has moved.
+    """Replaces a layer's weight and bias by rotated ones; returns the old ones and the error from quantising again.
 
-    ``prove`` is whether to see, of a layer with a forward of its own, that its output is the rotated one.
+    With ``prove``, a layer with a forward of its own is called to check that its output really is rotated.
     """
     base: Any = bare(layer.base_layer)
     path = layer.module_path
@@ -191,7 +193,7 @@ def _rotate(layer: RoadLayer, passes: Sequence[Pass], check: bool, *, prove: boo
         if quantized:
             error = _requantize(path, base, rotated, check)
         else:
-            # A new parameter, for the old one may be tied to an embedding, which must stay as it is.
+            # A new parameter, because the old one may be tied to an embedding, which must not change.
             base.weight = _like(base.weight, rotated.T.contiguous() if is_conv1d(base) else rotated)
         if bias is not None:
             base.bias = _like(base.bias, bias)
@@ -204,15 +206,15 @@ def _rotate(layer: RoadLayer, passes: Sequence[Pass], check: bool, *, prove: boo
 
 
 def _has_own_forward(base: nn.Module) -> bool:
-    """True where what a layer computes may be something else than its weight times x, and bias."""
+    """True if a layer may compute something other than the product with its weight plus its bias."""
     return "forward" in base.__dict__ or not (is_conv1d(base) or type(base).forward is nn.Linear.forward)
 
 
 def _sample_output(base: Any) -> Tensor:
-    """What a layer gives for four rows that are the same at every call."""
+    """Returns a layer's output for four fixed random rows."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, features(base)[0], generator=generator, device="cpu", dtype=torch.float32)
-    # Observers write into buffers what they saw.
+    # Observers record their inputs in buffers; the forward gets copies of these.
     buffers = [(module, dict(module._buffers)) for module in base.modules()]
     try:
         for module, own in buffers:
@@ -227,7 +229,7 @@ def _sample_output(base: Any) -> Tensor:
 def _check_output(path: str, base: Any, expected: Tensor) -> None:
     found = _sample_output(base)
     away = float((found.float() - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    # One that isn't finite isn't near either.
+    # Written so that an output that isn't finite is refused.
     if not away <= _SAME_OUTPUT[base.weight.dtype]:
         raise AdapterError(
             f"{path}: expected a layer whose output is rotated with its weight and bias, found {type(base).__name__} "
@@ -236,7 +238,7 @@ def _check_output(path: str, base: Any, expected: Tensor) -> None:
 
 
 def _weight(base: Any) -> Tensor:
-    """A layer's weight as it is rotated: ``[out, in]``, a quantised one in float32."""
+    """Returns a layer's weight in the form in which it is rotated: ``[out, in]``, dequantised to float32."""
     if _is_quantized(base):
         from road_torch import _bnb
 
@@ -245,7 +247,7 @@ def _weight(base: Any) -> Tensor:
 
 
 def _requantize(path: str, base: Any, weight: Tensor, check: bool) -> float:
-    """Stores a weight quantised anew; returns how far that moved it, relative to its norm."""
+    """Quantises a weight and stores it; returns the error from quantising, relative to the weight's norm."""
     from road_torch import _bnb
 
     _bnb.requantize(base, weight)
@@ -264,14 +266,17 @@ def _is_quantized(base: nn.Module) -> bool:
 
 
 def _check_plain(path: str, base: Any, name: str) -> None:
-    """Old and new weight norm, for instance, compute the weight from other parameters at each call."""
+    """Refuses a tensor that can't be merged into: not a plain floating-point parameter of the layer, or offloaded.
+
+    Weight norm, for instance, computes the weight from other parameters at each call.
+    """
     value = base._parameters.get(name)
     if value is None:
         raise AdapterError(
             f"{path}: expected a {name} to merge into that is a parameter of the layer, found {type(base).__name__} "
             "without one"
         )
-    # torchao's weights say that they are floating-point, and hold something else.
+    # torchao's weights claim to be floating-point, but hold something else.
     held = value.detach()
     if type(held) is not Tensor or held.dtype not in _DTYPES or held.device.type == "meta":
         raise AdapterError(
@@ -281,7 +286,7 @@ def _check_plain(path: str, base: Any, name: str) -> None:
 
 
 def _rotate_rows(weight: Tensor, passes: Sequence[Pass]) -> Tensor:
-    """Returns the rotated weight ``[out, in]`` in its dtype; the arithmetic is in float32."""
+    """Returns the rotated weight ``[out, in]`` in its dtype, computed in float32."""
     dtype = weight.dtype
     for first, cross, group_size, _ in passes[:-1]:
         weight = _rotate_rows_once(weight, first, cross, group_size, torch.float32)
@@ -298,7 +303,7 @@ def _rotate_rows_once(weight: Tensor, first: Tensor, cross: Tensor, group_size: 
     for start in range(0, len(halves), step):
         block = slice(start, start + step)
         w = halves[block].float()
-        # In place where no rounding follows.
+        # In place if no rounding follows.
         into = torch.mul(w, f[block], out=out[block] if dtype == torch.float32 else None)
         into[:, 0].addcmul_(w[:, 1], c[block, 0])
         into[:, 1].addcmul_(w[:, 0], c[block, 1])
@@ -313,7 +318,7 @@ def _bias(base: nn.Module, passes: Sequence[Pass]) -> Tensor | None:
 
 
 def _rotate_features(value: Tensor, passes: Sequence[Pass]) -> Tensor:
-    """Returns the rotated ``[..., out]`` in float32."""
+    """Rotates values ``[..., out]`` in float32."""
     value = value.float()
     for first, cross, group_size, _ in passes:
         value = default.rotate(value, first.to(value.device), cross.to(value.device), group_size)
@@ -322,7 +327,7 @@ def _rotate_features(value: Tensor, passes: Sequence[Pass]) -> Tensor:
 
 def _check_finite(path: str, weight: Tensor, bias: Tensor | None) -> None:
     for name, value in (("weight", weight), ("bias", bias)):
-        # One pass: a NaN anywhere is the least and the greatest value. Counting them takes ten times as long.
+        # One pass is enough: with a NaN, minimum and maximum are NaN. Counting takes ten times as long.
         if value is not None and not all(torch.isfinite(end) for end in torch.aminmax(value)):
             wrong = int((~torch.isfinite(value)).sum())
             raise AdapterError(
