@@ -1,4 +1,4 @@
-"""The coefficients of the adapters of one layer, as two tables."""
+"""The coefficients of a layer's adapters, in two tables."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class _Written(NamedTuple):
-    """What a row was formed of, and the versions that θ and α had."""
+    """The θ and α from which a row was formed, and their versions at that time."""
 
     key: object
     sources: Sequence[Tensor]
@@ -18,24 +18,24 @@ class _Written(NamedTuple):
 class Bank:
     """Coefficients ``first`` and ``cross`` (see `road_torch._kernels.default`), each float32 ``[capacity, out]``.
 
-    A row an adapter, the same in every layer of a model, so that one index gathers for all of them. Row 0, and that of
-    an adapter which this layer doesn't have, is the identity. Tables grow by doubling: adding the n-th adapter doesn't
-    copy the n - 1 before it.
+    Each adapter has one row, the same in every layer of a model, so that one index serves all layers. Row 0 is the
+    identity, and so are the rows of adapters that this layer doesn't have. Tables grow by doubling, so that not every
+    added adapter copies all earlier ones.
     """
 
     def __init__(self, out: int, device: torch.device) -> None:
         self._written: dict[int, _Written] = {}
-        # Tensors made in inference mode could not be used in training later.
+        # Tensors made in inference mode couldn't be used in training later.
         with torch.inference_mode(False):
             self.first = _growing(torch.ones(2, out, dtype=torch.float32, device=device))
             self.cross = _growing(torch.zeros(2, out, dtype=torch.float32, device=device))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy knows nothing of how its θ and α came about: their versions begin anew."""
+        """Leaves out the record of written rows, because the versions of a copy's θ and α start again."""
         return {**self.__dict__, "_written": {}}
 
     def sources(self, row: int, key: object) -> Sequence[Tensor] | None:
-        """Returns what a row was formed of, if that was under the same key and wasn't written to since; else None."""
+        """Returns the tensors a row was formed from if it has the same key and they weren't written to; else None."""
         written = self._written.get(row)
         if written is None or written.key != key:
             return None
@@ -44,12 +44,13 @@ class Bank:
     def update(
         self, row: int, sources: Sequence[Tensor], form: Callable[[], tuple[Tensor, Tensor]], key: object = None
     ) -> None:
-        """Forms a row again if a θ or α that it is made of was replaced or written to since the last time.
+        """Forms a row again if one of its θ or α was replaced or written to since the last time.
 
-        One that is trained is formed each time: fused optimizers, collectives and FSDP write it without a trace.
+        The row of trained tensors is formed every time, because fused optimizers, collectives and FSDP write to them
+        without a trace.
         """
         if any(source.is_meta for source in sources):
-            # There is nothing to form it of until they have values.
+            # The row can't be formed until they have values.
             self._written.pop(row, None)
             return
         now = [source._version for source in sources]
@@ -67,22 +68,22 @@ class Bank:
             self._written[row] = _Written(key, sources, now)
 
     def clear(self, row: int, key: object = None) -> None:
-        """Makes a row the identity, for an adapter that this layer doesn't have gets it."""
+        """Resets a row to the identity, for an adapter that this layer doesn't have."""
         if row < len(self.first):
             with torch.inference_mode(False), torch.no_grad():
                 self.first[row], self.cross[row] = 1.0, 0.0
         self._written[row] = _Written(key, (), [])
 
     def forget(self, row: int) -> None:
-        """Lets go of θ and α; the coefficients stay until another adapter gets the row."""
+        """Releases a row's θ and α; its coefficients stay until another adapter gets the row."""
         self._written.pop(row, None)
 
     def expire(self) -> None:
-        """Forms each row anew when it is next asked for: θ and α may change without a trace."""
+        """Makes every row be formed again on its next use, because θ and α may have changed without a trace."""
         self._written.clear()
 
     def reserve(self, row: int, limit: int | None = None) -> None:
-        """Grows the tables until they have this row: to twice the size, but not beyond a limit that suffices."""
+        """Grows the tables to hold this row: by doubling, but to no more rows than ``limit`` adapters need."""
         if row < len(self.first):
             return
         size = 1 << row.bit_length()
@@ -99,6 +100,6 @@ class Bank:
 def _growing(table: Tensor) -> Tensor:
     import torch._dynamo
 
-    # Otherwise torch.compile would compile anew for a table of another size.
+    # Otherwise torch.compile would recompile for a table of another size.
     torch._dynamo.maybe_mark_dynamic(table, 0)
     return table
