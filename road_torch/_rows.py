@@ -1,4 +1,4 @@
-"""Layers whose first axis isn't the batch's rows in order: which adapter each of their rows gets can't be known."""
+"""Finds layers whose first axis isn't the batch in order, where it can't be known which adapter a row should get."""
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
@@ -12,8 +12,8 @@ from road_torch._layer import RoadLayer, bare, layers
 from road_torch._routing import BASE, Name, parts
 from road_torch._saved import SavedModule, saved_modules
 
-# Of such a class in transformers, what is called, or calls others, with another axis first: that of tokens, queries or
-# the layers of a decoder.
+# By class in transformers: the children that are called, or call others, with another axis first, such as that of
+# tokens, queries or a decoder's layers.
 _GLOBAL = ("query", "key", "value", "query_global", "key_global", "value_global")
 _OTHER_AXIS_FIRST = {
     "LongformerSelfAttention": _GLOBAL,
@@ -31,7 +31,7 @@ _OTHER_AXIS_FIRST = {
     "DabDetrForObjectDetection": ("bbox_predictor",),
 }
 
-# What transformers calls the inputs that a row of text may have any number of, and their placeholders in the text.
+# Inputs in transformers of which a row of text may have any number, and the kind of their placeholders in the text.
 _MEDIA = {
     "pixel_values": "image",
     "image_patches": "image",
@@ -42,9 +42,9 @@ _MEDIA = {
 
 
 def stray(base: nn.Module, path: str) -> str | None:
-    """Says in the words of an error why a layer doesn't see the batch's rows in order; None if nothing is known."""
+    """Returns why a layer doesn't see the batch's rows in order, worded for an error; None if no reason is known."""
     names = path.split(".")
-    # Experts see a choice of the tokens: which row of the batch a token came from can't be known there.
+    # Experts see only some tokens and can't know which row of the batch a token came from.
     if "experts" in names:
         return "an expert, to which tokens are routed"
     module = base
@@ -58,20 +58,21 @@ def stray(base: nn.Module, path: str) -> str | None:
 
 
 def check_media(base: Any, names: Sequence[Name], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Checks that layers beside the text, as in a vision tower, can know which row what they are given belongs to.
+    """Checks that layers outside the text model, as in a vision tower, can assign their inputs to the batch's rows.
 
     Args:
         base: the model that is called.
-        names: of the batch's rows.
-        args: of the call.
-        kwargs: of the call.
+        names: the adapters of the batch's rows.
+        args: the call's positional arguments.
+        kwargs: the call's keyword arguments.
 
     Raises:
-        AdapterError: rows that differ in their adapters have a layer there, and differ in their share of its input.
+        AdapterError: the rows have different adapters, one of these has such a layer, and the rows have different
+            amounts of its input.
     """
     if len(set(names)) == 1 or not (len(args) > 1 or not kwargs.keys().isdisjoint(_MEDIA)):
         return
-    # What generate has beside its inputs are no tensors.
+    # Only tensors: generate's other positional arguments are none.
     in_place = zip(inspect.signature(base.forward).parameters, args, strict=False)
     given = {**{key: value for key, value in in_place if isinstance(value, Tensor)}, **kwargs}
     ids = given.get("input_ids")
@@ -89,16 +90,16 @@ def check_media(base: Any, names: Sequence[Name], args: Sequence[Any], kwargs: M
 
 
 def check_generation(base: Any, names: Sequence[Name], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Checks that ``generate`` keeps all rows to its end: Whisper's goes on with those that aren't finished.
+    """Checks that ``generate`` keeps all rows to its end; Whisper's may continue with the unfinished rows only.
 
     Args:
         base: the model that is called.
-        names: of the batch's rows.
-        args: of the call.
-        kwargs: of the call.
+        names: the adapters of the batch's rows.
+        args: the call's positional arguments.
+        kwargs: the call's keyword arguments.
 
     Raises:
-        AdapterError: rows have different adapters, and some of them may be left out.
+        AdapterError: the rows have different adapters, and ``generate`` may drop some of the rows.
     """
     kinds = type(bare(base)).__mro__
     if len(set(names)) == 1 or all(kind.__name__ != "WhisperGenerationMixin" for kind in kinds):
@@ -123,26 +124,26 @@ def check_generation(base: Any, names: Sequence[Name], args: Sequence[Any], kwar
 
 
 def _differing(base: Any, kind: str, ids: Any, value: Any, sizes: Any, rows: int) -> str | None:
-    """Says how rows differ in their share of an input; None if they have the same, in order."""
+    """Describes how rows differ in their amount of an input; None if they have equal amounts, in order."""
     config = getattr(base, "config", None)
     tokens = [getattr(config, f"{kind}_token_{end}", None) for end in ("id", "index")]
     token = next((token for token in tokens if token is not None), None)
     if token is None:
-        # It isn't called for by the text: one a row.
+        # The text has no placeholders: each row should have one input.
         return None if len(value) == rows else f"{len(value)}"
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         return f"no input_ids with the rows' {kind} tokens"
     counts = (ids == token).sum(1).tolist()
     if len(set(counts)) > 1:
         return f"{', '.join(map(str, counts))} {kind} tokens"
-    # As many tokens may stand for more patches.
+    # The same number of tokens may stand for different numbers of patches.
     if kind == "image" and sizes is not None and len(torch.as_tensor(sizes).unique(dim=0)) > 1:
         return "image_sizes that differ"
     return None
 
 
 def _beside_text(base: Any, names: Collection[Name]) -> str | None:
-    """Returns the path of a module that adapters of the batch have and that isn't given the text."""
+    """Returns the path of a module outside the text model that adapters of the batch have; None if there is none."""
     find = getattr(base, "get_decoder", None)
     decoder = find() if find is not None else None
     if decoder is None:
