@@ -1,4 +1,4 @@
-"""Gradient checkpointing as transformers does it: what a backward pass computes again follows the call it is of."""
+"""Gradient checkpointing in transformers: recomputation in a backward pass uses the adapters of its call."""
 
 import functools
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from torch import nn
 from road_core import AdapterError
 from road_torch._routing import LOCAL, routed
 
-# torch 2.8 brought it; before, torch's own error must do.
+# New in torch 2.8; before that, users get torch's own error.
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 
-# Where transformers' modules have the function that computes a block and, in the backward pass, computes it again.
+# The attribute of transformers' modules with the function that computes a block and recomputes it in the backward pass.
 _NAME = "_gradient_checkpointing_func"
 
 
 class Checkpoint:
-    """A module's checkpointing function, for mixed batches too; other calls pass through.
+    """Wraps a module's checkpointing function, so that it works in mixed batches; other calls pass through.
 
     Args:
-        function: the module's own.
+        function: the module's own function.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -31,7 +31,7 @@ class Checkpoint:
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls a block through the module's own function."""
         again = LOCAL.again
-        # torch.compile traces both passes within the call; within another checkpointing the layers refuse.
+        # torch.compile traces both passes within the call; nested in another checkpoint, the layers refuse.
         if again is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_another():
             block = functools.partial(_compute, block, again)
         return self.function(block, *args, **kwargs)
@@ -52,7 +52,7 @@ def _compute(block: Callable[..., Any], again: Callable[[], routed], /, *args: A
 
 
 def in_another() -> bool:
-    """True in a checkpointing that isn't reentrant and that nobody brings back into the call."""
+    """True within a non-reentrant checkpoint whose recomputation won't be brought back into the call."""
     hooks = _saving_hooks(False)
     if hooks is None or getattr(hooks[0], "__module__", None) != torch.utils.checkpoint.__name__:
         return False
@@ -60,18 +60,18 @@ def in_another() -> bool:
 
 
 def checkpointing(model: nn.Module) -> list[nn.Module]:
-    """The modules of which a backward pass may compute layers a second time."""
+    """Returns the modules with gradient checkpointing, whose layers a backward pass may recompute."""
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
 
 
 def follow(model: nn.Module) -> bool:
-    """Sees to it that checkpointing follows mixed batches.
+    """Wraps checkpointing functions, so that recomputation uses the adapters of a mixed call.
 
     Returns:
-        Whether there is any.
+        Whether any module has gradient checkpointing.
 
     Raises:
-        AdapterError: a module has it in a way that transformers no longer has.
+        AdapterError: a module in training has checkpointing, but not through transformers' function.
     """
     found = checkpointing(model)
     for module in found:
@@ -88,7 +88,7 @@ def follow(model: nn.Module) -> bool:
 
 
 def leave(model: nn.Module) -> None:
-    """Gives modules their own functions back."""
+    """Gives modules their own checkpointing functions back."""
     for module in model.modules():
         if isinstance(function := module.__dict__.get(_NAME), Checkpoint):
             setattr(module, _NAME, function.function)
