@@ -1,4 +1,4 @@
-"""`InterventionModel`: RoAd on what whole decoder blocks give, another intervention for each row of a batch."""
+"""`InterventionModel`: RoAd on the outputs of decoder blocks, with an intervention for each row of a batch."""
 
 import contextlib
 import functools
@@ -20,23 +20,23 @@ from road_torch._routing import BASE, HOOKED, LOCK
 
 
 class InterventionModel(nn.Module):
-    """A decoder whose blocks' outputs are rotated at chosen tokens: interventions that road_jax trained.
+    """A decoder whose blocks' outputs are rotated at chosen tokens, by interventions that road_jax trained.
 
-    The base is left as it is: its blocks have another ``forward`` while a call of this model runs, for the thread that
-    makes it, and their own when it ends, however it ends. So a call of the base itself is the base's. Its weights may
-    be quantised, and it may be a `RoadModel`, whose active adapters then act too. A block's output keeps its dtype;
+    The base is not changed: its blocks get another ``forward`` only while a call of this model runs, which acts only in
+    the calling thread, and get their own back even if the call fails. So calls of the base itself are unaffected. The
+    base may be quantised, or a `RoadModel`, whose active adapters then apply too. A block's output keeps its dtype;
     coefficients are formed in float32 and rounded to it once.
 
-    Under ``torch.compile``, of this model or of the base, another choice of interventions runs the same graph; so does
-    one that is loaded later, unless it brings a block or a group size that none had.
+    With ``torch.compile``, of this model or of the base, the same graph serves any choice of interventions. An
+    intervention that is loaded later needs a new graph only if it has a block or a group size that no other had.
 
     Args:
-        base: a Hugging Face decoder, or a model that holds one.
-        blocks: the path of the ``nn.ModuleList`` with its blocks; if not given, the one of as many modules as the
-            config says that the model has hidden layers.
+        base: a Hugging Face decoder, or a model that contains one.
+        blocks: path of the ``nn.ModuleList`` of blocks. If None, it is the one whose length is the config's number of
+            hidden layers.
 
     Raises:
-        AdapterError: there are no such blocks, or the base has interventions already.
+        AdapterError: the blocks aren't found, or the base is an `InterventionModel`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,11 +61,11 @@ class InterventionModel(nn.Module):
         if not isinstance(found, nn.ModuleList) or not len(found):
             raise AdapterError(f"blocks: expected the path of a ModuleList in the model, found {self.blocks!r}")
         self._interventions: dict[str, Intervention] = {}
-        # Rows of the banks; 0 is the identity.
+        # Rows of the banks; row 0 is the identity.
         self._rows: dict[str, int] = {}
         self._banks: dict[int, Bank] = {}
         self._active: str | None = None
-        # Those in flight.
+        # Running calls.
         self._calls: list[_Call] = []
         self.train(base.training)
 
@@ -78,10 +78,10 @@ class InterventionModel(nn.Module):
         *,
         blocks: str | None = None,
     ) -> "InterventionModel":
-        """Returns a model with the intervention of a folder, active.
+        """Wraps a model and loads an intervention from a folder as the active one.
 
         Raises:
-            AdapterError: the folder is broken, or is for another model.
+            AdapterError: the folder is broken, or its intervention is for another model.
         """
         intervened = cls(model, blocks=blocks)
         intervened.load_adapter(model_id, adapter_name)
@@ -89,12 +89,12 @@ class InterventionModel(nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """All interventions, in the order in which they came."""
+        """All interventions, in the order in which they were loaded."""
         return list(self._interventions)
 
     @property
     def active_adapter(self) -> str | None:
-        """The intervention that a plain call applies; None for none."""
+        """The intervention that a call without ``adapter_names`` applies; None if there is none."""
         return self._active
 
     @property
@@ -103,14 +103,15 @@ class InterventionModel(nn.Module):
         return {name: intervention.config for name, intervention in self._interventions.items()}
 
     def load_adapter(self, model_id: str | os.PathLike, adapter_name: str = "default") -> None:
-        """Loads a folder of ``road_jax.save_intervention``; the first one becomes active.
+        """Loads an intervention from a folder of ``road_jax.save_intervention``; the model's first becomes active.
 
         Raises:
-            AdapterError: the name is taken, the folder is broken or is for another model; nothing has changed.
+            AdapterError: the name is taken or invalid, the folder is broken, or its intervention is for another model;
+                nothing is changed.
         """
         self._check_new(adapter_name)
         intervention = read_intervention(model_id)
-        # Calls of other threads don't wait for the file.
+        # Only now, so that calls of other threads don't wait for the file.
         with LOCK:
             self._check_new(adapter_name)
             self._check_fits(intervention, model_id)
@@ -124,7 +125,7 @@ class InterventionModel(nn.Module):
                 self._active = adapter_name
 
     def set_adapter(self, adapter_name: str | None) -> None:
-        """Makes an intervention the one that plain calls apply, or with None makes them the base's.
+        """Activates an intervention for calls without ``adapter_names``; with None they apply none.
 
         Raises:
             AdapterError: the name is unknown.
@@ -133,11 +134,11 @@ class InterventionModel(nn.Module):
         self._active = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an intervention.
+        """Deletes an intervention.
 
         Raises:
-            AdapterError: the name is unknown, the intervention is active (``set_adapter(None)`` makes none so), or a
-                call uses it; nothing has changed.
+            AdapterError: the name is unknown, the intervention is active (``set_adapter(None)`` deactivates it), or a
+                running call uses it; nothing is changed.
         """
         with LOCK:
             self._check_known([adapter_name])
@@ -154,12 +155,12 @@ class InterventionModel(nn.Module):
             for bank in self._banks.values():
                 bank.clear(row)
             if not self._interventions:
-                # The next one's vectors may have another size.
+                # The next intervention may have another hidden size.
                 self._banks.clear()
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """While open, plain calls are the base's."""
+        """Within the block, calls without ``adapter_names`` apply no intervention."""
         before = self._active
         self._active = None
         try:
@@ -168,10 +169,10 @@ class InterventionModel(nn.Module):
             self._active = before
 
     def get_base_model(self) -> nn.Module:
-        """Returns the base model, which is as it was."""
+        """Returns the base model, which has not been changed."""
         return self.base_model
 
-    # What each row gets is told to the blocks by tensors; of this function a compiled graph must know nothing.
+    # Blocks learn from tensors what each row gets, so a compiled graph must not contain this function.
     @torch.compiler.disable(recursive=False)
     def forward(
         self,
@@ -183,16 +184,17 @@ class InterventionModel(nn.Module):
         """Calls the base model.
 
         Args:
-            *args: for the base model.
-            adapter_names: for each row of the batch an intervention's name, or ``"__base__"`` for none; without them
-                all rows get the active one.
-            prompt_mask: int or bool ``[batch, places]``, nonzero at the prompt's tokens, of as many places as the
-                cache's and the new tokens have together. If not given, the prompt is what ``attention_mask`` doesn't
-                call padding, and with a cache that holds tokens already, new tokens are no part of it.
-            **kwargs: for the base model.
+            *args: passed to the base model.
+            adapter_names: an intervention's name for each row of the batch, ``"__base__"`` for none. If None, all rows
+                get the active intervention.
+            prompt_mask: int or bool ``[batch, places]``, nonzero at the prompt's tokens. It covers the tokens in the
+                cache and the new ones. If None, the prompt consists of the tokens that ``attention_mask`` doesn't mark
+                as padding; if the cache already holds tokens, new tokens don't belong to it.
+            **kwargs: passed to the base model.
 
         Raises:
-            AdapterError: an unknown name, another number of names than of rows, or a mask of another shape.
+            AdapterError: a name is unknown, the number of names differs from that of the rows, or a mask has another
+                shape.
         """
         with self._open(adapter_names, prompt_mask, args, kwargs):
             return self.base_model(*args, **kwargs)
@@ -218,15 +220,15 @@ class InterventionModel(nn.Module):
         return call
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Calls the base model's ``generate``: what it is given is the prompt.
+        """Calls the base model's ``generate``; its input is the prompt.
 
         Args:
-            *args: for the base model.
-            adapter_names: as in `forward`; beams and returned sequences follow their row.
-            **kwargs: for the base model; with padding, an ``attention_mask`` is needed.
+            *args: passed to the base model.
+            adapter_names: as in `forward`; beams and returned sequences get the intervention of their row.
+            **kwargs: passed to the base model; ``attention_mask`` is required if there are padding tokens.
 
         Raises:
-            AdapterError: as `forward`; or there are padding tokens and no ``attention_mask``.
+            AdapterError: as in `forward`; or there are padding tokens, but no ``attention_mask``.
         """
         named = ("inputs", "input_ids", "inputs_embeds")
         given = [value for value in (*args[:1], *(kwargs.get(name) for name in named)) if isinstance(value, Tensor)]
@@ -243,17 +245,17 @@ class InterventionModel(nn.Module):
             return self.base_model.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Looks in the base model for what isn't here: ``config``, ``device``, ``generation_config``."""
+        """Looks up missing attributes in the base model: ``config``, ``device``, ``generation_config``, …."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Before __init__ has run there is no base model to ask, and what accelerate hooked is hooked by itself.
+            # There is no base model before __init__ has run, and accelerate's hooks on the base are not this model's.
             if name in ("base_model", *HOOKED) or "base_model" not in self._modules:
                 raise
             return of_base(self._modules["base_model"], name)
 
     def _bank(self, layer: int, device: torch.device) -> Bank:
-        """Returns the coefficients of a block, on its device."""
+        """Returns a block's table of coefficients on a device."""
         with LOCK:
             bank = self._banks.get(layer)
             if bank is None or bank.first.device != device:
@@ -264,7 +266,7 @@ class InterventionModel(nn.Module):
             return bank
 
     def _write(self, bank: Bank, layer: int, name: str) -> None:
-        """Writes an intervention's coefficients at a block, the identity if it leaves that block alone."""
+        """Writes an intervention's coefficients for a block into its bank; other blocks keep the identity."""
         intervention, row = self._interventions[name], self._rows[name]
         bank.reserve(row)
         if layer in intervention.layers:
@@ -304,20 +306,21 @@ class InterventionModel(nn.Module):
             raise AdapterError(f"adapter: expected one of {there}, found {', '.join(map(repr, unknown))}")
 
     def _pad_token(self, kwargs: Mapping[str, Any]) -> int:
-        """As transformers guesses which tokens are padding; -1 for none."""
+        """Returns the padding token as transformers chooses it; -1 for none."""
         configs = (kwargs.get("generation_config"), getattr(self.base_model, "generation_config", None))
         tokens = [kwargs.get("pad_token_id"), *(getattr(config, "pad_token_id", None) for config in configs)]
         return next((token for token in tokens if token is not None), -1)
 
 
 class _Call:
-    """One call of a model: who gets which intervention, and where in their rows the tokens of the moment stand.
+    """One call of a model: which intervention each row gets, and which of the current tokens it touches.
 
     Args:
-        model: that is called.
-        names: one a row; None for the active intervention on all rows.
-        prompt: the mask that tells what the prompt is, ``[batch, places]``; None if all is.
-        marked: whether the mask marks the prompt alone; what of another one stands behind the cache is no prompt.
+        model: the model that is called.
+        names: one name for each row; None for the active intervention on all rows.
+        prompt: mask of the prompt, ``[batch, places]``; None if all tokens belong to it.
+        marked: whether the mask is a ``prompt_mask``. In an attention mask, places behind the cached tokens don't
+            belong to the prompt.
         generates: whether more tokens follow those of the mask, and rows may be repeated for beams.
     """
 
@@ -338,7 +341,7 @@ class _Call:
         self.used = [name for name in dict.fromkeys(self._names) if name != BASE]
         model._check_known(self.used)
         self._configs = {name: model._interventions[name].config for name in self.used}
-        # How many first and last tokens each name wants: the base none of them, None all.
+        # How many first and last tokens each name touches: (0, 0) for the base, None for all tokens.
         self._spans = [self._configs[name].spans if name in self._configs else (0, 0) for name in self._names]
         self._by_prompt = any(config.spans is not None for config in self._configs.values())
         if prompt is not None and not (isinstance(prompt, Tensor) and prompt.ndim == 2) and self._by_prompt:
@@ -354,12 +357,12 @@ class _Call:
         self._marked, self._generates = marked, generates
         blocks: Any = model.base_model.get_submodule(model.blocks)
         self.trunk = model.base_model.get_submodule(model.blocks.rpartition(".")[0])
-        # A compiled graph knows of the blocks and group sizes of all interventions, not of those that these rows get.
+        # Blocks and group sizes of all loaded interventions, so that a compiled graph doesn't depend on these rows.
         loaded = list(model._interventions.values()) if self.used or not self._plain else []
         self._sizes = sorted({intervention.config.group_size for intervention in loaded})
         self._blocks = {layer: blocks[layer] for layer in sorted({i for each in loaded for i in each.layers})}
-        # What the blocks of the moment look at: touched tokens, bool [rows, length, 1], whether there are any, and for
-        # each group size the banks' row of each row.
+        # What blocks read in the current step: touched tokens, bool [rows, length, 1]; whether it is certain that there
+        # are none; and for each group size the banks' row of each row.
         self._touched, self._idle, self._steps = torch.empty(0), True, list[tuple[int, Tensor]]()
         self._masks: dict[tuple[int, int, int], tuple[Tensor, bool]] = {}
         self._tables: dict[tuple[int, int, torch.dtype, torch.device], list[tuple[Tensor, Tensor, int]]] = {}
@@ -386,7 +389,7 @@ class _Call:
 
     @torch.compiler.disable
     def begin(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Looks, before all blocks, at what they will be called with."""
+        """Prepares a step from the arguments of the model, before its blocks are called."""
         if not self._blocks:
             return
         given = (*args[:1], kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
@@ -398,7 +401,7 @@ class _Call:
             raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(self._names)}")
         cache = kwargs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
-        # What is generated makes no prompt longer: behind it all places are alike.
+        # Generated tokens don't extend the prompt: all places behind it are alike.
         key = (rows, length, start if self._prompt is None else min(start, self._prompt.shape[1]))
         if key not in self._masks:
             self._masks[key] = self._mask(rows, length, start, new.device)
@@ -410,8 +413,8 @@ class _Call:
                 self._model._bank(layer, new.device)
 
     def end(self, layer: int, output: Any) -> Any:
-        """Returns what stands in place of a block's output."""
-        # Blocks may be those of a call of another model on this base, in another thread.
+        """Returns a block's output, rotated where the call touches it."""
+        # The block may be patched for another model's call on this base, in another thread.
         if not torch.compiler.is_compiling() and (self._idle or layer not in self._blocks):
             return output
         if isinstance(output, Tensor):
@@ -437,12 +440,12 @@ class _Call:
         return torch.where(self._touched.to(h.device), turned, h)
 
     def _mask(self, rows: int, length: int, start: int, device: torch.device) -> tuple[Tensor, bool]:
-        """Returns which tokens are touched, bool ``[rows, length, 1]``, and whether it is sure that none is."""
+        """Returns which tokens are touched, bool ``[rows, length, 1]``, and whether it is certain that none are."""
         spans = self._spans
         everywhere = self._repeat(torch.tensor([span is None for span in spans], device=device), rows)[:, None]
         touched = torch.zeros(rows, length, dtype=torch.bool, device=device)
         if not self._by_prompt:
-            # Those of "all" and the base alone.
+            # There are only interventions on all tokens, and the base.
             return (touched | everywhere)[..., None], None not in spans
         prompt = self._prompt
         if prompt is None:
@@ -468,7 +471,7 @@ class _Call:
         return (touched | everywhere)[..., None], start >= prompt.shape[1] and None not in spans
 
     def _coefficients(self, layer: int, h: Tensor) -> list[tuple[Tensor, Tensor, int]]:
-        """Returns the rotations of a block, gathered by row: one for each group size among the interventions."""
+        """Returns a block's rotations, gathered by row: one for each group size of the interventions."""
         key = (layer, len(h), h.dtype, h.device)
         if key not in self._tables:
             bank = self._model._bank(layer, h.device)
@@ -486,12 +489,12 @@ class _Call:
         return self._tables[key]
 
     def _index(self, configs: Mapping[str, InterventionConfig], size: int, rows: int, device: torch.device) -> Tensor:
-        """Returns which row of the banks each row of the batch gets, int64 ``[rows]``: 0 if not of this group size."""
+        """Returns the banks' row for each row of the batch, int64 ``[rows]``; 0 for other group sizes."""
         mine = {name: self._model._rows[name] for name, config in configs.items() if config.group_size == size}
         return self._repeat(torch.tensor([mine.get(name, 0) for name in self._names], device=device), rows)
 
     def _repeat(self, values: Tensor, rows: int) -> Tensor:
-        """Repeats what each row of the batch has for its beams or returned sequences."""
+        """Repeats each row's values for its beams or returned sequences."""
         repeats, rest = divmod(rows, len(values))
         if rest or not repeats:
             raise AdapterError(
@@ -501,7 +504,7 @@ class _Call:
 
 
 class _Local(threading.local):
-    """A compiled graph reads this too, and asks first whether there is a call."""
+    """The current call of a thread. Compiled graphs read it too."""
 
     def __init__(self) -> None:
         self.call: _Call | None = None
@@ -509,13 +512,13 @@ class _Local(threading.local):
 
 LOCAL = _Local()
 
-# How many calls go through a module at the moment, and the ``forward`` that it had as an attribute of its own.
+# By patched module: the number of running calls, and the ``forward`` that it had as an instance attribute.
 _PATCHED: dict[nn.Module, tuple[int, Any]] = {}
 
 
-# A `forward` of their own and no hooks: torch.compile takes a graph that it has of the base for one with new hooks.
+# Modules get a `forward` and no hooks, because torch.compile would reuse a graph of the base in spite of new hooks.
 def _patch(module: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
-    """Gives a module another ``forward``, until as many calls have ended as began."""
+    """Gives a module another ``forward``, until every call that patched it has restored it."""
     with LOCK:
         calls, own = _PATCHED.get(module, (0, module.__dict__.get("forward")))
         if not calls:
@@ -535,7 +538,7 @@ def _restore(module: nn.Module) -> None:
 
 
 def _turning(trunk: nn.Module, layer: int, inner: Callable) -> Callable:
-    """A block's ``forward``: what it gives is turned in the thread that called an `InterventionModel`."""
+    """Returns a block's ``forward`` that rotates the output in the thread that called an `InterventionModel`."""
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -546,7 +549,7 @@ def _turning(trunk: nn.Module, layer: int, inner: Callable) -> Callable:
 
 
 def _counting(trunk: nn.Module, inner: Callable) -> Callable:
-    """The ``forward`` of what holds the blocks: each of a generation's steps is looked at first."""
+    """Returns a ``forward`` for the module that holds the blocks, which prepares each step of a generation."""
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -566,7 +569,7 @@ def _find_blocks(base: nn.Module) -> str:
     lists = [
         path for path, module in base.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    # Lists within blocks, of experts for instance, may be as long.
+    # Lists within blocks, of experts for instance, may have the same length.
     outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1:
         raise AdapterError(
