@@ -1,4 +1,4 @@
-"""Text from lines that each name their adapter, all in one mixed batch; and the ``road-generate`` command behind it."""
+"""Generates text for lines that each name an adapter, in mixed batches; also the ``road-generate`` command."""
 
 import contextlib
 import dataclasses
@@ -28,30 +28,30 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Generates text with RoAd adapters, another one for each line, in mixed batches."""
+    """Generates text with RoAd adapters in mixed batches, in which each line may name its own adapter."""
 
-    # Folder of a Hugging Face checkpoint.
+    # Folder of the Hugging Face checkpoint.
     base: Path
     # Adapters in PEFT's format, as NAME=FOLDER.
     adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    # JSONL: {"prompt": ...} or {"messages": [...]} a line, with "adapter": NAME, or NAME+NAME for several, one after
-    # the other; without it the base model answers.
+    # JSONL file with {"prompt": ...} or {"messages": [...]} per line, optionally with "adapter": NAME, or NAME+NAME for
+    # several adapters applied in order. Lines without an adapter are answered by the base model.
     prompts: Path
-    # JSONL with the lines' fields and "completion"; standard output if not given. Finished batches stand in OUT.part
-    # till then: the same command goes on behind them.
+    # JSONL file for the lines' fields and their "completion"; standard output if not given. Until all are done,
+    # finished batches are kept in OUT.part; after an interruption, the same command continues from there.
     out: Path | None = None
-    # The base model's weights: 4 bits, 8 bits, or as they are.
+    # Quantisation of the base model's weights: 4 bits, 8 bits, or none.
     quantize: Literal["nf4", "int8", "none"] = "none"
-    # Of the computation; "auto" is the checkpoint's.
+    # Dtype of the computation; "auto" is the checkpoint's.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # Tokens of an answer at most.
+    # Maximum number of tokens per answer.
     max_new_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 128
-    # Lines that are answered at once.
+    # Number of lines answered at once.
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 32
-    # 0 takes the likeliest token; above, tokens are drawn, out of all of them. The checkpoint's own generation config
-    # gives its end tokens only.
+    # 0 takes the likeliest token; above 0, tokens are sampled from the whole vocabulary. Of the checkpoint's own
+    # generation config only the end tokens are used.
     temperature: float = 0.0
-    # Of what is drawn.
+    # Seed for sampling.
     seed: int = 0
 
 
@@ -65,24 +65,25 @@ def generate(
     console: Console | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Answers prompts in mixed batches, each with its own adapter.
+    """Answers prompts in mixed batches, each prompt with its own adapter.
 
     Args:
-        model: on a Hugging Face decoder.
-        tokenizer: the decoder's; conversations go through its chat template, and so do prompts where it has one.
-        rows: ``{"prompt": text}`` or ``{"messages": [...]}``, with ``"adapter"``: a name, a mix
-            of them as ``"a+b"``, ``"__base__"`` or nothing.
-        max_new_tokens: of an answer, at most.
-        batch_size: rows that are answered at once.
-        console: where a progress bar is drawn; without it there is none.
-        **options: for the model's ``generate``; without any the likeliest token is taken each time. Of the model's own
-            generation config only the end tokens count.
+        model: a model whose base is a Hugging Face decoder.
+        tokenizer: the decoder's tokenizer. Conversations are formatted with its chat template, and so are prompts if
+            there is one.
+        rows: ``{"prompt": text}`` or ``{"messages": [...]}``, optionally with ``"adapter"``: a name, a mix such as
+            ``"a+b"``, or ``"__base__"``, which is the default.
+        max_new_tokens: maximum number of tokens per answer.
+        batch_size: number of rows answered at once.
+        console: where to draw a progress bar; no bar if None.
+        **options: passed to the model's ``generate``. By default the likeliest token is taken each time. Of the model's
+            own generation config only the end tokens are used.
 
     Returns:
         The rows' fields, with ``"adapter"`` and ``"completion"``.
 
     Raises:
-        AdapterError: a row isn't of this form or names an unknown adapter (by its number, from 1).
+        AdapterError: a row doesn't have this form or names an unknown adapter (the error states its number, from 1).
     """
     answers: list[dict[str, Any]] = []
     _generate(model, tokenizer, rows, max_new_tokens, batch_size, console, options, _row_place, answers.extend)
@@ -93,9 +94,9 @@ def command(options: GenerateOptions) -> None:
     """Runs ``road-generate``.
 
     Raises:
-        AdapterError: something that was given is wrong; nothing is written but, while it runs, ``OUT.part``.
+        AdapterError: an option or input file is wrong; nothing is written except ``OUT.part`` while the command runs.
     """
-    # Everything that is quick to look at comes before the model is loaded.
+    # All quick checks come before the model is loaded.
     if options.max_new_tokens < 1 or options.batch_size < 1:
         raise AdapterError(
             "--max-new-tokens and --batch-size: expected numbers from 1 up, "
@@ -138,7 +139,7 @@ def _command(
     model.eval()
     drawn: dict[str, Any] = {}
     if options.temperature > 0:
-        # What is left is not drawn as the beginning was.
+        # After an interruption, the remaining lines must not repeat the random numbers of the first ones.
         torch.manual_seed(options.seed + len(done))
         drawn = {"do_sample": True, "temperature": options.temperature, "top_k": 0}
     left = rows[len(done) :]
@@ -150,7 +151,7 @@ def _command(
     keep = part.append if part else answers.extend
     _generate(model, tokenizer, left, options.max_new_tokens, options.batch_size, console, drawn, place_left, keep)
     if part is None:
-        # JSON is in UTF-8, whatever the terminal has.
+        # JSON is UTF-8, whatever the terminal's encoding.
         sys.stdout.buffer.write("".join(map(_line, answers)).encode())
         sys.stdout.flush()
     else:
@@ -159,9 +160,9 @@ def _command(
 
 
 class _Part:
-    """The answers so far, beside the file that they are for. The first line says what they are answers to.
+    """The file ``OUT.part`` with the answers so far. Its first line is a digest of the options, prompts and adapters.
 
-    Within the block no other process writes there; without an answer nothing is left behind it.
+    Within the context no other process can write to it. If it holds no answer at the end, it is removed.
     """
 
     def __init__(self, options: GenerateOptions, rows: Sequence[Row], adapters: Mapping[str, Path]) -> None:
@@ -179,7 +180,7 @@ class _Part:
     def __enter__(self) -> Self:
         self._file = open_alone(self._path)
         try:
-            # Another process may have been done since this one looked.
+            # Another process may have finished since the first check.
             _check_new(self._out)
             self.lines = self._read()
         except BaseException:
@@ -194,7 +195,7 @@ class _Part:
 
     def _read(self) -> list[bytes]:
         head, *lines = self._file.read().splitlines(keepends=True) or [self._head]
-        # A last line may be cut off.
+        # The last line may be incomplete.
         lines = [line for line in lines if line.endswith(b"\n")]
         if head != self._head or len(lines) > len(self._rows) or not all(map(_is_answer, lines, self._rows)):
             raise AdapterError(
@@ -224,7 +225,7 @@ def _check_new(out: Path) -> None:
 
 
 def _is_answer(line: bytes, row: Row) -> bool:
-    """True for a line that is the row with its answer."""
+    """True if a line is this row with an answer."""
     try:
         return line == _line(_answer(row, json.loads(line)["completion"])).encode()
     except (ValueError, TypeError, KeyError):
@@ -304,7 +305,7 @@ def _generate(
 
 @contextlib.contextmanager
 def _own_settings(model: RoadModel) -> Iterator[None]:
-    """Lets only what is asked for decide: a checkpoint's own config may sample, search beams or punish repetition."""
+    """Replaces the checkpoint's generation config, which may ask for sampling, beams or repetition penalties."""
     base: Any = model.base_model
     before = base.generation_config
     base.generation_config = transformers.GenerationConfig()
@@ -343,7 +344,7 @@ def _check_rows(rows: Sequence[Row], adapters: Any, place: Callable[[int], str])
 
 
 def _is_known(name: object, adapters: Any) -> bool:
-    """True for an adapter's name, and for a mix of such."""
+    """True for the name of an adapter, and for a mix of adapters."""
     try:
         return isinstance(name, str) and all(part in adapters for part, _ in parts(read_name(name, adapters)))
     except AdapterError:
@@ -351,7 +352,7 @@ def _is_known(name: object, adapters: Any) -> bool:
 
 
 def _tokenize(tokenizer: Any, chat: Chat, row: Row, where: str) -> list[int]:
-    """A prompt's token ids; one without chat template in the tokenizer stays the text that it is."""
+    """Returns a prompt's token ids; the text is taken as it is if the tokenizer has no chat template."""
     if "messages" in row and not tokenizer.chat_template:
         raise AdapterError(f"{where}: expected a field 'prompt', for the tokenizer has no chat template")
     messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
@@ -362,7 +363,7 @@ def _tokenize(tokenizer: Any, chat: Chat, row: Row, where: str) -> list[int]:
 
 
 def _end_tokens(model: RoadModel, tokenizer: Any, chat: Chat) -> list[int]:
-    """What ends an answer: the model's end tokens, the tokenizer's, and the chat template's end of turn."""
+    """Returns the tokens that end an answer: the model's, the tokenizer's, and the chat template's end of turn."""
     configured = model.generation_config.eos_token_id
     ends = list(configured) if isinstance(configured, Sequence) else [configured]
     if not all(isinstance(end, int | None) for end in ends):
