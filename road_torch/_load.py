@@ -1,4 +1,4 @@
-"""Decoders of Hugging Face checkpoints, plain or quantised, for `generate`."""
+"""Loads decoders from Hugging Face checkpoints, plain or quantised, for `generate`."""
 
 import logging
 import os
@@ -16,18 +16,19 @@ from road_core._files import inside, read_json
 def load(
     directory: str | os.PathLike, *, quantize: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[Any, Any]:
-    """Loads a decoder and its tokenizer from a Hugging Face folder: local files, safetensors, no code of its own.
+    """Loads a decoder and its tokenizer from a Hugging Face folder: local safetensors only, no code from the folder.
 
     Args:
         directory: the folder.
         quantize: ``"nf4"`` or ``"int8"``; None takes the weights as they are.
-        dtype: of the computation: ``"auto"`` (the checkpoint's), float32, bfloat16 or float16, by name or torch's own.
+        dtype: dtype of the computation: ``"auto"`` (the checkpoint's), or float32, bfloat16 or float16 as a name or a
+            ``torch.dtype``.
 
     Returns:
-        ``(model, tokenizer)``, the model in eval mode and on a GPU if there is one.
+        ``(model, tokenizer)``. The model is in eval mode, on a GPU if there is one.
 
     Raises:
-        AdapterError: something is missing, broken or of an unknown kind.
+        AdapterError: an argument is invalid, or the checkpoint is incomplete, broken or of an unknown kind.
     """
     if quantize not in (None, "nf4", "int8"):
         raise AdapterError(f"quantize: expected 'nf4', 'int8' or None, found {quantize!r}")
@@ -47,10 +48,10 @@ def load(
     where = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     kwargs: dict[str, Any] = {"dtype": chosen, "use_safetensors": True, "output_loading_info": True, **where}
-    # Reported below by name; transformers prints a table.
+    # Mismatches are reported below by name; transformers would print a table.
     kwargs["ignore_mismatched_sizes"] = True
     if quantize is not None or stored is not None:
-        # What it says about its missing kernels and its casts at every call is not the user's to mend.
+        # Its warnings about missing kernels and casts at every call are nothing that users could fix.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if quantize is not None and stored is None:
         if dtype == "auto":
@@ -61,13 +62,13 @@ def load(
         kwargs["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=quantize == "nf4",
             load_in_8bit=quantize == "int8",
-            # Above 0, the columns that all rows of a batch keep in 16 bits depend on each of them: an answer would
-            # change with its neighbours. The price is some accuracy.
+            # Above 0, every row of a batch influences which columns are computed in 16 bits for all rows, so an answer
+            # would depend on the other rows. 0 costs some accuracy.
             llm_int8_threshold=0.0,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=chosen,
         )
-    # transformers imports torchao where it is installed, which complains about kernels and enums at once.
+    # If torchao is installed, transformers imports it, and it warns about kernels and enums on import.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
@@ -94,7 +95,7 @@ def load(
 
 
 def _stored_kind(quantization: object) -> str | None:
-    """How a checkpoint's weights are quantised, by its config; None where they aren't."""
+    """Returns how a checkpoint's weights are quantised according to its config; None if they aren't."""
     if not isinstance(quantization, Mapping):
         return None
     if quantization.get("load_in_8bit"):
