@@ -1,4 +1,4 @@
-"""Weights of bitsandbytes' layers: dequantised as the layer computes with them, and quantised anew."""
+"""Weights of bitsandbytes layers: dequantised to the values that the layer computes with, and quantised again."""
 
 import copy
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def is_quantized(base: nn.Module) -> bool:
-    """True for a layer whose weight stands in 4 or 8 bits; ``Linear8bitLt`` can also hold a plain one."""
+    """True for a layer with a 4-bit or 8-bit weight; ``Linear8bitLt`` can also hold a plain one."""
     if isinstance(base, bnb.nn.Linear4bit):
         return base.weight.quant_state is not None
     return isinstance(base, bnb.nn.Linear8bitLt) and base.weight.dtype == torch.int8
@@ -28,10 +28,10 @@ def dequantize(base: Any) -> Tensor:
 
 
 def unpack_before_saving(base: nn.Module) -> None:
-    """Sees to it that ``state_dict`` doesn't change a layer's function.
+    """Registers a hook with which ``state_dict`` doesn't change a layer's function.
 
-    After the first forward on a CPU with AVX-512 BF16 it would: bitsandbytes' own inverse leaves absmax transposed, or
-    quantises it anew. The hook stays with the layer, for a merged model is saved without any of ours.
+    On a CPU with AVX-512 BF16 it would after the first forward: bitsandbytes' own unpacking leaves absmax transposed or
+    quantises it again. The hook stays with the layer, because a merged model is saved without our wrappers.
     """
     if isinstance(base, bnb.nn.Linear4bit) and _unpack not in base._state_dict_pre_hooks.values():
         base.register_state_dict_pre_hook(_unpack)
@@ -44,10 +44,10 @@ def _unpack(base: Any, prefix: str, keep_vars: bool) -> None:
 
 
 def _unpacked(base: Any) -> tuple[Tensor, Any]:
-    """Returns the codes in their own order and a copy of their state, for the function that the layer has."""
+    """Returns the codes in standard order and a matching copy of their state, with the same values as in the layer."""
     weight, state = base.weight.data, copy.copy(base.weight.quant_state)
     if getattr(state, "packing_format_for_cpu", False):
-        # The nibbles lie in tiles, and absmax is transposed bfloat16, which is not to be quantised a second time.
+        # The nibbles are tiled, and absmax is transposed bfloat16, which must not be quantised a second time.
         absmax, state.original_nested = state.absmax.T.reshape(-1).float().contiguous(), False
         weight, state = _convert_weight_packed_for_cpu_inverse(weight, state)
         state.absmax = absmax
@@ -55,7 +55,7 @@ def _unpacked(base: Any) -> tuple[Tensor, Any]:
 
 
 def requantize(base: Any, weight: Tensor) -> None:
-    """Stores a float32 weight ``[out, in]``, quantised as the old one was."""
+    """Quantises a float32 weight ``[out, in]`` in the same way as the old one, and stores it."""
     old = base.weight
     if isinstance(base, bnb.nn.Linear8bitLt):
         new = bnb.nn.Int8Params(weight.to("cpu", torch.float16), requires_grad=False, has_fp16_weights=False)
@@ -76,7 +76,7 @@ def requantize(base: Any, weight: Tensor) -> None:
 
 
 def beside_weight(base: Any) -> dict[str, Any]:
-    """Returns what a quantised layer holds of its weight beside the parameter itself, for `put_beside_weight`."""
+    """Returns a quantised layer's state that belongs to its weight but isn't in the parameter, to be put back later."""
     if isinstance(base, bnb.nn.Linear8bitLt):
         if base.weight.CB is not None:
             base.init_8bit_state()
@@ -92,7 +92,7 @@ def put_beside_weight(base: Any, values: Mapping[str, Any]) -> None:
 
 
 def _int8_state(base: Any) -> tuple[Tensor, Tensor]:
-    """The codes and scales, which move from the weight to the layer's state at the first forward."""
+    """Returns codes and scales, which move from the weight to the layer's state at the first forward."""
     if base.state.CB is not None:
         return base.state.CB, base.state.SCB
     if base.weight.CB is not None:
