@@ -1,4 +1,4 @@
-"""Parameters of `RoadLayer` and `SavedModule` ⇄ `road_core.Adapter`."""
+"""Converts between parameters of `RoadLayer` and `SavedModule` and `road_core.Adapter`."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,14 +12,14 @@ from road_torch._saved import SavedModule
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
-    """Returns a tensor with the values of an array of `Adapter`: float32, or integers and bools in their own dtype."""
+    """Converts an array of `Adapter` to a tensor; floats become float32, integers and bools keep their dtype."""
     if array.dtype == bfloat16 or array.dtype.name == "bfloat16":
         return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16).float()
     return torch.from_numpy(np.array(array, np.float32 if array.dtype.kind == "f" else array.dtype))
 
 
 def to_array(tensor: Tensor) -> np.ndarray:
-    """Returns an array of `Adapter` with a tensor's values, bfloat16 bit for bit."""
+    """Converts a tensor to an array for `Adapter`; bfloat16 is kept bit for bit."""
     tensor = on_cpu(tensor)
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(bfloat16)
@@ -33,7 +33,7 @@ def to_adapter(
     config: RoadConfig,
     base_weights: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    """Collects an adapter's θ and α, float32, and its copies of modules, in their dtype, from those that have it."""
+    """Collects an adapter from a model: its θ and α in float32, and its copies of modules in their dtypes."""
     modules = {
         layer.module_path: (
             to_array(layer.road_theta[name]),
