@@ -1,8 +1,8 @@
-"""``torch.ops.road.rotate``: schema, fake and autograd of the rotation. No arithmetic of its own but the gradient's.
+"""``torch.ops.road.rotate``: schema, fake implementation and autograd of the rotation; kernels do the forward.
 
-Where no gradient is wanted `RoadLayer` calls a kernel directly, for a dispatched op costs more than a decoded token's
-rotation; and a compiled model traces the plain one, which inductor fuses, unless its user has named another. The op is
-for the rest: it saves ``y``, the coefficients and no intermediate.
+Without gradients `RoadLayer` calls a kernel directly, because dispatching an op costs more than rotating one decoded
+token. A compiled model traces the plain PyTorch kernel, which inductor fuses, unless the user has named another one.
+The op serves the remaining cases; for the backward pass it saves ``y`` and the coefficients, but no intermediates.
 """
 
 import torch
@@ -23,8 +23,8 @@ def rotate(
         first: broadcasts against ``y``; with ``index`` a table ``[adapters, out]``. Any floating dtype.
         cross: as ``first``.
         group_size: even; divides ``out``.
-        index: the table's row for each of ``y``'s first axis, int64 ``[batch]``; ``[1]`` is one for all.
-        kernel: the implementation's name.
+        index: row of the table for each row of ``y``, int64 ``[batch]``, or ``[1]`` for one that serves all rows.
+        kernel: name of the implementation.
     """
     return _kernels.choose(kernel, y.device).rotate(y, first, cross, group_size, index)
 
@@ -48,7 +48,8 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     needs = ctx.needs_input_grad  # type: ignore[attr-defined]
     grad_y = grad_first = grad_cross = None
     if needs[0]:
-        # The transpose of a block: partner() is its own. A table may hold far more rows than the batch names.
+        # Multiplies by the transposed blocks: partner() is its own transpose. Coefficients are gathered, because a
+        # table may have far more rows than the batch names.
         kernel: str = ctx.kernel  # type: ignore[attr-defined]
         f, c = default.gather(y, first, cross, index)
         grad_y = rotate(grad, f, default.partner(c, group_size), group_size, None, kernel)
@@ -60,7 +61,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 
 
 def _summed(products: Tensor, like: Tensor, index: Tensor | None) -> Tensor:
-    """The gradient of coefficients. Many rows add up to one: float32, whatever the activations are."""
+    """Sums products into the gradient of coefficients; in float32, because many rows add up to one."""
     if index is None:
         return products.sum_to_size(like.shape).to(like.dtype)
     rows = products.reshape(len(index), -1, like.shape[-1]).sum(1)
