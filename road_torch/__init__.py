@@ -1,4 +1,4 @@
-"""RoAd adapters in PyTorch, in PEFT's vocabulary: mixed batches on plain and quantised layers."""
+"""RoAd adapters in PyTorch with PEFT's vocabulary: mixed batches on plain and quantised layers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # Generation needs transformers, whose import takes seconds; adapters on a plain nn.Module don't.
+    # Generation needs transformers, whose import takes seconds; adapters on a plain nn.Module don't need it.
     if name == "generate":
         from road_torch._generate import generate
 

@@ -4,7 +4,7 @@ from road_core._command import run
 
 
 def main() -> None:
-    """Parses the command line and generates."""
+    """Parses the command line and runs ``road-generate``."""
     run(_main)
 
 

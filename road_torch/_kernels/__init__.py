@@ -1,4 +1,4 @@
-"""Implementations of the rotation, one file each, all with the same signatures."""
+"""Implementations of the rotation, one per file, all with the same signatures."""
 
 import functools
 import importlib.util
@@ -14,12 +14,12 @@ from road_torch._kernels import default
 
 
 class Kernel(NamedTuple):
-    """An implementation; see `road_torch._kernels.default` for the arguments.
+    """An implementation of the rotation; see `road_torch._kernels.default` for the arguments.
 
     Attributes:
-        rotate: gives a new tensor.
+        rotate: returns a new tensor.
         rotate_: overwrites its first argument.
-        gathers: whether a call is best given whole tables and an index, not the rows that were gathered before.
+        gathers: whether it is faster with whole tables and an index than with rows that were gathered beforehand.
     """
 
     rotate: Callable[..., Tensor]
@@ -34,10 +34,10 @@ NAMES = ("auto", "default", "triton")
 
 
 def check(name: str) -> str:
-    """Returns the name of an implementation.
+    """Checks the name of an implementation and returns it.
 
     Raises:
-        AdapterError: there is none of this name, or it isn't installed.
+        AdapterError: the name is unknown, or the implementation isn't installed.
     """
     if name not in NAMES:
         raise AdapterError(f"kernel: expected one of {', '.join(NAMES)}, found {name!r}")
@@ -47,10 +47,10 @@ def check(name: str) -> str:
 
 
 def choose(name: str, device: torch.device) -> Kernel:
-    """Returns the implementation of this name; ``"auto"`` is Triton's on a GPU where it is installed.
+    """Returns the implementation of this name; ``"auto"`` is Triton on a GPU, if installed, else plain PyTorch.
 
     Raises:
-        AdapterError: the device can't run it.
+        AdapterError: the device can't run the implementation.
     """
     if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise AdapterError("kernel: expected a model on a GPU for the kernel 'triton', found it on the CPU")
@@ -66,7 +66,7 @@ def _has_triton() -> bool:
 
 @functools.cache
 def _triton() -> Kernel:
-    # Its import takes a moment, and it isn't everywhere.
+    # Imported here because it takes a moment and isn't always installed.
     from road_torch._kernels import triton
 
     return Kernel(triton.rotate, triton.rotate_, gathers=True)

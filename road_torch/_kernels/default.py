@@ -1,10 +1,10 @@
-"""The rotation in plain PyTorch: any device, any floating dtype, and what inductor fuses.
+"""The rotation in plain PyTorch, for any device and floating dtype; inductor can fuse it.
 
-Here the second coefficient carries the sign of its half, so that one product serves both:
+The second coefficient carries the sign of its half here, so that one product serves both halves:
 
     y' = y * first + partner(y) * cross,    cross = concat(-second[:g/2], second[g/2:]) in each group of g
 
-with ``partner(y) = concat(y[g/2:], y[:g/2])``. It is ``y * first + rotate_half(y) * second``, term by term.
+with ``partner(y) = concat(y[g/2:], y[:g/2])``. Term by term this is ``y * first + rotate_half(y) * second``.
 """
 
 import functools
@@ -16,29 +16,30 @@ from torch import Tensor
 
 from road_core import output_size, subspace_blocks
 
-# Up to this many elements a call costs more than its arithmetic, and gathering by an index is the cheapest way to
-# swap halves; beyond, copying whole slices is.
+# Up to this many elements, calls cost more than arithmetic, and gathering by an index is the cheapest way to swap
+# halves; for larger tensors, copying whole slices is.
 SMALL = 1 << 15
 
-# Up to this many, memory for the swapped halves is kept for a call's later layers.
+# Up to this many elements, memory for the swapped halves is kept for the call's later layers.
 LARGE = 1 << 21
 
-# From so many bytes on an allocator takes memory from the system each time, page by page. On a CPU an output of as many
-# is rotated in parts of so many elements.
+# From HUGE bytes on, the allocator requests memory from the system each time, page by page. So on a CPU, outputs of
+# this size are rotated in parts of PART elements.
 HUGE, PART = 1 << 25, 1 << 20
 
 
 def coefficients(
     theta: Tensor, alpha: Tensor, variant: str, group_size: int, subspace: tuple[float, float] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Forms ``first = α cos θ`` and ``cross = ∓α sin θ`` in float32, from float64 in float64.
+    """Forms ``first = α cos θ`` and ``cross = ∓α sin θ`` in float32, or in float64 if θ and α are float64.
 
     Args:
         theta: ``[..., out/2]``, ``[..., out]`` or ``[..., 2·out]`` for road_1, road_2, road_4; any floating dtype.
         alpha: of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
-        subspace: the identity outside of it, and no gradient; see `road_core.subspace_blocks`.
+        subspace: the part of each layer's 2x2 blocks to rotate; other blocks are the identity and get no gradient. See
+            `road_core.subspace_blocks`.
 
     Returns:
         ``first`` and ``cross``, each ``[..., out]``.
@@ -59,7 +60,7 @@ def coefficients(
         first = alpha[..., 0, :, :] * theta[..., 0, :, :].cos()
         second = alpha[..., 1, :, :] * theta[..., 1, :, :].sin()
     else:
-        # road_1 has one θ a pair, the same for both halves.
+        # road_1 has one θ per pair, the same for both halves.
         theta, alpha = (v.reshape(*lead, -1, 1 if variant == "road_1" else 2, half) for v in (theta, alpha))
         first, second = alpha * theta.cos(), alpha * theta.sin()
         if variant == "road_1":
@@ -69,7 +70,7 @@ def coefficients(
 
 
 def transformed() -> bool:
-    """True within ``torch.func`` and forward-mode differentiation, which know plain operations only."""
+    """True within ``torch.func`` transforms and forward-mode differentiation, which support plain operations only."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -79,7 +80,10 @@ def partner(y: Tensor, group_size: int) -> Tensor:
 
 
 def gather(y: Tensor, first: Tensor, cross: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns coefficients that broadcast against ``y``, those of a table gathered: ``[batch, 1, …, out]``."""
+    """Returns coefficients that broadcast against ``y``; with an index, a table's rows are gathered for each batch row.
+
+    Gathered coefficients have shape ``[batch, 1, …, out]``.
+    """
     if index is not None:
         shape = (len(index), *[1] * (y.ndim - 2), y.shape[-1]) if y.ndim > 1 else y.shape
         first, cross = first[index].view(shape), cross[index].view(shape)
@@ -90,18 +94,18 @@ def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tens
     """Returns ``y * first + partner(y) * cross``.
 
     Args:
-        y: ``[..., out]``, any floating dtype, which is the result's.
+        y: ``[..., out]``, any floating dtype; the result has the same dtype.
         first: broadcasts against ``y``; with ``index`` a table ``[adapters, out]``.
         cross: as ``first``.
         group_size: even; divides ``out``.
-        index: the table's row for each of ``y``'s first axis, int64 ``[batch]``; ``[1]`` is one for all.
+        index: row of the table for each row of ``y``, int64 ``[batch]``, or ``[1]`` for one that serves all rows.
     """
     first, cross = (table.to(y.dtype) for table in gather(y, first, cross, index))
     return torch.addcmul(y * first, partner(y, group_size), cross)
 
 
 def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tensor | None = None) -> Tensor:
-    """As `rotate`, but overwrites ``y``, which must be contiguous."""
+    """Like `rotate`, but overwrites ``y``, which must be contiguous."""
     if index is not None or first.dtype is not y.dtype:
         first, cross = (table.to(y.dtype) for table in gather(y, first, cross, index))
     if y.nbytes >= HUGE and y.device.type == "cpu" and not transformed():
@@ -115,7 +119,7 @@ def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Ten
 
 def _rotate_in_parts_(y: Tensor, first: Tensor, cross: Tensor, group_size: int) -> Tensor:
     out = y.shape[-1]
-    # [1 or batch, tokens, out], and coefficients of each row.
+    # Outputs [1 or batch, tokens, out], and the coefficients of each row.
     tables = [table.view(-1, 1, out) for table in (first, cross)]
     rows = y.view(len(tables[0]), -1, out)
     scratch = y.new_empty(max(PART, out))
@@ -127,13 +131,13 @@ def _rotate_in_parts_(y: Tensor, first: Tensor, cross: Tensor, group_size: int) 
 
 
 def prepare_(first: Tensor, cross: Tensor, group_size: int, scratch: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns `rotate_` for outputs like ``scratch``, memory that it may overwrite: nothing is left to do but the ops.
+    """Prepares `rotate_` for outputs shaped like ``scratch``, so that a call does nothing but the operations.
 
     Args:
-        first: in the dtype of ``scratch``, and broadcasts against it.
+        first: in the dtype of ``scratch``; broadcasts against it.
         cross: as ``first``.
         group_size: even; divides ``out``.
-        scratch: contiguous.
+        scratch: contiguous memory that the returned function overwrites.
     """
     shape = (-1, 2, group_size // 2)
     pairs, swap, select = scratch.view(shape), _swap(scratch.device), torch.index_select
@@ -159,13 +163,13 @@ def _swap(device: torch.device) -> Tensor:
 
 
 def compose(first: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], group_size: int) -> tuple[Tensor, Tensor]:
-    """Returns the coefficients of one rotation after another of the same group size, in closed form."""
+    """Returns the coefficients of rotation ``first`` followed by ``then``, both of one group size, in closed form."""
     (f, c), (g, d) = first, then
     return g * f + d * partner(c, group_size), g * c + d * partner(f, group_size)
 
 
 def inverse(first: Tensor, cross: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Returns the coefficients that rotate back, formed in float64; not finite where a block has no inverse."""
+    """Returns the coefficients of the inverse rotation, formed in float64; not finite if a block has no inverse."""
     f, c = first.double(), cross.double()
     determinant = f * partner(f, group_size) - c * partner(c, group_size)
     return (partner(f, group_size) / determinant).to(first.dtype), (-c / determinant).to(cross.dtype)

@@ -1,6 +1,6 @@
-"""The rotation as one Triton kernel: coefficients gathered by row, rotated in float32, rounded once, one pass over y.
+"""The rotation as one Triton kernel: gathers coefficients by row, rotates in float32, rounds once, in one pass over y.
 
-It reads each pair of outputs once, and writes them once, in place if wanted. It runs on GPUs; on a CPU only where
+Each pair of outputs is read once and written once, in place if wanted. The kernel runs on GPUs, and on a CPU only if
 ``TRITON_INTERPRET=1`` was set before Triton was imported.
 """
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Pairs that a program handles at most.
+# Maximum number of pairs per program.
 BLOCK = 1024
 
 
@@ -27,20 +27,20 @@ def rotate_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations i
     indexed: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One row of ``y``, one block of its pairs.
+    """Rotates one block of pairs in one row of ``y``.
 
     Args:
         y: ``[rows, 2 · pairs]``, contiguous.
-        result: of the same shape; may be ``y`` itself.
-        first: coefficients, rows of ``2 · pairs``.
+        result: same shape as ``y``; may be ``y`` itself.
+        first: coefficients, in rows of ``2 · pairs``.
         cross: as ``first``.
         index: int64, the row of ``first`` for each ``repeats`` rows of ``y``; unused unless ``indexed``.
-        pairs: half of a row.
-        repeats: how many rows of ``y`` in a row share coefficients.
-        stride: from one row of ``first`` to the next; 0 if there is one for all.
-        half: of a group.
+        pairs: number of pairs in a row.
+        repeats: number of successive rows of ``y`` that share coefficients.
+        stride: distance between rows of ``first``; 0 if one row serves all.
+        half: half of the group size.
         indexed: whether there is an index.
-        block: pairs of a program, a power of two.
+        block: pairs per program, a power of two.
     """
     row = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1) * block + tl.arange(0, block)
@@ -68,18 +68,18 @@ def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tens
     """Returns ``y * first + partner(y) * cross``.
 
     Args:
-        y: ``[..., out]``, any floating dtype up to float32, which is the result's.
+        y: ``[..., out]``, any floating dtype up to float32; the result has the same dtype.
         first: ``[out]`` or ``[batch, 1, …, out]``; with ``index`` a table ``[adapters, out]``. Any such dtype.
         cross: as ``first``.
         group_size: even; divides ``out``.
-        index: the table's row for each of ``y``'s first axis, int64 ``[batch]``; ``[1]`` is one for all.
+        index: row of the table for each row of ``y``, int64 ``[batch]``, or ``[1]`` for one that serves all rows.
     """
     y = y.contiguous()
     return _launch(y, torch.empty_like(y), first, cross, group_size, index)
 
 
 def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tensor | None = None) -> Tensor:
-    """As `rotate`, but overwrites ``y``, which must be contiguous."""
+    """Like `rotate`, but overwrites ``y``, which must be contiguous."""
     return _launch(y, y, first, cross, group_size, index)
 
 
@@ -92,7 +92,7 @@ def _launch(y: Tensor, result: Tensor, first: Tensor, cross: Tensor, group_size:
     sources = first.numel() // out if index is None else len(index)
     stride = 0 if index is None and sources == 1 else out
     block = min(BLOCK, triton.next_power_of_2(out // 2))
-    # A grid's first axis may be long, its second may not.
+    # Only the first axis of a grid may be long.
     grid = (rows, triton.cdiv(out // 2, block))
     with torch.cuda.device_of(y):
         rotate_kernel[grid](
