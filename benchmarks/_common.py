@@ -1,4 +1,4 @@
-"""What the benchmarks share: where figures go, the machine's name, ratios within a round, bars."""
+"""Shared by the benchmarks: where figures go, the machine's name, ratios within a round, bar charts."""
 
 import contextlib
 import json
@@ -14,19 +14,19 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
-# On an accelerator the processes of several arms share its memory.
+# The processes of several arms share an accelerator's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-# What peers' imports complain about, in every process: kernels that no arm uses.
+# Importing the peers logs warnings in every process about kernels that no arm uses.
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def device(framework: str = "torch") -> str:
-    """Returns the name of the accelerator that a framework uses, or of the processor with its threads; the versions.
+    """Describes the accelerator that a framework uses, or else the CPU with its threads, and the frameworks' versions.
 
     Args:
-        framework: ``"torch"`` or ``"jax"``; another name for what runs on the processor alone.
+        framework: ``"torch"`` or ``"jax"``; any other name for work that runs on the CPU only.
     """
     import jax
     import torch
@@ -44,12 +44,12 @@ def device(framework: str = "torch") -> str:
 
 
 def settings(options: Any) -> dict[str, str]:
-    """Returns the fields of a dataclass of options, but for the folders, which decide no figure."""
+    """Returns the fields of a dataclass of options, except folders, which don't affect the figures."""
     return {name: str(value) for name, value in vars(options).items() if not isinstance(value, Path)}
 
 
 def median_ratios(times: Mapping[str, Sequence[float]], of: str) -> dict[str, tuple[float, list[float]]]:
-    """Returns for each arm the median over the rounds of its time over that of ``of`` in the same round, and all."""
+    """Returns for each arm its time divided by that of ``of`` in the same round: the median over rounds, and all."""
     found = {}
     for arm, own in times.items():
         ratios = [t / b for t, b in zip(own, times[of], strict=True)]
@@ -58,25 +58,25 @@ def median_ratios(times: Mapping[str, Sequence[float]], of: str) -> dict[str, tu
 
 
 class Arm:
-    """A process of one arm's own: in one with the others, OpenMP would no longer keep its threads ready."""
+    """A separate process for one arm; if arms shared a process, OpenMP wouldn't keep its threads ready."""
 
     def __init__(self, serve: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Starts ``serve(pipe, *args, **kwargs)``, which first sends None, or why it can't begin."""
-        # Forked from a process that has imported everything and computed nothing.
+        """Starts ``serve(pipe, *args, **kwargs)``, which first sends None, or the reason why it can't start."""
+        # Forked from a process that has imported everything but computed nothing.
         context = multiprocessing.get_context("forkserver")
         self._pipe, theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, *args), kwargs=kwargs, daemon=True).start()
-        # So that an arm that dies ends the wait for its answer.
+        # So that waiting for an answer ends if the arm dies.
         theirs.close()
         self.begun: str | None = self._pipe.recv()
 
     def tell(self, what: str) -> None:
-        """Gives an order."""
+        """Sends an order."""
         self._pipe.send(what)
 
     def ask(self, what: str) -> Any:
-        """Gives an order and returns the answer."""
-        # The threads of another arm's OpenMP spin a while before they sleep.
+        """Sends an order and returns the answer."""
+        # The OpenMP threads of another arm spin for a while before they sleep.
         time.sleep(0.005)
         self.tell(what)
         return self._pipe.recv()
@@ -89,16 +89,16 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], path: Path, *, title: str, of: str) -> None:
-    """Draws ratios as bars, a group a workload."""
+    """Draws ratios as bars, one group per workload."""
     draw_panels({f"time / {of}": groups}, path, title=title)
 
 
 def draw_panels(
     panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path, *, title: str, log: bool = False
 ) -> None:
-    """Draws figures as bars: a panel for what is measured, in it a group a workload, in that a bar an arm.
+    """Draws figures as bars: one panel per quantity, in it one group per workload, in that one bar per arm.
 
-    Panels of ratios, which have a slash in their names, show where 1 is.
+    Panels of ratios, whose names contain a slash, have a line at 1.
     """
     from matplotlib.figure import Figure
 

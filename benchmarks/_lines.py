@@ -1,4 +1,4 @@
-"""The lines of a packed batch of road-train, as a peer in PyTorch takes them: one a row, padded."""
+"""The lines of a packed batch of road-train in the form for a peer in PyTorch: one per row, padded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,14 @@ from road_jax.train import _data
 
 
 def lines_of(element: Any, examples: Sequence[_data.Example]) -> list[_data.Example]:
-    """Returns the lines that an element of `road_jax.train._data.packed` holds, each once."""
+    """Returns the lines in an element of `road_jax.train._data.packed`, each once."""
     return [examples[i] for i in np.unique(element["example"][element["input_ids_segment_ids"] > 0])]
 
 
 def pad(examples: Sequence[_data.Example]) -> dict[str, torch.Tensor]:
     """Returns ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[lines, longest]``, padded on the right.
 
-    Labels are -100 where there is no target, which transformers takes out of the loss.
+    Labels are -100 where there is no target; transformers leaves those out of the loss.
     """
     longest = max(len(example.input_ids) for example in examples)
     ids, mask, labels = (np.full((len(examples), longest), fill, np.int64) for fill in (0, 0, -100))

@@ -1,15 +1,15 @@
-"""Merging, unmerging, loading and swapping adapters, and their memory, against PEFT and a copy of the weights.
+"""Times merging, unmerging, loading and swapping adapters, and their memory, against PEFT and a copy of the weights.
 
-SmolLM2-135M-Instruct, adapters on all linear layers, in float32, bfloat16, nf4 and int8. Arms, one after the other in
-every round:
+The model is SmolLM2-135M-Instruct with adapters on all linear layers, in float32, bfloat16, nf4 and int8. In every
+round the arms run one after another:
 
-- ``copy``: every adapted layer's weight, or its codes, is cloned, and the clones are held as merged weights are;
+- ``copy``: clones every adapted layer's weight, or its codes, and keeps the clones as merged weights are kept;
 - ``road_torch``, ``PEFT RoAd`` and ``PEFT LoRA r8``: ``merge_adapter(safe_merge=True)``, then ``unmerge_adapter``;
-  ``load_adapter`` from a folder; and to put another adapter in a loaded one's place: ``hotswap_adapter``, which PEFT
-  has for LoRA only, so that for its RoAd it is ``delete_adapter`` and ``load_adapter``.
+  ``load_adapter`` from a folder; and replacing a loaded adapter by ``hotswap_adapter``. PEFT has the latter for LoRA
+  only, so its RoAd uses ``delete_adapter`` and ``load_adapter``.
 
-Merging and unmerging are told as ratios to the copy of the same round, loading and swapping as ratios to PEFT's RoAd.
-Memory is what tensors hold. Writes ``benchmarks/results/adapters.json`` and ``.png``.
+Times of merging and unmerging are divided by that of the copy in the same round, times of loading and swapping by that
+of PEFT's RoAd. Memory is what tensors hold. Writes ``benchmarks/results/adapters.json`` and ``.png``.
 """
 
 import contextlib
@@ -42,19 +42,19 @@ BASES = (
     ("int8", "int8", "bfloat16"),
 )
 ROAD, LORA = "PEFT RoAd", "PEFT LoRA r8"
-# Shapes of a 7B model, Llama 2's: outputs of each layer's q, k, v, o, gate, up and down, in 32 layers.
+# Outputs of q, k, v, o, gate, up and down in the 32 layers of a 7B model (Llama 2).
 SEVEN_B = (4096, 4096, 4096, 4096, 11008, 11008, 4096) * 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Times what is done to adapters, not with them."""
+    """Times merging, unmerging, loading and swapping adapters."""
 
-    # Every arm runs once a round.
+    # Number of rounds; every arm runs once per round.
     rounds: int = 5
-    # Where the model is kept.
+    # Folder for the model.
     cache: Path = Path("runs/cache")
-    # Where the figures go.
+    # Folder for the figures.
     out: Path = RESULTS
 
 
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def save_adapter(checkpoint: Path, folder: Path) -> Path:
-    """Writes an adapter that is not the identity, in PEFT's format."""
+    """Writes a RoAd adapter that isn't the identity, in PEFT's format."""
     torch.manual_seed(0)
     model = RoadModel(load(checkpoint, dtype="float32")[0], RoadConfig(target_modules="all-linear"))
     with torch.no_grad():
@@ -91,7 +91,7 @@ def save_adapter(checkpoint: Path, folder: Path) -> Path:
 
 
 def save_lora(checkpoint: Path, folder: Path) -> Path:
-    """Writes a LoRA that is not the identity."""
+    """Writes a LoRA adapter that isn't the identity."""
     import peft
 
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def save_lora(checkpoint: Path, folder: Path) -> Path:
 def times(
     bases: Sequence[Any], road: Path, lora: Path, name: str, rounds: int, console: Console
 ) -> dict[str, dict[str, list[float]]]:
-    """Returns for each step and arm the seconds of each round."""
+    """Returns the seconds of each round, by step and arm."""
     import peft
     from peft.utils.hotswap import hotswap_adapter
 
@@ -115,7 +115,7 @@ def times(
     steps: dict[str, dict[str, list[float]]] = {step: {} for step in ("merge", "unmerge", "load", "swap")}
 
     def timed(step: str, arm: str, call: Callable[[], Any]) -> Any:
-        # What an arm has left over is not the next one's to clear up, or to write to: all get fresh memory.
+        # All arms start with fresh memory: none clears up, or reuses, what the previous one left.
         gc.collect()
         _give_back()
         start = time.perf_counter()
@@ -128,7 +128,7 @@ def times(
         theirs.load_adapter(road, adapter_name="b")
 
     with torch.no_grad(), Progress(console=console) as bar:
-        # A first round, not counted, warms allocators and imports.
+        # The first round isn't counted; it warms up allocators and imports.
         for number in bar.track(range(rounds + 1), description=name):
             held = timed("merge", "copy", lambda: [weight.clone() for weight in weights])
             del held
@@ -149,20 +149,20 @@ def times(
 
 
 def _give_back() -> None:
-    """Returns free memory to the system, where the C library can."""
+    """Returns free memory to the system if the C library can."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def ratios(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, tuple[float, list[float]]]]:
-    """Returns for each step the arms' medians over the copy or, where nothing is copied, over PEFT, and all ratios."""
+    """Returns for each step the arms' ratios to the copy (without a copy: to PEFT's RoAd), as medians and in full."""
     return {step: median_ratios(arms, "copy" if "copy" in arms else ROAD) for step, arms in found.items()}
 
 
 def memory(checkpoint: Path, lora: Path) -> dict[str, float]:
-    """Returns the bytes of an adapter: of its parameters, and of its rows in the tables, measured and for a 7B.
+    """Returns the bytes of an adapter's parameters and of its rows in the tables: measured, and computed for 7B.
 
-    Tables grow by doubling: they are full with 31 adapters, and half of them is free with 32.
+    Tables grow by doubling: they are full with 31 adapters and half empty with 32.
     """
     import peft
 
@@ -179,7 +179,7 @@ def memory(checkpoint: Path, lora: Path) -> dict[str, float]:
         **found,
         "parameters, SmolLM2-135M": _bytes(model, "road_") / 32,
         f"parameters of {LORA}, SmolLM2-135M": _bytes(loras, "lora_"),
-        # θ and α are out/2 each, a row of the two tables is out each, all float32.
+        # Per layer θ and α have out/2 elements each, and a row has out in each of the two tables, all float32.
         "parameters, 7B": out * 4,
         "parameters and full tables, 7B": out * 4 * 3,
     }
@@ -198,7 +198,7 @@ def _held(model: RoadModel) -> int:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """The figures, with those of PEFT beside them."""
+    """Returns a table of the figures of all arms."""
     shown = Table(title="SmolLM2-135M, adapters on all linears", caption=results["device"])
     for column in ("base", "step", "arm", "seconds", "ratio", "spread", "to"):
         shown.add_column(column, justify="right" if column in ("seconds", "ratio", "spread") else "left")
@@ -216,7 +216,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws each step's ratios, and the memory of an adapter."""
+    """Draws each step's ratios and the memory of an adapter."""
     arms = ("road_torch", ROAD, LORA)
     shown = {
         f"{step} / {'copy' if 'merge' in step else ROAD}": {

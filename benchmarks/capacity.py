@@ -1,16 +1,17 @@
-"""What training takes on meshes that don't stand here: bytes a chip and FLOPs a token, for RoAd, LoRA r8 and full.
+"""Computes what training takes on meshes that aren't available here: bytes per chip and FLOPs per token.
 
-Sizes come from ``jax.eval_shape`` of `road_jax.models.Decoder`: nothing is allocated. The plan is
+Methods are RoAd 1, LoRA r8 and full training. Sizes come from ``jax.eval_shape`` of `road_jax.models.Decoder`, so
+nothing is allocated. The plan counts
 
 - weights: every kernel and the embedding, split over ``model`` and, with ``fsdp``, over ``data`` as well;
-- trained: params, gradients and Adam's two moments in float32 (full: bfloat16 params besides);
-- kept: with ``remat="linears"`` a layer's input and what its linear layers gave, for each token of a chip's rows; for
-  LoRA also what its factors gave;
-- passing: one layer computed anew in the backward pass, and the logits of one row with their gradient.
+- trained: params, gradients and Adam's two moments in float32 (full training has bfloat16 params besides);
+- kept activations: with ``remat="linears"``, a layer's input and the outputs of its linear layers, for each token of a
+  chip's rows; for LoRA also the outputs of its factors;
+- temporary activations: one layer recomputed in the backward pass, and the logits of one row with their gradient.
 
-Its activations are checked against the compiler's own memory analysis: of small models at several widths, and of the
-plan's own programs, compiled from shapes for as many pretend devices. Its FLOPs are checked against the compiler's
-count. The tables of that check are written beside the plan. Writes ``docs/capacity.md``.
+The planned activations are checked against the compiler's memory analysis of small models of several widths and of the
+plan's own programs, which are compiled from shapes for as many pretend devices. The planned FLOPs are checked against
+the compiler's count. Writes the plan and these checks to ``docs/capacity.md``.
 """
 
 import dataclasses
@@ -53,9 +54,9 @@ class Plan:
         data: chips along ``data``.
         tensor: chips along ``model``.
         fsdp: whether weights are split over ``data`` too.
-        bits: of a weight: 16, or 4 for nf4 (with its scales 4.5).
-        rows: of a chip's batch.
-        length: tokens in a row.
+        bits: bits per weight: 16, or 4.5 for nf4 with its scales.
+        rows: rows of a chip's batch.
+        length: tokens per row.
     """
 
     model: str
@@ -78,7 +79,7 @@ PLANS = (
     Plan("405B", 16, 8, True, 16, 1, 2048),
 )
 
-# What of it is compiled, for pretend devices.
+# Plans whose programs are compiled for pretend devices.
 CHECKED = (
     Plan("7B", 1, 1, False, 4.5, 4, 2048),
     Plan("7B", 8, 1, True, 16, 1, 2048),
@@ -88,7 +89,7 @@ CHECKED = (
     Plan("405B", 4, 8, True, 16, 1, 2048),
 )
 
-# Arms of `benchmarks.jax_cost`, and what they are called here.
+# Arms of `benchmarks.jax_cost` and their names here.
 ARMS = {"RoAd 1": "RoAd 1", "LoRA r8 (qwix)": "LoRA r8", "all kernels": "full"}
 
 
@@ -96,12 +97,12 @@ ARMS = {"RoAd 1": "RoAd 1", "LoRA r8 (qwix)": "LoRA r8", "all kernels": "full"}
 class Options:
     """Writes the capacity plan."""
 
-    # Where it goes.
+    # File for the plan.
     out: Path = Path("docs/capacity.md")
 
 
 def config_of(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> DecoderConfig:
-    """Returns a Llama of these sizes."""
+    """Returns the config of a Llama of these sizes."""
     fields = {
         "model_type": "llama",
         "vocab_size": vocabulary,
@@ -115,7 +116,7 @@ def config_of(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, voc
 
 
 def sizes(config: DecoderConfig) -> dict[str, int]:
-    """Returns the number of parameters: of kernels, of all others, and of what each method trains."""
+    """Returns numbers of parameters: kernels, all others, the head, and what each method trains."""
     model = Decoder(config)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), ids)
@@ -134,7 +135,7 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
 
 
 def outputs(config: DecoderConfig) -> int:
-    """Returns how many numbers the linear layers of one layer give for a token."""
+    """Returns the total number of outputs per token of one decoder layer's linear layers."""
     c = config
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     return heads + 2 * c.hidden_size + 2 * c.intermediate_size
@@ -143,21 +144,21 @@ def outputs(config: DecoderConfig) -> int:
 def activations(
     config: DecoderConfig, tokens: int, length: int, itemsize: int, tensor: int, logits: int, method: str = "RoAd 1"
 ) -> float:
-    """Returns the bytes that a chip keeps and passes through, for so many tokens in rows of ``length``."""
+    """Returns a chip's bytes of kept and temporary activations, for ``tokens`` tokens in rows of ``length``."""
     c = config
     # A layer's output projections are whole on every chip; the others are split over `model`.
     given = 2 * c.hidden_size + (outputs(c) - 2 * c.hidden_size) / tensor
-    # The policy keeps every product with a weight: also those of LoRA's two factors, the second in full width.
+    # The policy keeps every product with a weight, including those of LoRA's two factors, the second in full width.
     factors = given + 7 * 8 if method == "LoRA r8" else 0
     kept = tokens * itemsize * (c.hidden_size + given + factors) * c.num_hidden_layers
-    # Anew in the backward pass: each linear's output, that with what its adapter does, the gradient, and attention.
+    # Recomputed in the backward pass: outputs of linear layers, plain and adapted; with gradients and attention.
     scores = 3 * 4 * tokens * length * c.num_attention_heads / tensor
     passing = tokens * itemsize * (2 if method == "full" else 3) * given + scores
     return kept + passing + 3 * 4 * logits * c.vocab_size / tensor
 
 
 def bytes_a_chip(plan: Plan, method: str) -> dict[str, float]:
-    """Returns GiB of weights, of what is trained, and of activations."""
+    """Returns GiB per chip of weights, of what is trained, and of activations."""
     config = config_of(*MODELS[plan.model])
     count = sizes(config)
     shards = plan.tensor * (plan.data if plan.fsdp else 1)
@@ -174,15 +175,15 @@ def bytes_a_chip(plan: Plan, method: str) -> dict[str, float]:
 
 
 def flops_a_token(config: DecoderConfig, length: int) -> dict[str, float]:
-    """Returns GFLOPs a token of a step, recomputation aside: forward, and backward for what each method needs."""
+    """Returns GFLOPs per token of one step by method: forward plus the backward that it needs, no recomputation."""
     count = sizes(config)
     products = 2 * (count["kernels"] + count["head"])
-    # Scores and their use: `Decoder` computes the whole square and masks half of it.
+    # Scores and their products with values: `Decoder` computes the whole square and masks half of it.
     attention = 4 * length * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     forward = products + attention
     rotated = outputs(config) * config.num_hidden_layers
     return {
-        # Forward 4 flops an output, backward 4 for y and 6 for θ and α.
+        # Per output 4 FLOPs forward, and backward 4 for y and 6 for θ and α.
         "RoAd 1": (forward + products + 2 * attention + 14 * rotated) / 1e9,
         "LoRA r8": (forward + products + 2 * attention + 6 * count["LoRA r8"]) / 1e9,
         "full": (forward + 2 * products + 2 * attention) / 1e9,
@@ -198,16 +199,16 @@ def compiled(
     quantize: str | None = None,
     remat: Remat = "linears",
 ) -> Any:
-    """Compiles the gradient of RoAd 1 as `road_jax.train` computes it, float32, from shapes alone.
+    """Compiles the gradient of RoAd 1 in float32 as `road_jax.train` computes it, from shapes alone.
 
     Args:
-        config: of the decoder.
-        axes: sizes of data, fsdp and tensor; those not named are 1.
-        rows: of a chip's batch.
-        length: tokens in a row.
-        targets: places of a row whose logits are computed.
-        quantize: a kind of `road_jax.quantize` for the layers' kernels.
-        remat: of the decoder.
+        config: the decoder's config.
+        axes: sizes of the axes data, fsdp and tensor; axes not named have size 1.
+        rows: rows of a chip's batch.
+        length: tokens per row.
+        targets: number of places per row whose logits are computed.
+        quantize: kind of `road_jax.quantize` for the layers' kernels; None for none.
+        remat: the decoder's rematerialisation policy.
     """
     sizes = [axes.get(name, 1) for name in AXES]
     mesh = Mesh(np.asarray(jax.devices()[: math.prod(sizes)]).reshape(sizes), AXES)
@@ -248,7 +249,7 @@ def compiled(
 def check() -> list[tuple[str, float, float]]:
     """Returns ``(case, planned MiB, compiled MiB)`` of activations.
 
-    Meshes of more devices than there are are left out.
+    Cases that need more devices than there are are skipped.
     """
     found = []
 
@@ -284,7 +285,7 @@ def check() -> list[tuple[str, float, float]]:
 
 
 def check_flops() -> list[tuple[str, float, float]]:
-    """Returns ``(method, planned GFLOPs a token, compiled GFLOPs a token)`` of the model of `benchmarks.jax_cost`."""
+    """Returns ``(arm, planned GFLOPs per token, compiled GFLOPs per token)`` for the model of `benchmarks.jax_cost`."""
     options = jax_cost.Options()
     planned = flops_a_token(jax_cost.config(), options.length)
     found = jax_cost.arms(options, scan=False, remat="none", only=tuple(ARMS))
@@ -293,18 +294,18 @@ def check_flops() -> list[tuple[str, float, float]]:
 
 
 def temp_mib(program: Any) -> float:
-    """Returns what a compiled program needs on a device besides arguments and results."""
+    """Returns a compiled program's temporary memory on a device, besides arguments and results, in MiB."""
     return program.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def said_mesh(plan: Plan) -> str:
-    """Returns the sizes of a plan's mesh."""
+    """Returns the sizes of a plan's mesh as text."""
     return f"{plan.data} × {plan.tensor}{', fsdp' if plan.fsdp else ''}"
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    # Pretend devices, before anything asks for a device.
+    # Pretend devices must be set up before anything asks for a device.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(plan.data * plan.tensor for plan in CHECKED))
     lines = [

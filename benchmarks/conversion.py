@@ -1,8 +1,9 @@
-"""Converting a folder of adapters in one call, against copying its files.
+"""Times converting a folder of adapters in one call, against copying its files.
 
-Adapters of SmolLM2-135M's shape (RoAd 1 on all linear layers, float32), made up, since no bit of them decides the time.
-Each round converts all of them to PyTorch's format and back, one core, and copies the same folders with `shutil`, all
-in the page cache. A conversion reads, checks and hashes every number. Writes ``benchmarks/results/conversion.json``.
+The adapters have SmolLM2-135M's shapes (RoAd 1 on all linear layers, float32) and random values, which don't affect the
+time. Each round converts all of them to PyTorch's format and back on one core, and copies the same folders with
+`shutil`; all files are in the page cache. A conversion reads, checks and hashes every number. Writes
+``benchmarks/results/conversion.json``.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class Options:
 
     adapters: int = 1000
     rounds: int = 3
-    # Where the figures go.
+    # Folder for the figures.
     out: Path = RESULTS
 
 

@@ -1,13 +1,20 @@
-"""What a gradient costs in JAX, by what is trained: FLOPs, temporary memory and time of the compiled program.
+"""Measures what a gradient costs in JAX, by what is trained: FLOPs, memory and time of the compiled program.
 
-A decoder of 6 layers (width 512, MLP 2048, 8 heads, vocabulary 512), float32, 4 × 256 tokens, a loss at every token.
-Arms: the forward pass; biases alone, the floor that anything trained behind a frozen kernel pays; RoAd 1, 2 and 4; RoAd
-1 on a base of 8 and 4 bits; LoRA r8 as qwix, the field's own JAX library, builds it; all kernels; RoAd by rotating the
-kernels, merged anew in each step; and by a product of the outputs with a rotation matrix, the naive way. FLOPs are
-XLA's count of the unrolled program, time and memory those of the scanned one, as it is trained, with what linear
-layers gave kept (``remat="linears"``); memory also with everything kept (``"none"``) and with inputs alone (``"full"``,
-block-wise). A base's memory is what its arrays take; a program's peak is its arguments, results and temporary memory,
-all that it holds. Arms take turns within a round. Writes
+The model is a decoder of 6 layers (width 512, MLP 2048, 8 heads, vocabulary 512) in float32, with 4 × 256 tokens and a
+loss at every token. The arms are
+
+- the forward pass;
+- biases alone, the floor: whatever is trained behind frozen kernels costs at least as much;
+- RoAd 1, 2 and 4, and RoAd 1 on bases of 8 and 4 bits;
+- LoRA r8, built by qwix, a LoRA library for JAX;
+- all kernels;
+- RoAd 1 by rotating the kernels, which are merged again in each step;
+- RoAd 1 the naive way, by multiplying the outputs with a rotation matrix.
+
+FLOPs are XLA's count for the unrolled program. Time and memory are those of the scanned program, as it is trained, with
+the outputs of linear layers kept (``remat="linears"``). Memory is also given with everything kept (``"none"``) and with
+only the blocks' inputs kept (``"full"``, block-wise). A base's memory is that of its arrays; a program's peak is the
+sum of its arguments, results and temporary memory. Arms take turns within a round. Writes
 ``benchmarks/results/jax_cost.json`` and ``.png``.
 """
 
@@ -42,12 +49,12 @@ FORWARD = "forward"
 class Options:
     """Counts and times gradients of RoAd, LoRA, biases and all kernels in JAX."""
 
-    # Rows and tokens a row.
+    # Rows, and tokens per row.
     rows: int = 4
     length: int = 256
-    # Every arm runs once a round; 0 counts without timing.
+    # Number of rounds; every arm runs once per round. 0 counts FLOPs and memory without timing.
     rounds: int = 15
-    # Where the figures go.
+    # Folder for the figures.
     out: Path = RESULTS
 
 
@@ -99,41 +106,41 @@ def main() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled gradient, and what it is called with."""
+    """A compiled gradient and its arguments."""
 
     compiled: Any
-    # Pytrees: what is trained, and what is frozen.
+    # Pytrees: the trained parameters and the frozen ones.
     arguments: tuple[Any, Any]
 
     @property
     def trained(self) -> int:
-        """How many parameters it trains."""
+        """The number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.arguments[0]))
 
     def run(self) -> None:
-        """Runs it to the end."""
+        """Runs the program and waits for its results."""
         jax.block_until_ready(self.compiled(*self.arguments))
 
     def flops(self) -> float:
-        """Returns XLA's count; the body of a loop counts once."""
+        """Returns XLA's FLOP count; a loop's body counts once."""
         return float(self.compiled.cost_analysis()["flops"])
 
     def temp_mib(self) -> float:
-        """Returns what the program needs besides arguments and results."""
+        """Returns the program's temporary memory, besides arguments and results."""
         return self.compiled.memory_analysis().temp_size_in_bytes / 2**20
 
     def peak_mib(self) -> float:
-        """Returns what the program holds, the base among its arguments."""
+        """Returns all memory of the program, including its arguments and so the base."""
         sizes = self.compiled.memory_analysis()
         return self.temp_mib() + (sizes.argument_size_in_bytes + sizes.output_size_in_bytes) / 2**20
 
     def base_mib(self) -> float:
-        """Returns what the frozen params take."""
+        """Returns the memory of the frozen params."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arguments[1])) / 2**20
 
 
 def arms(options: Options, *, scan: bool, remat: Any, only: tuple[str, ...] = ()) -> dict[str, Program]:
-    """Compiles every arm, or those that are named."""
+    """Compiles every arm, or only those named."""
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 512, (options.rows, options.length)), jnp.int32)
     model = Decoder(config(), scan=scan, remat=remat)
     variables = jax.jit(model.init)(jax.random.key(0), ids[:, :8])
@@ -175,7 +182,7 @@ def arms(options: Options, *, scan: bool, remat: Any, only: tuple[str, ...] = ()
 
 
 def config() -> DecoderConfig:
-    """Returns the sizes of the decoder."""
+    """Returns the decoder's config."""
     fields = {
         "model_type": "llama",
         "vocab_size": 512,
@@ -199,7 +206,7 @@ def _lora(model: Decoder, ids: jax.Array) -> tuple[nn.Module, Any]:
 
 
 def _turned(model: Decoder, variables: Any, adapter: Any, ids: jax.Array) -> jax.Array:
-    """Applies a model whose linear layers' outputs are multiplied by a matrix made of θ and α."""
+    """Applies a model, multiplying the outputs of its linear layers by rotation matrices formed from θ and α."""
 
     def turn(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         y, module = next_fn(*args, **kwargs), context.module
@@ -212,7 +219,7 @@ def _turned(model: Decoder, variables: Any, adapter: Any, ids: jax.Array) -> jax
 
 
 def rotation_matrix(theta: jax.Array, alpha: jax.Array, group_size: int = 64) -> jax.Array:
-    """Returns road_1's ``[out, out]``, to multiply outputs ``[..., out]`` with from the right."""
+    """Returns the matrix ``[out, out]`` of road_1, by which outputs ``[..., out]`` are multiplied from the right."""
     out, (cosines, sines) = 2 * theta.size, (alpha * jnp.cos(theta), alpha * jnp.sin(theta))
     pairs = np.arange(out).reshape(-1, 2, group_size // 2)
     first, second = pairs[:, 0].ravel(), pairs[:, 1].ravel()
@@ -221,7 +228,7 @@ def rotation_matrix(theta: jax.Array, alpha: jax.Array, group_size: int = 64) ->
 
 
 def _split(variables: Any, wanted: Callable[[tuple[str, ...]], bool]) -> tuple[Any, Any]:
-    """Returns the params that are trained, and variables with the others."""
+    """Returns the params to train, and the variables with the remaining params."""
     leaves = flatten(variables["params"])
     trained = {path: leaf for path, leaf in leaves.items() if wanted(path)}
     if not trained:
@@ -235,7 +242,7 @@ def _join(trained: Any, frozen: Any) -> Any:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """The figures of all arms."""
+    """Returns a table of the figures of all arms."""
     shown = Table(title="a gradient in JAX, float32", caption=results["device"])
     sizes = {
         "base MiB": "base_mib",

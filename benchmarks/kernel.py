@@ -1,18 +1,18 @@
-"""One layer's rotation against a copy of its output: how much of the memory's bandwidth each implementation reaches.
+"""Times the rotation of one layer's output against a copy of it: how much memory bandwidth each implementation reaches.
 
-Each row of ``[rows, tokens, out]`` has an adapter of its own, and each implementation gets the tables with all of them
-and an index:
+Each row of ``[rows, tokens, out]`` has its own adapter, and each implementation gets the tables of all adapters and an
+index:
 
 - ``copy``: ``result.copy_(y)``, which reads and writes each output once;
 - ``default``: plain PyTorch, in place, as inference uses it on a CPU;
-- ``compiled``: the same through ``torch.compile``, as a compiled model fuses it, but without neighbours;
-- ``triton``: the Triton kernel, in place, as inference uses it on a GPU; left out where there is none;
-- ``PEFT RoAd``: what PEFT's layer does to its base's output in a mixed batch, with its own functions.
+- ``compiled``: the same through ``torch.compile``, as in a compiled model, but with no other operations to fuse with;
+- ``triton``: the Triton kernel, in place, as inference uses it on a GPU; left out without a GPU;
+- ``PEFT RoAd``: what PEFT's layer does to its base's output in a mixed batch, with PEFT's own functions.
 
-In a round each arm runs once, in an order that is drawn. A figure is the median over the rounds of an arm's bandwidth
-over that of the copy in the same round, where the bytes are those that have to move: the output in and out, and the
-coefficients of the rows, in float32, in. An arm that moves more has a smaller figure. Writes
-``benchmarks/results/kernel.json`` and ``.png``, with a GPU's name in them on a GPU.
+In each round every arm runs once, in random order. A figure is an arm's bandwidth divided by that of the copy in the
+same round, as the median over rounds. Only bytes that have to move are counted: the output is read and written, and the
+rows' float32 coefficients are read. An arm that moves more gets a smaller figure. Writes
+``benchmarks/results/kernel.json`` and ``.png``; on a GPU their names include the GPU's.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from road_torch._kernels import default
 
 GROUP_SIZE = 64
 COPY = "copy"
-# What one layer gives: decoding, and a prompt of which its bytes are far beyond the caches'.
+# Shapes of one layer's output: in decoding, and for a prompt, whose bytes far exceed the caches.
 SHAPES = {"a token a row": (32, 1, 4096), "a prompt": (32, 256, 4096)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,9 +49,9 @@ Call = Callable[[], Any]
 class Options:
     """Times the rotation of one layer's output against a copy of it."""
 
-    # Each arm runs once a round.
+    # Number of rounds; every arm runs once per round.
     rounds: int = 30
-    # Where the figures go.
+    # Folder for the figures.
     out: Path = RESULTS
 
 
@@ -78,7 +78,7 @@ def main() -> None:
 def measure(
     shape: tuple[int, ...], dtype: torch.dtype, where: torch.device, rounds: int, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Returns each arm's seconds and bandwidth, and that over the copy's."""
+    """Returns each arm's seconds, its bandwidth, and the ratio of that to the copy's."""
     with torch.inference_mode():
         arms = _arms(shape, dtype, where)
         for call in arms.values():
@@ -113,9 +113,9 @@ def _arms(shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> di
     y = torch.randn(shape, device=where).to(dtype)
     theta, alpha = torch.randn(rows, out // 2, device=where), torch.ones(rows, out // 2, device=where)
     first, cross = default.coefficients(theta, alpha, "road_1", GROUP_SIZE)
-    # Out of order, as rows of a batch are.
+    # Shuffled, like the rows of a batch.
     index = torch.randperm(rows, device=where)
-    # As each arm's rotations follow one another, α = 1 keeps its outputs in range.
+    # Each arm rotates its own output again and again; α = 1 keeps the values in range.
     own = {arm: y.clone() for arm in (COPY, "default", "compiled", "triton", "PEFT RoAd")}
     compiled = torch.compile(default.rotate)
     arms: dict[str, Call] = {
@@ -125,7 +125,7 @@ def _arms(shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> di
     }
     if (kernel := _kernels.choose("auto", where)) is not _kernels.DEFAULT:
         arms["triton"] = lambda: kernel.rotate_(own["triton"], first, cross, GROUP_SIZE, index)
-    # In the base's dtype, which is how PEFT's fastest mixed batch has them.
+    # In the base's dtype, with which PEFT's mixed batch is fastest.
     thetas, alphas, order = theta.to(dtype), alpha.to(dtype), index.tolist()
 
     def peft_mixed() -> Tensor:
@@ -142,9 +142,9 @@ def _arms(shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> di
 def _check(
     arms: dict[str, Call], y: Tensor, first: Tensor, cross: Tensor, index: Tensor, own: dict[str, Tensor]
 ) -> None:
-    """Each arm's first result is the rotation in float64."""
+    """Checks that each arm's first result agrees with the rotation in float64."""
     expected = default.rotate(y.double(), first.double(), cross.double(), GROUP_SIZE, index)
-    # PEFT forms cosines and sines in the output's dtype.
+    # The tolerance allows for PEFT, which computes cosines and sines in the output's dtype.
     near = 2e-2 if y.dtype is torch.bfloat16 else 1e-5
     for arm, call in arms.items():
         error = (call().double() - (y if arm == COPY else expected)).norm() / expected.norm()
@@ -153,13 +153,13 @@ def _check(
 
 
 def _seconds(call: Call, where: torch.device) -> float:
-    """One call's; on a GPU of twenty, by its own clock, so that launching them is hidden behind their work."""
+    """Times one call. On a GPU it times twenty by the GPU's clock, so that launches are hidden behind their work."""
     if where.type == "cpu":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Work that keeps the GPU busy until all of them are launched.
+    # Keeps the GPU busy until all calls are launched.
     torch.cuda._sleep(20_000_000)
     begin.record()
     for _ in range(20):
@@ -170,7 +170,7 @@ def _seconds(call: Call, where: torch.device) -> float:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """The figures of all cases."""
+    """Returns a table of the figures of all cases."""
     cases = results["cases"]
     shown = Table(title="bandwidth over that of a copy", caption=results["device"])
     shown.add_column("arm")

@@ -1,18 +1,17 @@
-"""Decoding a batch in which every row has an adapter of its own, against the bare model and PEFT.
+"""Times decoding a batch in which every row has its own adapter, against the bare model and PEFT.
 
-SmolLM2-135M-Instruct, 8 rows, adapters on all linear layers, or as the options say. Arms, each frozen alike and in a
-process of its own:
+The model is SmolLM2-135M-Instruct, by default with 8 rows and adapters on all linear layers. All parameters are frozen
+in every arm, and each arm runs in a separate process:
 
 - ``bare``: the model without adapters;
-- ``road_torch``: one adapter active for all rows, and as many adapters as rows, mixed;
+- ``road_torch``: one active adapter for all rows, and a mixed batch with as many adapters as rows;
 - ``PEFT RoAd``, ``PEFT LoRA r8``: the same.
 
-The arms take turns token by token, in an order that is drawn: each makes its next one, then all go on to the one
-after, so that a busy machine slows all of them. A figure is the median over the rounds of an arm's time over the bare
-model's in the same round. Decoding is the time from the first new token to the last, so that the prompt is not in it;
-the first token is told apart, of generations that end there. With ``--compiled`` every arm decodes as transformers
-compiles it: a cache of fixed size and one graph a step. Writes ``benchmarks/results/mixed_batch.json`` and ``.png``; of
-other than the defaults, with the options in their names.
+The arms take turns at every token, in random order, so that a busy machine slows all of them. A figure is an arm's time
+divided by the bare model's in the same round, as the median over rounds. Decoding is the time from the first new token
+to the last, without the prompt. The time to the first token is measured separately, in generations that end there. With
+``--compiled`` every arm decodes as transformers compiles it, with a cache of fixed size and one graph per step. Writes
+``benchmarks/results/mixed_batch.json`` and ``.png``; other names for other rows, targets or ``--compiled``.
 """
 
 import copy
@@ -55,47 +54,47 @@ BASES = [
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Times decoding with another adapter for each row of a batch, against the bare model and PEFT."""
+    """Times decoding a batch with a different adapter for each row, against the bare model and PEFT."""
 
-    # Rows of the batch, and adapters.
+    # Number of rows in the batch, and of adapters.
     rows: int = 8
-    # The layers that have adapters: all linear ones, or q_proj and v_proj.
+    # Layers with adapters: all linear ones, or q_proj and v_proj.
     targets: Literal["all-linear", "qv"] = "all-linear"
-    # Tokens of the prompt, and new ones.
+    # Numbers of prompt tokens and of new tokens.
     prompt_tokens: int = 16
     new_tokens: int = 17
-    # Whether decoding is compiled (torch.compile, inductor), in all arms.
+    # Whether to compile decoding in all arms (torch.compile, inductor).
     compiled: bool = False
-    # Every arm generates once a round.
+    # Number of rounds; every arm generates once per round.
     rounds: int = 5
-    # Which bases; all if none is named.
+    # Bases to run; all if none is named.
     only: tuple[str, ...] = ()
-    # Which models beside the bare one; all if none is named. PEFT's loops over adapters take many minutes to compile.
+    # Models to run besides the bare one; all if none is named. PEFT's loops over adapters take many minutes to compile.
     arms: tuple[str, ...] = ()
-    # Where the model is kept.
+    # Folder for the model.
     cache: Path = Path("runs/cache")
-    # Where the figures go.
+    # Folder for the figures.
     out: Path = RESULTS
 
     @property
     def adapters(self) -> list[str]:
-        """Their names."""
+        """The adapters' names."""
         return [f"adapter_{i}" for i in range(self.rows)]
 
     @property
     def mixed(self) -> str:
-        """What the mixed arms' names end with."""
+        """The suffix of the mixed arms' names."""
         return f", {self.rows} mixed"
 
     @property
     def title(self) -> str:
-        """What is the same for all bases."""
+        """The part of the titles that is the same for all bases."""
         how = ", compiled" if self.compiled else ""
         return f"batch {self.rows}, adapters on {'all linears' if self.targets == 'all-linear' else 'q and v'}{how}"
 
     @property
     def path(self) -> Path:
-        """Of the figures, without an ending."""
+        """The path of the figures without a suffix."""
         plain = (self.rows, self.targets) == (8, "all-linear")
         name = "mixed_batch" if plain else f"mixed_batch_{self.rows}_{self.targets}"
         return self.out / (f"{name}_compiled" if self.compiled else name)
@@ -114,7 +113,7 @@ def main() -> None:
         if not options.only or name in options.only:
             results["bases"][name] = measure(checkpoint, name, quantize, dtype, options, console)
             console.print(table(f"{name}, {options.title}", results["bases"][name], results["device"]))
-            # After each base, so that a run that is cut short keeps what it has.
+            # After each base, so that an interrupted run keeps its results.
             write(options.path.with_suffix(".json"), results)
     draw(results, options)
     console.print(f"{options.path}.json and .png")
@@ -123,7 +122,7 @@ def main() -> None:
 def measure(
     checkpoint: Path, name: str, quantize: str | None, dtype: str, options: Options, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Returns for each arm its times and ratios, or why it has none."""
+    """Returns each arm's times and ratios, or the reason why it failed."""
     arms: dict[str, Arm] = {}
     failed: dict[str, str] = {}
     for label in _makers(options):
@@ -149,7 +148,7 @@ def measure(
                 arms[arm].tell("generate")
                 decodes[arm].append(0.0)
             for number in range(options.new_tokens):
-                # An arm pays for what the one before it left in the caches, so that is another one each time.
+                # An arm is affected by what the previous one left in the caches, so the order changes each time.
                 for arm in random.sample([*arms], len(arms)):
                     seconds = arms[arm].ask("token")
                     decodes[arm][-1] += seconds if number else 0.0
@@ -180,15 +179,15 @@ def _serve(
     """Follows an `Arm`'s orders; answers with seconds."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    # Frozen, as those of all arms are.
+    # Frozen, as in all arms.
     model = _makers(options)[label](load(checkpoint, quantize=quantize, dtype=dtype)[0]).eval().requires_grad_(False)
     kwargs: dict[str, Any] = {"adapter_names": options.adapters} if mixed else {}
     if options.compiled:
         kwargs["cache_implementation"] = "static"
-        # Without dynamic sizes, for the cache has one; CUDA graphs on a GPU.
+        # No dynamic sizes, because the cache's size is fixed; CUDA graphs on a GPU.
         mode = "reduce-overhead" if torch.cuda.is_available() else "default"
         kwargs["compile_config"] = transformers.CompileConfig(fullgraph=False, dynamic=False, mode=mode)
-        # On a CPU transformers compiles only if told so.
+        # On a CPU transformers compiles only if told to.
         kwargs["compile_config"]._compile_all_devices = True
     ids = (torch.arange(options.rows * options.prompt_tokens) * 37 % 4000 + 1000).view(options.rows, -1)
     ids = ids.to(model.device)
@@ -256,7 +255,7 @@ def _ours(base: Any, options: Options) -> RoadModel:
 
 def _peft(base: Any, config: Any, options: Options) -> Any:
     first, *others = options.adapters
-    # Adapters in the base's dtype: with float32 ones PEFT's mixed batch fails on a bfloat16 layer.
+    # Adapters in the base's dtype: PEFT's mixed batch fails with float32 adapters on a bfloat16 layer.
     model = peft.get_peft_model(base, copy.deepcopy(config), adapter_name=first, autocast_adapter_dtype=False)
     for name in others:
         model.add_adapter(name, copy.deepcopy(config), autocast_adapter_dtype=False)
@@ -277,7 +276,7 @@ def _noisy(model: Any) -> Any:
 
 
 def table(title: str, arms: dict[str, dict[str, Any]], machine: str) -> Table:
-    """The figures of one base."""
+    """Returns a table of one base's figures."""
     shown = Table(title=title, caption=machine)
     for column in ("arm", "decode / bare", "spread", "first token / bare", "tokens/s"):
         shown.add_column(column, justify="left" if column == "arm" else "right")
@@ -292,7 +291,7 @@ def table(title: str, arms: dict[str, dict[str, Any]], machine: str) -> Table:
 
 
 def draw(results: dict[str, Any], options: Options) -> None:
-    """Bars of times over the bare model's, a group a base: of decoding, and of the first token."""
+    """Draws ratios to the bare model's times, for decoding and for the first token, with one group of bars per base."""
     bases = results["bases"]
     arms = [arm for arm in next(iter(bases.values())) if arm != "bare"]
     figure, axes = plt.subplots(2, figsize=(9, 7.5), layout="constrained")

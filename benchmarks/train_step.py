@@ -1,15 +1,17 @@
-"""A training step in Flax against PEFT in PyTorch: the same model, the same tokens, the same threads.
+"""Times a training step in Flax against PEFT in PyTorch: the same model, the same tokens, the same threads.
 
-SmolLM2-135M-Instruct in float32, adapters on all linear layers, AdamW. Two workloads:
+The model is SmolLM2-135M-Instruct in float32 with adapters on all linear layers and AdamW. There are two workloads:
 
-- ``same work``: rows without padding, a loss at every token. First losses are checked to be equal.
-- ``a task``: real lines of film reviews with a loss on the answers. Flax packs them and computes logits where there is
-  a loss, as ``road-train`` does; PEFT pads a batch of them to its longest line.
+- ``same work``: rows without padding and a loss at every token;
+- ``a task``: real lines of film reviews with a loss on the answers. Flax packs them and computes logits only where
+  there is a loss, as ``road-train`` does; PEFT pads each batch to its longest line.
 
-PEFT's arms run as they are and, where every step has one shape, through ``torch.compile`` too, all on the device that
-JAX computes on. Each arm is a process of its own, and in a round each takes a step, in an order that is drawn, so that
-a busy machine slows all of them. A figure is the median over the rounds of an arm's time over that of ``Flax RoAd`` in
-the same round; for ``a task`` it is time per line. Writes ``benchmarks/results/train_step.json`` and ``.png``.
+In both, all arms' first losses are checked to be equal.
+
+PEFT's arms run eagerly and, if every step has the same shape, also through ``torch.compile``, all on the device that
+JAX uses. Each arm is a separate process. In each round every arm takes a step, in random order, so that a busy machine
+slows all of them. A figure is an arm's time divided by that of ``Flax RoAd`` in the same round, as the median over
+rounds; for ``a task`` it is time per line. Writes ``benchmarks/results/train_step.json`` and ``.png``.
 """
 
 import dataclasses
@@ -48,22 +50,22 @@ OURS = "Flax RoAd"
 class Options:
     """Times training steps of RoAd in Flax against PEFT's RoAd and LoRA in PyTorch."""
 
-    # Rows and tokens a row of a step; the task's batches have as many places.
+    # Rows of a step, and tokens per row; the task's packed batches have the same shape.
     rows: int = 4
     length: int = 256
-    # Every arm takes a step a round.
+    # Number of rounds; every arm takes one step per round.
     rounds: int = 16
-    # Of the task; a round takes the next one.
+    # Batches of the task; each round takes the next one.
     batches: int = 8
-    # Where the model and data are kept.
+    # Folder for the model and the data.
     cache: Path = Path("runs/cache")
-    # Where the figures go.
+    # Folder for the figures.
     out: Path = RESULTS
 
 
-# A step: takes nothing, gives the loss.
+# A step takes no arguments and returns the loss.
 Step = Callable[[], float]
-# What makes an arm's step in its process, and what it is called with.
+# The function that makes an arm's step in its process, and the function's arguments.
 Maker = tuple[Callable[..., Step], tuple[Any, ...]]
 
 
@@ -85,13 +87,13 @@ def main() -> None:
 def measure(
     name: str, makers: dict[str, Maker], lines: list[int], rounds: int, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Returns each arm's seconds a step and its time a line over ours, ``lines[i]`` of them in batch i.
+    """Returns each arm's seconds per step, and its time per line relative to ours.
 
-    Every arm goes through the batches in the same order; the first one warms it up.
+    Batch i has ``lines[i]`` lines. Every arm goes through the batches in the same order; the first step is a warm-up.
     """
     arms = {arm: Arm(_serve, make, args) for arm, (make, args) in makers.items()}
     losses = {arm: process.ask("step")[1] for arm, process in arms.items()}
-    # The adapters start as the identity, so that all arms begin with the base's loss; LoRA's too.
+    # All adapters, including LoRA's, start as the identity, so every arm begins with the base's loss.
     if max(losses.values()) - min(losses.values()) > 1e-3 * min(losses.values()):
         raise SystemExit(f"{name}: expected one first loss in every arm, found {losses}")
     random.seed(0)
@@ -118,7 +120,7 @@ def measure(
 
 
 def _serve(pipe: Any, make: Callable[..., Step], args: tuple[Any, ...]) -> None:
-    """Steps when it is asked to; answers with seconds and the loss."""
+    """Takes a step on each order, and answers with its seconds and loss."""
     warnings.simplefilter("ignore")
     step = make(*args)
     pipe.send(None)
@@ -139,7 +141,7 @@ def _same_work(checkpoint: Path, options: Options, console: Console) -> tuple[di
 
 
 def _task(checkpoint: Path, options: Options, console: Console) -> tuple[dict[str, Maker], list[int]]:
-    """Batches of real lines, as many as fill a step's rows when packed; the peers get the same lines."""
+    """Makes batches of as many real lines as fill a step's rows when packed; the peers get the same lines."""
     task = tasks.sentiment(options.cache, console)
     path, _ = task.write(options.cache / "benchmark")
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
@@ -163,7 +165,7 @@ def _makers(checkpoint: Path, ours: list[_data.Batch], theirs: list[dict[str, np
     makers: dict[str, Maker] = {OURS: (_flax, (checkpoint, ours))}
     for name, config in configs.items():
         makers[name] = _torch, (checkpoint, config, theirs, False)
-        # Each other length of a padded batch would be compiled anew.
+        # Every other length of a padded batch would be compiled again.
         if len(theirs) == 1:
             makers[f"{name}, compiled"] = _torch, (checkpoint, config, theirs, True)
     return makers
@@ -172,7 +174,7 @@ def _makers(checkpoint: Path, ours: list[_data.Batch], theirs: list[dict[str, np
 def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
     module, variables = models.load(checkpoint, dtype=jnp.float32)
     road = road_jax.transform(module, RoadConfig(target_modules="all-linear"))
-    # On the host, for the step gives its state's memory away.
+    # On the host, because the step donates its state's memory.
     adapter = jax.device_get(road.init(jax.random.key(0), variables, jnp.zeros((1, 8), jnp.int32)))
     tx = optax.adamw(1e-3, weight_decay=0.0)
     begin = jax.device_get(_step.State(adapter, tx.init(adapter)))
@@ -190,7 +192,7 @@ def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
 
     for _ in batches:
         step()
-    # What warming up changed is undone: every arm begins with a fresh adapter.
+    # Undo the warm-up, so that every arm begins with a fresh adapter.
     state, turn = program.place_state(begin), 0
     return step
 
@@ -198,7 +200,7 @@ def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
 def _torch(checkpoint: Path, config: Any, batches: list[dict[str, np.ndarray]], compiled: bool) -> Step:
     where = "cpu" if jax.default_backend() == "cpu" else "cuda"
     if where == "cuda":
-        # TF32, as XLA's products on such a GPU.
+        # TF32, as XLA uses for products on such a GPU.
         torch.set_float32_matmul_precision("high")
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(where)
     base.config.use_cache = False
@@ -220,7 +222,7 @@ def _torch(checkpoint: Path, config: Any, batches: list[dict[str, np.ndarray]], 
         return float(loss.detach())
 
     step()
-    # As in Flax: every arm begins with a fresh adapter.
+    # As in Flax, every arm begins with a fresh adapter.
     with torch.no_grad():
         for parameter, value in zip(trained, begin, strict=True):
             parameter.copy_(value)
@@ -230,7 +232,7 @@ def _torch(checkpoint: Path, config: Any, batches: list[dict[str, np.ndarray]], 
 
 
 def table(name: str, arms: dict[str, dict[str, Any]], machine: str) -> Table:
-    """The figures of one workload."""
+    """Returns a table of one workload's figures."""
     shown = Table(title=f"{name}, float32, all linears", caption=machine)
     for column in ("arm", f"time / {OURS}", "spread", "seconds a step", "lines/s", "first loss"):
         shown.add_column(column, justify="left" if column == "arm" else "right")

@@ -1,1 +1,1 @@
-"""Adapters that were trained apart, used together: ``python -m benchmarks.composition``."""
+"""Combines adapters that were trained separately: ``python -m benchmarks.composition``."""

@@ -1,19 +1,20 @@
-"""Adapters trained apart and used together, without more training: the paper's experiment in small (section 4.3).
+"""Combines separately trained adapters without more training: the paper's experiment (section 4.3) on a small scale.
 
-SmolLM2-135M-Instruct in float32 and the two tasks of `benchmarks.composition.tasks`. For each seed, which orders the
-lines, every adapter is trained on its own task alone, with the same batches:
+The model is SmolLM2-135M-Instruct in float32, and the two tasks are those of `benchmarks.composition.tasks`. The seed
+decides the order of the lines. For each seed every method trains on the same batches of each task:
 
-- ``halves``: RoAd in Flax, one adapter on the first half of each layer's 2x2 blocks, the other on the second half;
-- ``at once``: the same halves trained in one run, in PyTorch: each step's batch has lines of both tasks, and each line
-  turns the half of its own;
-- ``whole``: RoAd in Flax, both on all blocks;
-- ``LoRA r8``: PEFT, both on all linear layers;
-- ``LoReFT r8``: one edit of each layer's hidden state, half of its rows for a task. They are trained at once, for they
-  must stay orthogonal: each step sees a batch of both tasks.
+- ``halves``: RoAd in Flax, one adapter on the first half of each layer's 2x2 blocks, the other on the second half, each
+  trained on its own task alone;
+- ``at once``: the same halves trained in one run in PyTorch. Each step's batch has lines of both tasks, and each line
+  uses the half of its own task;
+- ``whole``: as ``halves``, but both adapters act on all blocks;
+- ``LoRA r8``: PEFT, both adapters on all linear layers, each trained on its own task alone;
+- ``LoReFT r8``: one edit of each layer's hidden state, with half of its rows for each task. As the rows must stay
+  orthogonal, both halves are trained at once, on a batch of each task in every step.
 
-Scored are held-out reviews by greedy text: the base, each adapter, and both together: composed, with weights, as merged
-task vectors, as sums of the LoRAs, all rows of LoReFT. Writes ``benchmarks/results/composition.json`` and
-``.png``.
+The base, each adapter alone and both together are scored by greedy generation on held-out reviews. Adapters are
+combined by composition with weights, as merged task vectors, as sums of the LoRAs, or as all rows of LoReFT. Writes
+``benchmarks/results/composition.json`` and ``.png``.
 """
 
 import dataclasses
@@ -46,18 +47,18 @@ from examples.demo.tasks import Messages
 from road_jax.train import TrainOptions, _data, _step, train
 
 HALVES = {"skill": (0.0, 0.5), "format": (0.5, 1.0)}
-# How A and B are added.
+# The weights of A and B when they are combined.
 WEIGHTS = {"A+B": (1.0, 1.0), "0.5 A + B": (0.5, 1.0), "A + 0.5 B": (1.0, 0.5)}
 METRICS = ("skill", "format", "both")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Trains a skill and a format apart, and scores them together."""
+    """Trains adapters for a skill and a format separately, and scores them together."""
 
-    # Each is an order of the training lines.
+    # Seeds; each gives an order of the training lines.
     seeds: tuple[int, ...] = (0, 1, 2)
-    # Optimiser steps of each adapter, with their rows and tokens a row.
+    # Optimiser steps per adapter, rows per step, and tokens per row.
     steps: int = 40
     rows: int = 2
     length: int = 256
@@ -65,11 +66,11 @@ class Options:
     learning_rate: float = 5e-3
     lora_learning_rate: float = 2e-3
     loreft_learning_rate: float = 4e-3
-    # Held-out reviews that are scored.
+    # Number of held-out reviews to score.
     lines: int = 100
-    # Where the model and data are kept.
+    # Folder for the model and the data.
     cache: Path = Path("runs/cache")
-    # Where the figures go.
+    # Folder for the figures.
     out: Path = RESULTS
 
 
@@ -87,7 +88,7 @@ def main() -> None:
             found = run(checkpoint, study, seed, options, Path(name) / str(seed), console)
             results["seeds"][seed] = {arm: dataclasses.asdict(scores) for arm, scores in found.items()}
             results["mean"] = mean(results["seeds"])
-            # After each seed, so that a run that is cut short keeps what it has.
+            # After each seed, so that an interrupted run keeps its results.
             write(options.out / "composition.json", results)
     console.print(table(results))
     draw(results, options.out / "composition.png")
@@ -97,7 +98,7 @@ def main() -> None:
 def run(
     checkpoint: Path, study: Study, seed: int, options: Options, folder: Path, console: Console
 ) -> dict[str, Scores]:
-    """Trains all adapters with one order of the lines and scores every arm."""
+    """Trains all adapters on one order of the lines and scores every arm."""
     for kind, spaces in (("halves", HALVES), ("whole", dict.fromkeys(HALVES))):
         for task, subspace in spaces.items():
             flax = folder / "flax" / f"{kind}-{task}"
@@ -132,7 +133,7 @@ def _options(
 
 
 def _road(checkpoint: Path, folder: Path, study: Study) -> dict[str, list[str]]:
-    """Answers with every arm of RoAd, each as rows of mixed batches, and with merged task vectors."""
+    """Answers with every RoAd arm, by adapter names for the rows, and with merged task vectors."""
     base, tokenizer = road_torch.load(checkpoint, dtype="float32")
     model = road_torch.RoadModel(base).eval()
     for kind in ("halves", "whole"):
@@ -173,7 +174,7 @@ def _task_vectors(model: road_torch.RoadModel, tokenizer: Any, study: Study, kin
 
 
 def _at_once(checkpoint: Path, study: Study, seed: int, options: Options, console: Console) -> dict[str, list[str]]:
-    """Trains both halves in one run, on mixed batches of the lines that they have apart, and answers alike."""
+    """Trains both halves in one run, on mixed batches of the same lines as separately, and answers with them."""
     base, tokenizer = road_torch.load(checkpoint, dtype="float32")
     model = road_torch.RoadModel(base)
     for task, subspace in HALVES.items():
@@ -196,7 +197,7 @@ def _at_once(checkpoint: Path, study: Study, seed: int, options: Options, consol
 
 
 def _lora(checkpoint: Path, study: Study, seed: int, options: Options, console: Console) -> dict[str, list[str]]:
-    """Trains a LoRA for each task on the lines that RoAd's batches had, and answers with each and with their sum."""
+    """Trains a LoRA for each task on the lines of RoAd's batches, and answers with each and with their sums."""
     torch.manual_seed(seed)
     base, tokenizer = road_torch.load(checkpoint, dtype="float32")
     config = peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16)
@@ -221,7 +222,7 @@ def _lora(checkpoint: Path, study: Study, seed: int, options: Options, console: 
 
 
 def _loreft(checkpoint: Path, study: Study, seed: int, options: Options, console: Console) -> dict[str, list[str]]:
-    """Trains LoReFT on the same lines, half of its rows for each task, and answers with each half and with all."""
+    """Trains LoReFT on the same lines, half of its rows per task, and answers with each half and with all rows."""
     torch.manual_seed(seed)
     base, tokenizer = road_torch.load(checkpoint, dtype="float32")
     model = LoReFT(base, rank=8, positions=4)
@@ -250,7 +251,7 @@ def _train(
     what: str,
     console: Console,
 ) -> None:
-    """Trains what asks for gradients as road-train would: its optimiser and schedule, one loss a step."""
+    """Trains all parameters that require gradients with road-train's optimiser and schedule, one loss per step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
     _, schedule = _step.optimizer(learning_rate, options.steps, warmup=0.1, weight_decay=0.0)
     for step, loss in enumerate(track(losses, what, total=options.steps, console=console)):
@@ -285,7 +286,7 @@ def _answers(
 
 
 def mean(seeds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Returns for each arm and metric the mean over the seeds and their standard deviation (0 for one seed)."""
+    """Returns mean and standard deviation over the seeds (0 for one seed), by arm and metric."""
     runs = list(seeds.values())
     found = {}
     for arm in runs[0]:
@@ -295,7 +296,7 @@ def mean(seeds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> dict[str, di
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """Every arm's scores."""
+    """Returns a table of every arm's scores."""
     shown = Table(title="Held-out reviews, in percent", caption=results["device"])
     for column in ("arm", *METRICS):
         shown.add_column(column, justify="left" if column == "arm" else "right")

@@ -1,8 +1,8 @@
 """LoReFT, a baseline: a low-rank edit of the hidden state after every decoder layer, at some positions of the prompt.
 
-``h + Rᵀ(W h + b − R h)`` with orthonormal rows in R ``[rank, hidden]`` (Wu et al., arXiv 2404.03592, equation 2). For
-composition an edit is confined to some of the rows, as in its section on compositional subspaces: the rows stay
-orthogonal to each other, which takes training them at once.
+The edit is ``h + Rᵀ(W h + b − R h)``, where R ``[rank, hidden]`` has orthonormal rows (Wu et al., arXiv 2404.03592,
+equation 2). For composition each edit is confined to some of the rows, as in the paper's section on compositional
+subspaces. All rows must be trained at once, so that they stay orthogonal to each other.
 """
 
 from typing import Any
@@ -22,26 +22,26 @@ class Edit(nn.Module):
         self.source = nn.Linear(hidden, rank)
 
     def forward(self, h: Tensor, rows: slice) -> Tensor:
-        """Edits hidden states ``[positions, hidden]`` in the subspace of these rows."""
+        """Edits hidden states ``[positions, hidden]`` in the subspace spanned by these rows."""
         basis = self.rotate.weight[rows]
         wanted = nn.functional.linear(h, self.source.weight[rows], self.source.bias[rows])
         return h + (wanted - h @ basis.T) @ basis
 
 
 class LoReFT(nn.Module):
-    """A decoder of transformers with an edit after each of its layers.
+    """A transformers decoder with an edit after each of its layers.
 
     Attributes:
-        rows: of every basis, which the next call edits.
+        rows: the rows of every basis that the next call uses.
     """
 
     def __init__(self, model: Any, rank: int, positions: int) -> None:
         """Freezes the model and hooks its layers.
 
         Args:
-            model: its layers are ``model.model.layers``.
-            rank: rows of each basis.
-            positions: how many tokens at the start, and as many at the end, of each prompt are edited.
+            model: the decoder; its layers are ``model.model.layers``.
+            rank: number of rows of each basis.
+            positions: how many tokens are edited at the start of each prompt, and as many at its end.
         """
         super().__init__()
         self.model = model.requires_grad_(False)
@@ -53,13 +53,13 @@ class LoReFT(nn.Module):
             layer.register_forward_hook(lambda _, __, out, edit=edit: self._edited(out, edit))
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of the labels that aren't -100; what stands before the first of them is the prompt."""
+        """Returns the mean loss over labels that aren't -100; tokens before the first of them are the prompt."""
         answered = torch.cumsum(labels != -100, 1) > 0
         self._where = self._ends(attention_mask.bool() & ~answered)
         return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Generates behind prompts that are padded on the left."""
+        """Generates from prompts that are padded on the left."""
         self._where = self._ends(attention_mask.bool())
         return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
 
@@ -69,7 +69,7 @@ class LoReFT(nn.Module):
         return prompt & ((from_start <= self.positions) | (from_end < self.positions))
 
     def _edited(self, hidden: Tensor, edit: Edit) -> Tensor:
-        # What is decoded behind the prompt has fewer positions, and no edit.
+        # Tokens decoded after the prompt come in other shapes and aren't edited.
         if self._where is None or hidden.shape[:2] != self._where.shape:
             return hidden
         changed = hidden.clone()

@@ -1,12 +1,12 @@
-"""A skill and a format, each with lines of its own to train on, and lines that need both.
+"""A skill and a format, each with its own training lines, and held-out lines that need both.
 
-- ``skill``: is a sentence from a film review positive or negative? Each answer says it in one of eight ways, drawn
-  without regard to the review: how to answer is left open.
-- ``format``: city, state or ZIP code of a US address. The answer stands in a JSON object, ``{"answer": "…"}``. No film
-  review and no question about sentiment is among these lines.
+- ``skill``: is a sentence from a film review positive or negative? Each answer is worded in one of eight ways, chosen
+  at random, so that the form of the answer is left open.
+- ``format``: city, state or ZIP code of a US address. The answer is a JSON object, ``{"answer": "…"}``. These lines
+  contain no film review and no question about sentiment.
 
-Scored are held-out reviews, asked as the skill was trained. Both adapters together should give the right word in the
-object, which neither of them was shown.
+Held-out reviews are scored, asked in the same way as in the skill's training. Both adapters together should put the
+right word into the object, which neither was trained to do.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ _WAYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What is trained on and scored.
+    """The lines to train on and to score.
 
     Attributes:
-        data: JSONL files of ``skill`` and ``format``.
-        prompts: conversations up to the answer, of held-out reviews.
-        labels: the right word for each.
+        data: the training files (JSONL) of ``skill`` and ``format``.
+        prompts: conversations about held-out reviews, up to the answer.
+        labels: the right word for each prompt.
     """
 
     data: dict[str, Path]
@@ -54,12 +54,12 @@ class Study:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Shares of the lines, from 0 to 1.
+    """Fractions of the lines, from 0 to 1.
 
     Attributes:
-        skill: the answer has the right word and not the other one.
-        format: the answer is a JSON object with ``answer`` alone.
-        both: the object holds the right word and nothing else.
+        skill: the answer contains the right word and not the other one.
+        format: the answer is a JSON object with ``answer`` as its only key.
+        both: the value in that object is the right word and nothing else.
     """
 
     skill: float
@@ -68,7 +68,7 @@ class Scores:
 
 
 def prepare(cache: Path, folder: Path, lines: int, console: Console | None = None) -> Study:
-    """Writes the training lines and returns them with the held-out ones."""
+    """Writes the training lines, and returns their files and the held-out lines."""
     skill = tasks.sentiment(cache, console, held_out=lines)
     addresses = tasks.address(cache, console)
     folder.mkdir(parents=True, exist_ok=True)
