@@ -1,12 +1,12 @@
-"""Two skills trained apart on disjoint parts of a layer's 2x2 blocks, then used together without more training.
+"""Trains two skills separately on disjoint parts of a layer's 2x2 blocks, then combines them without more training.
 
-The base learns two things of a point, each read off one half of its features: which of four directions it lies in, and
-which of four rings. Then both change: the directions are turned, the rings are moved. One adapter, on the first half of
-the blocks, is trained on the turned directions alone; another, on the second half, on the moved rings alone.
-`road_jax.compose` makes one adapter of both, and a batch takes all at once: neither, each, and both.
+The base learns two facts about a point, each read from one half of its features: which of four directions it lies in,
+and which of four rings. Then both change: the directions are turned and the rings are moved. One adapter, on the first
+half of the blocks, is trained on the turned directions only; another one, on the second half, on the moved rings only.
+`road_jax.compose` makes one adapter from both, and one batch uses neither, each and both of them.
 
 Rotations of disjoint blocks always add exactly. Here each question has its own half of the features, so the skills add
-exactly as well; where a network mixes the halves they may not: docs/compose.md has a study on a language model.
+exactly, too. In a network that mixes the halves they may not; docs/compose.md has a study on a language model.
 
     python examples/compose.py
 """
@@ -47,7 +47,7 @@ def loss_of(logits: jax.Array, answers: jax.Array, questions: list[int]) -> jax.
 
 
 def train(loss, start, steps: int, rate: float):
-    """Minimises a loss of one tree."""
+    """Minimises a loss over one tree of arrays."""
     optimizer = optax.adam(rate)
 
     @jax.jit
@@ -84,7 +84,7 @@ def main() -> None:
     same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), both, other))
     print(f"composed in either order: {'the same numbers' if same else 'other numbers'}")
 
-    # One batch with four copies of the held-out points, each with another choice.
+    # One batch with four copies of the held-out points, each with another choice of adapters.
     points, answers = data(2, 512, TURNED, MOVED)
     several = road_jax.stack_adapters([*adapters, both])
     road = road_jax.transform(model, config)

@@ -1,8 +1,8 @@
-"""A layer type of your own, declared to `transform`: where its outputs stand, in the result and in the kernel.
+"""Declares layer types of your own to `transform`: which axes of the result and of the kernel are outputs.
 
-Flax's own layers need no declaration. These two do: `Turned` keeps its kernel as PyTorch does, [out, in], and `Heads`
-calls its kernel `w`, has heads before the inputs and gives the heads their own axis. The same functions of a layer go
-to `road_jax.nnx.wrap(model, config, layers=…)`.
+Flax's own layers need no declaration. These two do: `Turned` has its kernel as [out, in], as in PyTorch, and `Heads`
+calls its kernel `w`, has heads before the inputs and gives the heads an axis of their own. The same functions can be
+passed to `road_jax.nnx.wrap(model, config, layers=…)`.
 
     python examples/own_layer.py
 """
@@ -30,7 +30,7 @@ class Turned(nn.Module):
 
 
 class Heads(nn.Module):
-    """A projection into heads, as many models write it: an einsum and a kernel ``w``."""
+    """A projection to heads as in many models: an einsum with a kernel ``w``."""
 
     heads: int
     size: int
@@ -44,7 +44,7 @@ class Heads(nn.Module):
 
 
 class Model(nn.Module):
-    """Both layers, one after the other."""
+    """Both layers in sequence."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def main() -> None:
     x = jax.random.normal(jax.random.key(0), (8, 10, 32))
     variables = model.init(jax.random.key(1), x)
     config = road_jax.RoadConfig(target_modules=["turned", "heads"], group_size=32)
-    # From the type to a function of the module and what it is called with.
+    # By layer type: a function of the module and its call's arguments.
     layers: dict[type, Callable[..., road_jax.Layout | None]] = {
         Turned: lambda module, x: road_jax.Layout(kernel_axes=(0,)),
         Heads: lambda module, x: road_jax.einsum_layout(module.equation, kernel="w"),
@@ -67,7 +67,7 @@ def main() -> None:
     for name, leaves in adapter.items():
         print(f"{name}: θ of shape {leaves['road_theta'].shape}")
 
-    # What the adapter shall learn: the outputs of a model whose adapter was drawn at random.
+    # The adapter should learn the outputs of the same model with a random adapter.
     hidden = jax.tree.map(lambda leaf: leaf + 0.5 * jax.random.normal(jax.random.key(3), leaf.shape), adapter)
     wanted = road.apply(variables, hidden, x)
     optimizer = optax.adam(3e-2)

@@ -1,9 +1,9 @@
-"""Many adapters on one quantised base in PyTorch: a folder of them, a mixed batch, and one swapped while serving.
+"""Serves many adapters on one quantised base in PyTorch: loads a folder of them, answers mixed batches, swaps one.
 
-Every folder in ADAPTERS that holds an adapter in PEFT's format is loaded under its name. At most --max-loaded of them
-have their coefficients on the device at once, those that were asked for last; θ and α of all stay in the host's memory.
-The first row of the batch is answered by the base, each other row by an adapter of its own. Then a newer version takes
-one adapter's place, without a pause and without compiling anew.
+Every folder in ADAPTERS that holds an adapter in PEFT's format is loaded under its name. At most --max-loaded adapters,
+the most recently used, have their coefficients on the device at once; θ and α of all adapters stay in host memory. The
+base answers the first row of a batch, and each other row has its own adapter. Then a newer version replaces one
+adapter, without a pause and without recompilation.
 
     python examples/serve_many.py checkpoints/smollm2 adapters --prompt "Tell me about Paris."
 """
@@ -41,14 +41,14 @@ def main() -> None:
     model = RoadModel(base, max_loaded=options.max_loaded).eval()
     for folder in folders:
         model.load_adapter(folder, adapter_name=folder.name)
-    model.set_adapter([])  # the first one was active, and kept its place; rows name theirs
+    model.set_adapter([])  # frees the place of the first adapter, which was active; rows name their adapters
 
     parameters = [p for name, p in model.named_parameters() if "road_" in name]
     size = sum(p.numel() * p.element_size() for p in parameters) / len(folders)
     print(f"{len(folders)} adapters, {size / 1e6:.2f} MB of θ and α each, at most {options.max_loaded} on the device")
 
     def answer(names: list[str]) -> list[str]:
-        """The prompt's answers by these adapters, in one batch."""
+        """Returns these adapters' answers to the prompt, in one batch."""
         text = options.prompt
         if tokenizer.chat_template:
             turn = [{"role": "user", "content": text}]
@@ -60,7 +60,7 @@ def main() -> None:
         new = given[:, rows["input_ids"].shape[1] :]
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
-    # A batch has at most as many adapters as may be loaded; the next batch brings others.
+    # A batch has at most --max-loaded adapters; the next batch replaces them by others.
     asked = [folder.name for folder in folders]
     for start in range(0, len(asked), options.max_loaded):
         names = ["__base__", *asked[start : start + options.max_loaded]]

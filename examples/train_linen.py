@@ -1,8 +1,8 @@
-"""RoAd on a Linen model of your own: a frozen base, an adapter trained by optax for a task that has changed.
+"""Trains RoAd on a Linen model of your own: the base is frozen, and optax trains an adapter for a changed task.
 
-The base, a small classifier, learns which of eight directions a point lies in. Then the directions are turned, which
-the base doesn't know: an adapter learns it, in a jitted step that changes θ and α alone. It is saved, loaded, and
-merged into plain variables that need no adapter any more.
+The base, a small classifier, learns which of eight directions a point lies in. Then the directions are turned, and an
+adapter learns the new ones in a jitted step that changes θ and α only. The adapter is saved, loaded, and merged into
+plain variables, which then need no adapter.
 
     python examples/train_linen.py [FOLDER]     # the adapter goes to FOLDER, runs/example-linen by default
 """
@@ -20,7 +20,7 @@ CLASSES = 8
 
 
 class Classifier(nn.Module):
-    """Points [batch, 2] to logits [batch, classes]; it knows nothing of adapters."""
+    """Maps points [batch, 2] to logits [batch, classes]; it knows nothing of adapters."""
 
     @nn.compact
     def __call__(self, points: jax.Array) -> jax.Array:
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
 
 
 def data(seed: int, count: int, turned: float) -> tuple[jax.Array, jax.Array]:
-    """Returns points, and which of the directions, turned by so many radians, each lies in."""
+    """Returns points, and the direction that each lies in if the directions are turned by ``turned`` radians."""
     points = jax.random.normal(jax.random.key(seed), (count, 2))
     angles = jnp.arctan2(points[:, 1], points[:, 0]) - turned
     return points, (angles % (2 * jnp.pi) / (2 * jnp.pi) * CLASSES).astype(jnp.int32)
@@ -51,7 +51,7 @@ def main(folder: str) -> None:
     variables = model.init(jax.random.key(1), points)
     optimizer = optax.adamw(5e-3)
 
-    # The base, trained as any Flax model is. Yours comes from a checkpoint.
+    # The base, trained like any Flax model. Yours would come from a checkpoint.
     @jax.jit
     def base_step(variables, state):
         gradient = jax.grad(lambda v: cross_entropy(model.apply(v, points), labels))(variables)

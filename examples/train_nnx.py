@@ -1,7 +1,7 @@
-"""RoAd on an NNX model of your own: wrap it, and train `RoadParam` with nnx.Optimizer; the base stays as it was.
+"""Trains RoAd on an NNX model of your own: wrap it, and train `RoadParam` with nnx.Optimizer; the base doesn't change.
 
 The base, a small classifier, learns which of eight directions a point lies in. Then the directions are turned, and an
-adapter learns that. `examples/train_linen.py` does the same to a Linen model.
+adapter learns the new ones. `examples/train_linen.py` does the same with a Linen model.
 
     python examples/train_nnx.py [FOLDER]     # the adapter goes to FOLDER, runs/example-nnx by default
 """
@@ -20,7 +20,7 @@ CLASSES = 8
 
 
 class Classifier(nnx.Module):
-    """Points [batch, 2] to logits [batch, classes]; it knows nothing of adapters."""
+    """Maps points [batch, 2] to logits [batch, classes]; it knows nothing of adapters."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.up = nnx.Linear(2, 128, rngs=rngs)
@@ -33,7 +33,7 @@ class Classifier(nnx.Module):
 
 
 def data(seed: int, count: int, turned: float) -> tuple[jax.Array, jax.Array]:
-    """Returns points, and which of the directions, turned by so many radians, each lies in."""
+    """Returns points, and the direction that each lies in if the directions are turned by ``turned`` radians."""
     points = jax.random.normal(jax.random.key(seed), (count, 2))
     angles = jnp.arctan2(points[:, 1], points[:, 0]) - turned
     return points, (angles % (2 * jnp.pi) / (2 * jnp.pi) * CLASSES).astype(jnp.int32)
@@ -49,14 +49,14 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> float:
 
 @nnx.jit(static_argnames="trained")
 def step(model, optimizer, points, labels, trained):
-    """One step on the Variables of one kind."""
+    """Takes one training step on the Variables of type ``trained``."""
     loss, gradient = nnx.value_and_grad(cross_entropy, argnums=nnx.DiffState(0, trained))(model, points, labels)
     optimizer.update(model, gradient)
     return loss
 
 
 def main(folder: str) -> None:
-    # The base, trained as any NNX model is. Yours comes from a checkpoint.
+    # The base, trained like any NNX model. Yours would come from a checkpoint.
     model = Classifier(nnx.Rngs(0))
     points, labels = data(0, 1024, turned=0.0)
     optimizer = nnx.Optimizer(model, optax.adamw(5e-3), wrt=nnx.Param)
@@ -81,7 +81,7 @@ def main(folder: str) -> None:
     trained = sum(x.size for x in jax.tree.leaves(nnx.state(adapted, RoadParam)))
     print(f"trained: {trained} numbers, saved to {folder}; the base is {'as it was' if same else 'another one'}")
     print(f"held-out accuracy: base {accuracy(base, labels):.3f}, adapter {accuracy(given, labels):.3f}")
-    road_jax.nnx.merge(adapted)  # in place, and so in `model` too; unmerge turns it back
+    road_jax.nnx.merge(adapted)  # in place, and so in `model` too; unmerge undoes it
     print(f"merged model, greatest difference of a logit: {jnp.abs(model(points) - given).max():.1e}")
 
 

@@ -32,7 +32,7 @@ def main() -> None:
 def _main() -> None:
     options = tyro.cli(DemoOptions, prog="python -m examples.demo")
     with demo_folder(options.out) as folder:
-        # Two frameworks take seconds to import; --help and a full folder needn't wait.
+        # Importing two frameworks takes seconds; --help and the error for a folder in use needn't wait.
         from examples.demo import tasks
         from examples.demo.model import prepare_model
         from examples.demo.report import summary, write_report

@@ -1,4 +1,4 @@
-"""A decoder in Flax that answers conversations: by greedy text, or by the likelier of some labels."""
+"""A decoder in Flax that answers conversations, by greedy generation or by choosing the likeliest of some labels."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import road_jax
 from examples.demo.tasks import Messages
 
-# Conversations that are answered at once; a power of two, for `road_jax.generate` fills a batch up to one.
+# Number of conversations answered at once; a power of two, because `road_jax.generate` pads batches to one.
 ROWS = 32
 
 
@@ -23,19 +23,19 @@ class FlaxModel:
 
     Args:
         base: the folder of the checkpoint.
-        quantize: ``"nf4"`` gives the weights the values that they have in 4 bits.
+        quantize: rounds the weights to the values that they have in this format; ``"nf4"`` has 4 bits.
     """
 
     def __init__(self, base: Path, quantize: Literal["nf4", "int8"] | None = None) -> None:
         self.module, self.variables = road_jax.models.load(base, dtype=jnp.float32, quantize=quantize)
         if quantize is not None:
-            # Back at once: decoding would dequantise every weight for every token.
+            # Dequantised at once, or decoding would dequantise every weight for every token.
             self.variables = road_jax.dequantize(self.variables)
         self._tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
 
     @property
     def parameters(self) -> int:
-        """How many numbers the base model has."""
+        """The number of parameters of the base model."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.variables))
 
     def answer(
@@ -46,13 +46,13 @@ class FlaxModel:
         max_new_tokens: int,
         console: Console | None = None,
     ) -> list[str]:
-        """Returns the likeliest continuation of each conversation, token by token, up to the end token.
+        """Continues each conversation greedily, token by token, up to the end token.
 
         Args:
-            conversations: each up to where the assistant speaks.
+            conversations: conversations up to the assistant's turn.
             adapter: a folder that road-train wrote; None for the base.
-            max_new_tokens: of an answer, at most.
-            console: where the progress bar is drawn.
+            max_new_tokens: maximum number of tokens per answer.
+            console: where to draw a progress bar; no bar if None.
         """
         model, weights = self.module, None
         if adapter is not None:
@@ -76,12 +76,12 @@ class FlaxModel:
     def choose(
         self, conversations: Sequence[Messages], labels: Sequence[str], *, console: Console | None = None
     ) -> list[str]:
-        """Returns for each conversation the label that the base model finds the likeliest answer.
+        """Returns for each conversation the label that is the likeliest answer for the base model.
 
         Args:
-            conversations: each up to where the assistant speaks.
-            labels: each of a single token.
-            console: where the progress bar is drawn.
+            conversations: conversations up to the assistant's turn.
+            labels: labels of a single token each.
+            console: where to draw a progress bar; no bar if None.
 
         Raises:
             ValueError: a label isn't one token.
@@ -102,7 +102,7 @@ class FlaxModel:
         chosen = [""] * len(prompts)
         for rows in _batches(prompts, "Flax: weighing labels", console):
             ids, mask = np.zeros((ROWS, longest), np.int32), np.zeros((ROWS, longest), np.int32)
-            mask[:, 0] = 1  # rows that only fill the batch up still have a last token
+            mask[:, 0] = 1  # rows that only fill up the batch need a last token, too
             for place, row in enumerate(rows):
                 ids[place, : len(prompts[row])], mask[place, : len(prompts[row])] = prompts[row], 1
             for row, best in zip(rows, np.argmax(scores(self.variables, ids, mask), axis=1), strict=False):
@@ -118,7 +118,7 @@ class FlaxModel:
 
 
 def _batches(prompts: Sequence[Sequence[int]], title: str, console: Console | None) -> Iterator[list[int]]:
-    """Yields rows that are answered together: of like length, so that little is padded, and in batches of like size."""
+    """Yields rows to answer together: of similar length, to keep padding small, in batches of similar size."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""The folder of a demo: new, or in the place of a former demo's once the new one is whole."""
+"""The folder of a demo: a new one, or the replacement of a former demo's once it is complete."""
 
 import contextlib
 import tempfile
@@ -8,14 +8,14 @@ from pathlib import Path
 from road_core import AdapterError
 from road_core._files import check_free, new_directory, read_json
 
-# The file with the figures, and the field that a former demo's folder is known by.
+# The file with the figures, and the field by which the folder of a former demo is recognised.
 FIGURES = "demo.json"
 MADE_BY = {"made_by": "examples.demo"}
 
 
 @contextlib.contextmanager
 def demo_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``out`` that takes its place when the block ends, and is gone if it fails.
+    """Yields an empty folder beside ``out`` that replaces it when the block ends, and is deleted if the block fails.
 
     Raises:
         AdapterError: ``out`` holds something that isn't a former demo.

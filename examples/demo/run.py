@@ -1,4 +1,4 @@
-"""The demo's stages, from a checkpoint and tasks to figures: score the base, train, convert, verify, serve."""
+"""The demo's stages, from a checkpoint and tasks to the results: score the base, train, convert, verify, serve."""
 
 import json
 from collections.abc import Sequence
@@ -16,23 +16,23 @@ from examples.demo.stages import Stages, device_name, peak_memory
 from examples.demo.tasks import Scores, Task
 from road_jax.train import TrainOptions, train
 
-# Rows of a training batch and tokens in a row: about 450 tokens a step when lines are packed.
+# Rows of a training batch and tokens per row: about 450 tokens per step when lines are packed.
 TRAIN_ROWS, TRAIN_LENGTH = 2, 256
 
-# Answered lines of the training data that the base sees before the question; without any it gets no address right.
+# Number of answered training lines that the base sees before the question; without any it gets no address right.
 EXAMPLES = 2
 
-# The kind of weights that the adapters are trained on and served with. Trained on the weights as they are in the
-# checkpoint, an adapter loses accuracy where it meets the same weights in 4 bits.
+# Quantisation of the weights, both for training the adapters and for serving. An adapter trained on the checkpoint's
+# own weights would lose accuracy on the same weights in 4 bits.
 QUANTIZE: Literal["nf4"] = "nf4"
 
-# What a row calls itself that wants no adapter.
+# The adapter name of rows without an adapter.
 BASE = "__base__"
 
-# Held-out lines of each task that the base answers too, in the same mixed batch.
+# Number of held-out lines per task that the base answers too, in the same mixed batches.
 BASE_LINES = 16
 
-# What `run_demo` and `examples.demo.__main__` announce for two tasks.
+# Number of stages that `run_demo` and `examples.demo.__main__` announce for two tasks.
 STAGES = 7
 
 
@@ -40,20 +40,20 @@ def run_demo(base: Path, tasks: Sequence[Task], folder: Path, stages: Stages) ->
     """Trains an adapter for each task in Flax and serves all on the 4-bit model in PyTorch.
 
     Args:
-        base: the folder of a Hugging Face checkpoint.
-        tasks: with other names.
-        folder: gets ``data``, ``flax``, ``torch`` and the answers of the mixed batch.
-        stages: the clock, with its console.
+        base: folder of a Hugging Face checkpoint.
+        tasks: tasks with distinct names.
+        folder: output folder for ``data``, ``flax``, ``torch``, and prompts and answers of the mixed batches.
+        stages: measures the stages; its console is used.
 
     Returns:
-        Everything that the report tells.
+        Everything that the report states.
     """
     console = stages.console
     with stages.stage("Scoring the base model, in Flax"):
         model = FlaxModel(base)
         parameters = model.parameters
         base_scores = {task.name: _score_base(model, task, console) for task in tasks}
-    # Every stage loads its own model; one at a time is enough.
+    # Every stage loads its own model; only one is kept in memory at a time.
     del model
     options = {task.name: _train_options(base, task, folder) for task in tasks}
     trained = {}
@@ -118,7 +118,7 @@ def interleave(*groups: Sequence[Any]) -> list[Any]:
 
 
 def _score_base(model: FlaxModel, task: Task, console: Console) -> tuple[str, Scores]:
-    """Returns how the base was asked (by its likelier label, or with examples), and its scores."""
+    """Scores the base; also returns how it was asked: for the likelier of the labels, or with examples."""
     if task.labels:
         conversations = [task.prompt(line) for line in task.held_out]
         return "the likelier label counts", task.score(model.choose(conversations, task.labels, console=console))
@@ -134,15 +134,15 @@ def _train_options(base: Path, task: Task, folder: Path) -> TrainOptions:
         base=base,
         data=data,
         out=folder / "flax" / task.name,
-        # What is held out is scored by answers afterwards.
+        # Held-out lines are scored by answers afterwards.
         eval_lines=0,
         steps=task.steps,
         learning_rate=task.learning_rate,
-        # Each device has its share of the rows.
+        # The rows must divide among the devices.
         batch_size=-(-TRAIN_ROWS // devices) * devices,
         max_length=TRAIN_LENGTH,
         quantize=QUANTIZE,
-        # As fast as bfloat16 in XLA on a processor, and exact.
+        # In XLA on a CPU as fast as bfloat16, and more exact.
         dtype="float32",
     )
 
@@ -150,10 +150,10 @@ def _train_options(base: Path, task: Task, folder: Path) -> TrainOptions:
 def _serve(
     base: Path, tasks: Sequence[Task], folder: Path, console: Console
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Answers every held-out line with its task's adapter and some without one, all in mixed batches.
+    """Answers every held-out line with its task's adapter, and some also with the base, all in mixed batches.
 
     Returns:
-        The answers with an adapter, and those of the base, by task and in the lines' order.
+        The answers with an adapter and those of the base, by task and in the order of the lines.
     """
     decoder, tokenizer = road_torch.load(base, quantize=QUANTIZE)
     model = road_torch.RoadModel(decoder)
@@ -182,7 +182,7 @@ def _write_lines(path: Path, rows: Sequence[Any]) -> None:
 
 
 def _most_tokens(tasks: Sequence[Task]) -> int:
-    """One bound for all tasks, so that one program serves them; an answer ends with its end token."""
+    """Returns one bound for all tasks, so that one program serves them; answers end earlier at their end token."""
     return max(task.answer_tokens for task in tasks)
 
 

@@ -1,4 +1,4 @@
-"""The clock of a long run: seconds of each stage, the processor's share of them, the memory at its highest."""
+"""Measures a long run: wall time and processor time of each stage, and peak memory."""
 
 import contextlib
 import dataclasses
@@ -15,12 +15,12 @@ from rich.console import Console
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage that is done.
+    """A finished stage.
 
     Attributes:
         name: what was done.
-        seconds: by the clock on the wall.
-        processor_seconds: of all threads and child processes. Where other work shares the machine, this tells more.
+        seconds: wall time.
+        processor_seconds: processor time of all threads and child processes, more telling on a shared machine.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times the block; one that fails isn't kept."""
+        """Times the block; a failed one isn't recorded."""
         self.console.print(f"[bold]{len(self.done) + 1}/{self.total} {name}[/]", highlight=False)
         wall, processor = time.perf_counter(), _processor_seconds()
         yield
@@ -46,13 +46,13 @@ class Stages:
 
 
 def peak_memory() -> int:
-    """Returns the most bytes of memory that this process has held; child processes aren't counted."""
+    """Returns the peak memory of this process in bytes, without child processes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name() -> str:
-    """Returns the names of the accelerators that both frameworks see, or the processor's and its usable cores."""
+    """Describes the accelerators that the frameworks use, or the processor and its usable cores, with versions."""
     import jax
     import torch
 

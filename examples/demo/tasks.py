@@ -1,7 +1,7 @@
-"""Two real tasks with lines to train on, lines held out, and how answers are scored.
+"""Two real tasks with training lines, held-out lines and scoring of answers.
 
-- ``sentiment``: is a sentence from a film review positive or negative? The people who rated it decide.
-- ``address``: the city, state and ZIP code of a US address, as it was typed somewhere, as a JSON object.
+- ``sentiment``: is a sentence from a film review positive or negative, according to the people who rated it?
+- ``address``: the city, state and ZIP code of a US address as people type it, as a JSON object.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _STATES = re.findall(
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A question and the answer that is right."""
+    """A question and its right answer."""
 
     question: str
     answer: str
@@ -44,16 +44,16 @@ class Task:
     """A task for the model.
 
     Attributes:
-        name: of its adapter and files.
+        name: name of the task, of its adapter and of its files.
         summary: what is asked, for the report.
-        package: where the data come from.
-        instruction: the system message of every line.
-        labels: the answers to choose from; none where the answer is free text.
-        answer_tokens: an upper bound on an answer's tokens, with the end token.
-        steps: optimiser steps that are enough, at about 450 tokens each.
-        learning_rate: the peak, with road-train's schedule.
+        package: source of the data.
+        instruction: system message of every line.
+        labels: the answers to choose from; empty if the answer is free text.
+        answer_tokens: upper bound on an answer's tokens, with the end token.
+        steps: sufficient number of optimiser steps, at about 450 tokens each.
+        learning_rate: peak learning rate of road-train's schedule.
         train: lines to train on.
-        held_out: lines to score, of which no question (``sentiment``) or answer (``address``) is in ``train``.
+        held_out: lines to score. None of their questions (``sentiment``) or answers (``address``) are in ``train``.
         scorer: see `score`.
     """
 
@@ -70,7 +70,7 @@ class Task:
     scorer: Callable[[Sequence[str], Sequence[str]], Scores]
 
     def prompt(self, line: Line, examples: int = 0) -> Messages:
-        """Returns the conversation up to the answer, after so many answered lines of ``train``."""
+        """Returns the conversation up to the answer, preceded by ``examples`` answered lines of ``train``."""
         messages = [{"role": "system", "content": self.instruction}]
         for shown in self.train[:examples]:
             messages += [{"role": "user", "content": shown.question}, {"role": "assistant", "content": shown.answer}]
@@ -80,10 +80,10 @@ class Task:
         """Scores one answer for each held-out line.
 
         Returns:
-            Shares of the lines between 0 and 1: ``"exact"``, and for ``address`` also each field's.
+            Fractions of the lines from 0 to 1: ``"exact"``, and for ``address`` also one for each field.
 
         Raises:
-            ValueError: there is another number of answers than of held-out lines.
+            ValueError: the number of answers differs from that of the held-out lines.
         """
         if len(answers) != len(self.held_out):
             raise ValueError(f"{self.name}: expected {len(self.held_out)} answers, found {len(answers)}")
@@ -103,11 +103,11 @@ class Task:
 
 
 def sentiment(cache: Path, console: Console | None = None, *, train: int = 1024, held_out: int = 200) -> Task:
-    """Returns the task of telling a film review's sentiment from one sentence.
+    """Returns the task of recognising the sentiment of a sentence from a film review.
 
-    The sentences are Pang and Lee's snippets from rotten.tomatoes.com with the mean rating, from −4 to 4, that people
-    gave them for VADER (Hutto and Gilbert, ICWSM 2014). Kept are those of 30 to 100 characters that more than half a
-    point separates from neutral.
+    The sentences are Pang and Lee's snippets from rotten.tomatoes.com with mean ratings from −4 to 4, which people gave
+    for VADER (Hutto and Gilbert, ICWSM 2014). Only sentences of 30 to 100 characters that are rated more than half a
+    point away from neutral are used.
 
     Raises:
         AdapterError: the package can't be fetched.
@@ -138,12 +138,12 @@ def sentiment(cache: Path, console: Console | None = None, *, train: int = 1024,
 
 
 def address(cache: Path, console: Console | None = None, *, held_out: int = 128) -> Task:
-    """Returns the task of reading city, state and ZIP code off a US address.
+    """Returns the task of extracting city, state and ZIP code from a US address.
 
-    The addresses are the ones, labelled by hand, that usaddress is trained on: typed in many ways, often in lower case
-    and without commas. Kept are those that end with a city, a two-letter state and a ZIP code. The answer has the city
-    in capitalised words where it was typed in one case, the state in capitals, and the ZIP code's first five digits.
-    The held-out lines have different answers, none of which is in ``train``.
+    The addresses are the training data of usaddress, labelled by hand: typed in many ways, often in lower case and
+    without commas. Only addresses that end with a city, a two-letter state and a ZIP code are used. In the answer, a
+    city's words are capitalised if they were typed in one case, the state is in capitals, and the ZIP code has its
+    first five digits. All answers of held-out lines are different, and none of them is in ``train``.
 
     Raises:
         AdapterError: the package can't be fetched.
@@ -177,15 +177,15 @@ def address(cache: Path, console: Console | None = None, *, held_out: int = 128)
 
 
 def score_labels(answers: Sequence[str], expected: Sequence[str]) -> Scores:
-    """Returns the share of answers that are the expected word, whatever stands around it that isn't a letter."""
+    """Returns the fraction of answers that are the expected word, ignoring case, spaces and punctuation."""
     right = [_letters(answer) == _letters(want) for answer, want in zip(answers, expected, strict=True)]
     return {"exact": sum(right) / len(right)}
 
 
 def score_addresses(answers: Sequence[str], expected: Sequence[str]) -> Scores:
-    """Returns the share of answers whose first JSON object has the expected values, together and field by field.
+    """Returns the fraction of answers whose first JSON object has the expected values, overall and by field.
 
-    Text around the object, its layout and further keys don't count against an answer; the case of the letters does.
+    Text around the object, its layout and further keys are ignored; letter case counts.
     """
     wanted = [json.loads(want) for want in expected]
     found = [_first_object(answer) for answer in answers]
@@ -212,11 +212,11 @@ def _text(value: object) -> str:
 
 
 def _address(parts: Sequence[tuple[str, str]]) -> Line | None:
-    """Returns the line for labelled words, or None for an address of another form."""
+    """Returns the line for an address of labelled words, or None if it has another form."""
     runs = [tag for i, (_, tag) in enumerate(parts) if i == 0 or parts[i - 1][1] != tag]
     if runs[-3:] != ["PlaceName", "StateName", "ZipCode"] or len(set(runs)) < len(runs):
         return None
-    # People's names are none of this task's business, and two addresses joined have no one answer.
+    # People's names don't belong in this task, and two joined addresses have no single answer.
     if {"Recipient", "NotAddress", "IntersectionSeparator"} & set(runs):
         return None
     city, state, digits = (" ".join(word for word, tag in parts if tag == wanted).strip(" ,.;") for wanted in runs[-3:])
@@ -229,7 +229,7 @@ def _address(parts: Sequence[tuple[str, str]]) -> Line | None:
 
 
 def _member(archive: io.BytesIO, name: str) -> bytes:
-    """Returns a file of a tar archive, read in memory."""
+    """Reads a file of a tar archive in memory."""
     with tarfile.open(fileobj=archive, mode="r:gz") as tar:
         file = tar.extractfile(name)
         if file is None:
@@ -238,10 +238,10 @@ def _member(archive: io.BytesIO, name: str) -> bytes:
 
 
 def _letters(text: str) -> str:
-    """What two texts share when they differ in case, spaces and punctuation alone."""
+    """Returns a key that is equal for texts that differ only in case, spaces and punctuation."""
     return "".join(re.findall(r"\w", text.lower()))
 
 
 def _digest(text: str) -> str:
-    """An order that has nothing to do with the text, and is the same on every machine."""
+    """Returns a sort key that gives an order unrelated to the text, the same on every machine."""
     return hashlib.sha256(text.encode()).hexdigest()
