@@ -1,4 +1,4 @@
-"""A stack of blocks in Linen with known weights, and the same in NumPy with the reference between its blocks."""
+"""A stack of Linen blocks with known weights, and the same in NumPy with the reference interventions between blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax import linen as nn
 from road_core import intervene, position_mask
 
 LAYERS, WIDTH = 4, 32
-# Padding on the left, on the right, and an answer behind the prompt.
+# Padding on the left, on the right, and an answer after the prompt.
 PROMPT = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]], np.int32)
 
 
@@ -20,7 +20,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The same blocks in a loop or under scan, also with remat; params on any axis."""
+    """The same blocks in a loop or under scan, optionally with remat, and with params stacked on any axis."""
 
     how: str
 
@@ -61,7 +61,7 @@ def with_values(tree):
 
 
 def by_hand(x, config, tree):
-    """The stack in NumPy float64, with the reference between its blocks."""
+    """Computes the stack in NumPy float64, with the reference interventions between its blocks."""
     x = np.asarray(x, np.float64)
     mask = position_mask(PROMPT, config.positions)
     for i, (kernel, bias) in enumerate(weights()):

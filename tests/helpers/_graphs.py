@@ -1,9 +1,9 @@
-"""What torch.compile made of a model."""
+"""Records the graphs that torch.compile makes of a model."""
 
 
 def counting():
-    """A backend of torch.compile, and the graphs that it was given."""
-    # The backend is a function, for transformers' generate copies its config deeply.
+    """Returns a backend for torch.compile and a list of the graphs that it gets."""
+    # The backend is a function, because transformers' generate makes a deep copy of its compile config.
     graphs = []
 
     def backend(graph, inputs):

@@ -1,4 +1,4 @@
-"""What a compiled JAX program does, read from its text."""
+"""Reads from the text of a compiled JAX program which collectives it runs."""
 
 import math
 import re
@@ -10,12 +10,12 @@ ARRAYS = re.compile(r"\b([a-z]+\d+)\[([\d,]*)\]")
 
 
 def collectives(program: Any, *arguments: Any) -> Counter:
-    """Returns how many collectives a jitted program has, by kind; a loop's body counts once."""
+    """Returns the number of a jitted program's collectives by kind; a loop's body counts once."""
     return Counter(kind for _, kind in COLLECTIVES.findall(_compiled(program, *arguments)))
 
 
 def moved(program: Any, *arguments: Any) -> Counter:
-    """Returns how many numbers a device gets from a jitted program's collectives, by kind and dtype, counted alike."""
+    """Returns how many numbers a device gets from collectives, by kind and dtype; a loop's body counts once."""
     found: Counter = Counter()
     for result, kind in COLLECTIVES.findall(_compiled(program, *arguments)):
         for dtype, sizes in ARRAYS.findall(result):

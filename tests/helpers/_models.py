@@ -1,4 +1,4 @@
-"""Small random Hugging Face models, the peers that tests compare with."""
+"""Small random Hugging Face models for tests to compare with."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ WORDS = [
 
 
 def small_config(kind: str = "llama", **changes) -> transformers.PretrainedConfig:
-    """Returns a decoder's config with outputs that 64 divides and grouped-query attention."""
+    """Returns a decoder's config with grouped-query attention and output sizes that are multiples of 64."""
     classes = {
         "llama": transformers.LlamaConfig,
         "mistral": transformers.MistralConfig,
@@ -41,7 +41,7 @@ def small_model(kind: str = "llama", *, seed: int = 0, **changes) -> transformer
     """Returns a random float32 decoder in eval mode whose logits are far from uniform."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(small_config(kind, **changes), attn_implementation="eager")
-    # Hugging Face starts from std 0.02, norms of 1 and biases of 0: too tame to show a mistake.
+    # Hugging Face's initial values (std 0.02, norms 1, biases 0) would hide mistakes.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -52,7 +52,7 @@ def small_model(kind: str = "llama", *, seed: int = 0, **changes) -> transformer
 
 
 class Net(nn.Module):
-    """Two linear layers, ``up`` to ``outputs`` and ``down`` again, the same ones at every call."""
+    """Two linear layers, ``up`` to ``outputs`` and ``down`` again, with the same weights in every instance."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Net(nn.Module):
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Returns a tokenizer of a few words with a chat template; its ids fit `small_model`."""
+    """Returns a tokenizer of a few words with a chat template; its ids are in the vocabulary of `small_model`."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
