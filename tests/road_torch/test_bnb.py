@@ -1,4 +1,4 @@
-"""Layers of bitsandbytes: their own output rotated, in its dtype; merging before and after the CPU repacks weights."""
+"""bitsandbytes layers: rotation of their own output in its dtype; merging before and after the CPU repacks weights."""
 
 import copy
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*inputs will be cast")
 
 
 def make(kind, dtype, inputs=IN):
-    """A quantised layer and the weight that went in."""
+    """Returns a quantised layer and its weight before quantisation."""
     weight = torch.from_numpy(named_values("weight", OUT, inputs)).to(dtype)
     bias = torch.from_numpy(named_values("bias", OUT)).to(dtype)
     if kind.startswith("int8"):
@@ -69,7 +69,7 @@ def reference(y, layer, name, variant="road_2", group_size=8):
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4"])
 def test_reading_the_state_leaves_the_function(kind, merged):
-    # Two blocks a row: the scales that a forward on a CPU transposes.
+    # Two blocks per row, so that a forward on a CPU does change the scales when it transposes them.
     inner, x = make(kind, torch.bfloat16, inputs=128)[0], X.repeat(1, 1, 2).bfloat16()
     model, layer = road(Model(inner))
     if merged:
@@ -84,7 +84,7 @@ def test_reading_the_state_leaves_the_function(kind, merged):
         found = base.state_dict()
         assert torch.equal(_bnb.dequantize(layer.base_layer), weight)
         assert torch.equal(base(x), expected)
-    # A fresh layer makes the same of what was read.
+    # A new layer restores the same weight from what was read.
     prefix = next(key.removesuffix("weight") for key in found if key.endswith(".weight"))
     state = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(f"{prefix}weight.")}
     again = bnb.nn.Params4bit.from_prequantized(found[f"{prefix}weight"], state, device="cpu")
@@ -153,7 +153,7 @@ def test_dequantize_is_what_the_layer_computes_with(kind, dtype, forward_first):
     assert plain < (0.02 if kind.startswith("int8") else 0.15)
     y = layer(X.to(DTYPES[dtype])).float()
     expected = nn.functional.linear(X.to(DTYPES[dtype]).float(), given, layer.bias.float())
-    # The CPU's 4-bit product computes in bfloat16, the 8-bit one rounds its input to 8 bits.
+    # On the CPU the 4-bit product is computed in bfloat16, and the 8-bit one rounds its input to 8 bits.
     torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE["bfloat16"] * float(expected.abs().max()))
 
 
@@ -189,7 +189,7 @@ def test_merge_and_unmerge(kind, forward_first):
 
 
 def quantized_anew(kind, weight, dtype):
-    """What bitsandbytes makes of a float32 weight that was quantised from this dtype, and gives back."""
+    """Returns a float32 weight after bitsandbytes quantised it from this dtype and dequantised it."""
     if kind.startswith("int8"):
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
         return bnb.functional.int8_vectorwise_dequant(codes, scales)
@@ -218,7 +218,7 @@ def test_a_merged_weight_is_the_reference_s_quantised_anew(kind, dtype, variant,
     errors = model.merge_adapter(["a"])
     merged = _bnb.dequantize(quantized)
     expected = quantized_anew(kind, exact, DTYPES[dtype])
-    # Where float32 and float64 fall on two sides of the middle between codes, a weight may be the neighbour.
+    # If float32 and float64 fall on different sides of the middle between two codes, a weight may get the other code.
     assert torch.isclose(merged, expected, rtol=1e-4, atol=1e-6).double().mean() > 0.99
     assert float((expected - exact).norm()) < 0.2 * float((exact - weight).norm())
     assert errors == {"inner.proj": pytest.approx(float((expected - exact).norm() / exact.norm()), rel=1e-2)}
@@ -226,7 +226,7 @@ def test_a_merged_weight_is_the_reference_s_quantised_anew(kind, dtype, variant,
     assert_close(quantized.bias.double(), exact_bias, dtype, moved_from=bias.double())
     y = model(X.to(DTYPES[dtype]))
     assert y.dtype == DTYPES[dtype]
-    # As above: the layers compute in less than their dtype.
+    # As above, the layers compute with less precision than their dtype.
     assert_close(y.double(), nn.functional.linear(X, expected, exact_bias).double(), "bfloat16")
 
 
@@ -271,7 +271,7 @@ def test_a_copy_and_a_cast_while_merged(kind, forward_first):
     second = copy.deepcopy(model).to(torch.bfloat16).float()
     second.unmerge_adapter()
     with second.disable_adapter():
-        # The bias alone was rounded.
+        # Only the bias was rounded.
         assert_close(second(X), y, "bfloat16")
     assert torch.equal(model(X), merged)
     model.unmerge_adapter()
@@ -291,7 +291,7 @@ def test_a_quantised_weight_is_quantised_twice_and_says_how_far_it_moved(kind):
     model.merge_adapter(["a"], keep_weights=False)
     merged = _bnb.dequantize(quantized).double()
     theta, alpha = layer.road_theta["a"].double(), layer.road_alpha["a"].double()
-    # The float64 reference's blocks as one matrix, and its inverse.
+    # The float64 reference's blocks as one matrix, which is then inverted.
     matrix = torch.from_numpy(road_core.merge(torch.eye(OUT).double(), theta, alpha, variant="road_2", group_size=8))
     expected = torch.linalg.solve(matrix, merged)
     errors = model.unmerge_adapter()
@@ -324,7 +324,7 @@ def test_training_on_a_quantised_base(kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["nf4", "nf4-double", "int8"])
 def test_gradients_of_a_mixed_batch(kind, dtype):
-    """They are those of each adapter alone on its rows."""
+    """They equal those of each adapter alone on its rows."""
     model = RoadModel(Model(make(kind, DTYPES[dtype])[0]))
     for name in "ab":
         torch.manual_seed(ord(name))
@@ -347,7 +347,7 @@ def test_gradients_of_a_mixed_batch(kind, dtype):
         assert len(alone) == 2
         for key, expected in alone.items():
             assert expected.abs().max() > 0
-            # Sums of other lengths, in float32.
+            # The float32 sums have different lengths.
             torch.testing.assert_close(mixed[key], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
         torch.testing.assert_close(mixed_x[rows], alone_x[rows])
 

@@ -1,4 +1,4 @@
-"""Mixed batches under gradient checkpointing: a backward pass computes layers again with the call's adapters."""
+"""Mixed batches under gradient checkpointing: a backward pass recomputes layers with the call's adapters."""
 
 import copy
 import functools
@@ -37,7 +37,7 @@ def quantized(base):
 
 
 def made(reentrant=None, *, base=None, max_loaded=None, saved=None):
-    """A decoder with adapters a, b (both trained) and c, checkpointed unless ``reentrant`` is None."""
+    """Returns a decoder with adapters a, b (both trained) and c, checkpointed unless ``reentrant`` is None."""
     model = RoadModel(small_model(num_hidden_layers=2) if base is None else base, max_loaded=max_loaded)
     for name in "abc":
         torch.manual_seed(ord(name))
@@ -81,7 +81,7 @@ def test_gradients_are_those_without_checkpointing(reentrant, kind):
     for checkpointing in (None, reentrant):
         base = small_model(num_hidden_layers=2)
         model = made(checkpointing, base=quantized(base) if kind == "nf4" else base)
-        # One backward pass for two calls of other names, and one for each.
+        # One backward pass for two calls with different names, then one for each call.
         (loss(model, NAMES) + 2 * loss(model, OTHERS)).backward()
         values = gradients(model)
         for names in (OTHERS, NAMES):
@@ -114,7 +114,7 @@ def test_modules_that_adapters_bring_whole(reentrant):
 
 @kinds
 def test_gradients_for_what_comes_before_a_frozen_model(reentrant):
-    """Nothing of it trains: rows' coefficients are gathered, in both passes."""
+    """No adapter is trained, so coefficients are gathered by row in both passes."""
     found = []
     for checkpointing in (None, reentrant):
         model = made(checkpointing)
@@ -201,7 +201,7 @@ def test_the_base_is_given_back_as_it_was(reentrant):
     loss(model, NAMES).backward()
     expected = gradients(model)
     assert_same(gradients(twin), expected)
-    # Turned on in another way it is followed again.
+    # Checkpointing that is enabled in another way works, too.
     model.base_model.activation_checkpointing_disable()
     enable(model, not reentrant)
     loss(model, NAMES).backward()
@@ -214,7 +214,7 @@ def test_the_base_is_given_back_as_it_was(reentrant):
 
 
 class Blocks(nn.Module):
-    """Checkpointing of a model's own, around that of transformers or within it."""
+    """A model with its own checkpointing, around that of transformers or within it."""
 
     def __init__(self, *, inner, outer, own=None):
         super().__init__()
@@ -284,7 +284,7 @@ def test_blocks_in_training_below_a_model_that_evaluates():
 
 
 class Reentrant(nn.Module):
-    """Computes its layers a second time by itself."""
+    """A model that calls reentrant checkpointing itself."""
 
     def __init__(self):
         super().__init__()

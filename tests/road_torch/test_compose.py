@@ -1,4 +1,4 @@
-"""Rows that name several adapters, and subspaces, against road_core's float64 one after the other."""
+"""Rows that name several adapters, and subspaces, against road_core's float64 reference applied in order."""
 
 import gc
 import weakref
@@ -41,7 +41,7 @@ def road(*, max_loaded=None, **adapters):
 
 
 def reference(model, *names):
-    """What the whole net gives with adapters one after the other, float64."""
+    """Returns the net's output in float64, with adapters applied in order."""
     value, net = X.double(), Net(IN, OUT).double()
     for path in ("up", "down"):
         value, layer = getattr(net, path)(value).detach(), getattr(model.base_model, path)
@@ -57,7 +57,7 @@ def reference(model, *names):
 
 @torch.no_grad()
 def check(model, rows):
-    """``rows``: what each row is called, and the adapters that it means."""
+    """Checks a mixed batch. ``rows`` has pairs of a row's name and the adapters that it means."""
     given = model(X, adapter_names=[name for name, _ in rows])
     for row, (_, names) in enumerate(rows):
         moved_from = reference(model)[row] if names else None
@@ -150,7 +150,7 @@ def test_mixes_beyond_some_give_their_rows_to_others(monkeypatch):
     kept = [name[0][1] for name in model._shared.rows if not isinstance(name, str)]
     assert kept == [0.1, 0.4, 0.5]
     assert len(model.base_model.up.bank.first) == 8
-    # Those of one call all have a row.
+    # All mixes of one call have a row, even beyond the limit.
     with torch.no_grad():
         names = [f"a:{weight}+b" for weight in (0.1, 0.2, 0.3, 0.4)]
         assert torch.equal(model(X, adapter_names=names), unbounded(X, adapter_names=names))
@@ -291,7 +291,7 @@ def test_training_touches_its_blocks_only(variant, tmp_path):
             assert (parameter.grad[~mask] == 0).all()
             assert (parameter.grad[mask] != 0).any()
         optimizer.step()
-    # Weight decay moved α outside, but not the function.
+    # Weight decay moved α outside of the subspace, but that doesn't change the output.
     assert (layer.road_alpha["default"][~mask] != 1).all()
     up = layer(X).detach()
     blocks = torch.from_numpy(subspace_mask(OUT, variant="road_2", group_size=8, subspace=(0.25, 0.5)).copy())

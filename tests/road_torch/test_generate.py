@@ -70,11 +70,11 @@ def test_a_row_of_a_mixed_batch_is_what_it_is_alone(way):
 
 
 def test_compiled_decoding_has_one_graph_for_all_mixes():
-    """As transformers compiles it: a cache of fixed size, and the graph is made once."""
+    """With transformers' own compilation, a cache of fixed size and one graph."""
     torch.compiler.reset()
     model, (backend, graphs) = with_adapters(), counting()
     compiling = transformers.CompileConfig(backend=backend, mode=None, dynamic=False)
-    # On a CPU it compiles only if told so.
+    # On a CPU transformers compiles only if told to.
     compiling._compile_all_devices = True
     static = {"cache_implementation": "static", "compile_config": compiling}
     for names in (
@@ -86,7 +86,7 @@ def test_compiled_decoding_has_one_graph_for_all_mixes():
         kwargs = {**GREEDY, "attention_mask": MASK, "adapter_names": names}
         assert torch.equal(model.generate(IDS, **kwargs, **static), model.generate(IDS, **kwargs))
         assert len(graphs) == 1
-    # The active adapter for all rows is another, for each group size.
+    # The active adapter on all rows is another graph, one for each group size.
     for name in ("b", "c"):
         model.set_adapter(name)
         kwargs = {**GREEDY, "attention_mask": MASK}
@@ -169,7 +169,7 @@ def test_a_gather_serves_a_whole_call(monkeypatch):
     [(None, "float32"), (None, "bfloat16"), ("nf4", "bfloat16"), ("nf4", "float32"), ("int8", "bfloat16")],
 )
 def test_token_for_token_on_every_kind_of_base(quantize, dtype, checkpoint):
-    """In a batch of the same shape, so that not even the order of a sum differs."""
+    """Compares batches of the same shape, so that not even the order of a sum differs."""
     base, _ = road_torch.load(checkpoint, quantize=quantize, dtype=dtype)
     model = with_adapters(base)
     names = ["a", "b", "__base__", "c", "b", "a", "c", "a"]
@@ -222,7 +222,7 @@ def test_the_likeliest_token_is_taken_whatever_the_checkpoint_prefers():
     for name, value in {**preferred, "do_sample": True, "temperature": 9.0}.items():
         setattr(model.generation_config, name, value)
     assert road_torch.generate(model, tokenizer, ROWS, max_new_tokens=6) == expected
-    # Options are the caller's, and the model keeps its config.
+    # The caller's own options take effect, and the model's config is restored.
     assert road_torch.generate(model, tokenizer, ROWS, max_new_tokens=6, no_repeat_ngram_size=1) != expected
     assert {name: getattr(model.generation_config, name) for name in preferred} == preferred
 

@@ -1,4 +1,4 @@
-"""Interventions in PyTorch against a decoder that is run block by block, with the float64 reference between."""
+"""Interventions in PyTorch against a decoder that is run block by block, with the float64 reference between blocks."""
 
 import re
 import threading
@@ -80,7 +80,7 @@ def padded(texts, side="left"):
 
 
 def by_hand(base, name, text, prompt=None, dtype=torch.float32):
-    """Logits ``[length, vocab]`` of one text: the decoder's modules called by hand, no hooks, no padding."""
+    """Returns logits ``[length, vocab]`` of one text by calling the decoder's modules directly, without padding."""
     ids = torch.tensor([text])
     length = ids.shape[1]
     position_ids = torch.arange(length)[None]
@@ -146,11 +146,11 @@ def test_generation_is_greedy_by_hand(base, folders):
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     width = batch["input_ids"].shape[1]
     assert model.generate(**batch, adapter_names=NAMES, **options)[:, width:].tolist() == expected
-    # Each alone, without padding and without a mask.
+    # Each text alone, without padding and without a mask.
     for name, text, tokens in zip(NAMES, TEXTS, expected, strict=True):
         alone = model.generate(torch.tensor([text]), adapter_names=[name], **options)
         assert alone[0, len(text) :].tolist() == tokens
-    # With a static cache the model's masks have four axes.
+    # With a static cache, generate passes the model masks with four axes.
     static = model.generate(
         **batch, adapter_names=NAMES, cache_implementation="static", disable_compile=True, **options
     )
@@ -183,7 +183,7 @@ def test_what_follows_the_cache_is_no_prompt(base, folders, name):
 
 
 def test_a_prompt_may_end_behind_the_cache(base, folders):
-    """Its first four tokens are in the cache as the base had them, as "last" leaves them."""
+    """The cache has the prompt's first four tokens as the base computed them, which "last" doesn't touch."""
     model = with_interventions(base, folders)
     text, marked = torch.tensor([TEXTS[3]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
     with torch.no_grad():
@@ -213,10 +213,10 @@ def test_mixed_batches_on_quantised_weights(folders, kind, tmp_path):
     for row, (name, text) in enumerate(zip(NAMES, TEXTS, strict=True)):
         expected = by_hand(base, name, text, dtype=torch.bfloat16)
         real = batch["attention_mask"][row].bool().numpy()
-        # int8 rounds what comes in too, so a last place of a bfloat16 grows: the mean is compared, not the greatest.
+        # int8 also rounds inputs, which amplifies differences in a last bfloat16 digit: the mean error is compared.
         error = np.abs(logits[row].float().numpy()[real] - expected).mean() / np.abs(expected).mean()
         assert error < TOLERANCE["bfloat16"], name
-        # Each of them touches the last token.
+        # Every intervention touches the last token.
         moved = np.abs(plain[row][real][-1] - expected[-1]).mean() / np.abs(expected[-1]).mean()
         assert moved > 10 * TOLERANCE["bfloat16"] or name == "__base__", name
     tokens = model.generate(**batch, adapter_names=NAMES, max_new_tokens=3, do_sample=False, pad_token_id=0)
@@ -238,7 +238,7 @@ def test_nothing_is_left_on_the_base(base, folders):
 
         def look(block, args, output):
             during.append(changed())
-            # What another thread computes at the same time is the base's, or another model's on it.
+            # Meanwhile another thread calls the base itself, and another model on it.
             thread = threading.Thread(target=lambda: others.extend([_logits(base, batch), _logits(second, batch)]))
             if len(during) == 1:
                 thread.start()
@@ -284,13 +284,13 @@ def test_another_choice_is_not_compiled_anew(which, base, folders):
         base.compile(backend=backend, fullgraph=True)
     try:
         if which == "base":
-            # A graph without interventions doesn't serve with them, nor the other way round.
+            # A graph without interventions must not be reused with them, nor the other way round.
             plain = base(**batch).logits
         for names, logits in zip((*CHOICES, None), expected, strict=True):
             assert_close(compiled(**batch, adapter_names=names).logits, logits, "float32")
         if which == "base":
             np.testing.assert_array_equal(base(**batch).logits, plain)
-        # Names that come and go are no new graph either; the banks grow meanwhile.
+        # Loading and deleting interventions needs no new graph either, although the banks grow.
         model.delete_adapter("ends")
         for name in ("b", "c"):
             model.load_adapter(folders / "ends", name)
@@ -309,18 +309,18 @@ def test_compiled_generation(base, folders):
     options = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, "cache_implementation": "static"}
     counts = []
     for names in CHOICES:
-        # Graphs of the base and of what it is with interventions take turns.
+        # Alternate between the base's graphs and those with interventions.
         for given, kwargs in ((base, {}), (model, {"adapter_names": names})):
             tokens = given.generate(**batch, **options, **kwargs, compile_config=compiling)
             assert torch.equal(tokens, given.generate(**batch, **options, **kwargs, disable_compile=True))
         counts.append(len(graphs))
     assert counts[0] > 1
-    # The base's own graphs may be made once more; after that there are none.
+    # The base's own graphs may be compiled a second time; after that there are no new graphs.
     assert counts[1:] == counts[1:2] * (len(CHOICES) - 1)
 
 
 def test_a_road_model_as_base(folders):
-    """Rotations of linear layers and of blocks together."""
+    """Rotations of linear layers and of blocks act together."""
     base = small_model()
     road = RoadModel(base, RoadConfig(target_modules=["q_proj"], group_size=32, init_weights=False))
     model = with_interventions(road, folders)
@@ -332,7 +332,7 @@ def test_a_road_model_as_base(folders):
 
 
 def test_another_family(tmp_path):
-    """GPT-2 calls its blocks ``h``, and its config calls their size ``n_embd``."""
+    """GPT-2 calls its blocks ``h``, and its config calls the hidden size ``n_embd``."""
     config = transformers.GPT2Config(vocab_size=60, n_positions=32, n_embd=32, n_layer=2, n_head=2)
     base = transformers.AutoModelForCausalLM.from_config(config).eval()
     placed = InterventionConfig(layers=(0,), positions="last", group_size=8)
@@ -348,7 +348,7 @@ def test_another_family(tmp_path):
         block = base.transformer.h[1]
         h = block(torch.from_numpy(turned).float())
         h = h if isinstance(h, torch.Tensor) else h[0]
-        # One block alone has no mask of its own; its last token sees everything.
+        # A block called alone has no causal mask, so only the last token is compared, which attends to all.
         expected = base.lm_head(base.transformer.ln_f(h))[0, -1]
         plain = base(ids).logits[0, -1]
     assert_close(actual[0, -1], expected, "float32", moved_from=plain)
@@ -377,7 +377,7 @@ def test_interventions_come_and_go(base, folders):
     with mock.patch.object(default, "coefficients", wraps=default.coefficients) as formed:
         model.load_adapter(folders / "last", "newer")
         _logits_of(model, batch, ["newer", "new"])
-    # Its own at two blocks: those of the others stay.
+    # Only the new intervention's coefficients, at two blocks, are formed; the others' are kept.
     assert formed.call_count == 2
     np.testing.assert_array_equal(_logits_of(model, batch, ["ends", "all"]), before)
     assert_close(_logits_of(model, padded(TEXTS[:1]), ["new"])[0], by_hand(base, "last", TEXTS[0]), "float32")

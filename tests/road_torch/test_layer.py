@@ -22,7 +22,7 @@ VARIANTS = ("road_1", "road_2", "road_4")
 
 
 class Doubled(nn.Module):
-    """Linear in its own way, and gives back memory that it keeps."""
+    """A linear layer with its own computation, which returns a tensor that it also keeps."""
 
     def __init__(self, in_features, out_features):
         super().__init__()
@@ -118,7 +118,7 @@ def test_parity(kind, dtype, variant, group_size):
         assert model.merge_adapter(["a"]) == {}
         merged = model(x)
         assert merged.dtype == y.dtype
-        # Rounding the weight once is as good as rounding the output.
+        # Rounding the weight once is as accurate as rounding the output.
         assert_close(merged.double(), reference(y, parameters, "a"), dtype, moved_from=y.double())
         with model.disable_adapter():
             assert torch.equal(model(x), y)
@@ -145,7 +145,7 @@ def test_weights_come_back_by_the_inverse(kind, dtype, variant, group_size):
     before = weights(base)
     parameters = adapters(variant, group_size, "a")
     config, theta, alpha = parameters["a"]
-    # Blocks that are far from singular: what rounding did isn't blown up.
+    # Blocks far from singular, so that rounding errors aren't amplified.
     parameters["a"] = config, theta.clip(-0.3, 0.3), alpha.clip(0.8, 1.25)
     model = fill(RoadModel(base), parameters)
     model.merge_adapter(["a"], keep_weights=False)
@@ -311,7 +311,7 @@ def own_forward(kind):
         return AutoBitLinear(IN, OUT, bias=True, online_quant=True)
     if kind == "quantisation-aware":
         layer = torch.ao.nn.qat.Linear(IN, OUT, qconfig=torch.ao.quantization.get_default_qat_qconfig("x86"))
-        layer(torch.zeros(1, IN))  # its observer sees the weight
+        layer(torch.zeros(1, IN))  # so that its observer sees the weight
         return layer
     layer = {"scaled": Scaled, "residual": Residual, "replaced": nn.Linear}[kind](IN, OUT)
     if kind == "replaced":
@@ -343,7 +343,7 @@ def test_a_layer_with_a_forward_of_its_own_is_merged_where_it_is_linear(kind, dt
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("kind", ["bitnet", "quantisation-aware", "residual"])
 def test_a_layer_whose_output_would_not_be_rotated_is_not_merged(kind, keep):
-    """Their weights are plain and floating-point, and quantised anew at each call, or not all of what they compute."""
+    """Their weights are plain floats, but are quantised at each call, or aren't all that determines the output."""
     model = adapted_with(kind, torch.float32)
     x = torch.from_numpy(named_values("x", 4, IN)).to(torch.float32)
     expected = model(x)
@@ -358,7 +358,7 @@ def test_a_layer_whose_output_would_not_be_rotated_is_not_merged(kind, keep):
 
 def test_all_linear_takes_layers_that_are_no_nn_linear():
     class Packed(nn.Module):
-        """As quantisers have them: integers, and features."""
+        """A layer like those of quantisers, with integer weights and sizes."""
 
         def __init__(self):
             super().__init__()
@@ -399,7 +399,7 @@ def test_a_change_of_parameters_shows_at_once(way):
 @pytest.mark.parametrize("names", [None, ["a", "__base__", "a"]])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_that_leaves_no_trace_shows(fused, names):
-    """Fused optimizers don't change a parameter's version. Something was evaluated since the pass with gradients."""
+    """Fused optimizers don't change a parameter's version, and the model was evaluated since the training pass."""
     model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_2", 8, "a", train=True))
     layer, x = model.base_model.inner["proj"], torch.randn(3, IN)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -416,7 +416,7 @@ def test_a_step_that_leaves_no_trace_shows(fused, names):
         if names:
             expected[1] = y[1]
         assert_close(after, expected, "float32", moved_from=before)
-        # What was formed while it was trained isn't kept for later.
+        # Coefficients formed during training aren't kept for later.
         model.set_adapter("a", inference_mode=True)
         assert torch.equal(model(x, adapter_names=names), after)
 
@@ -424,7 +424,7 @@ def test_a_step_that_leaves_no_trace_shows(fused, names):
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("names", [None, ["a", "b", "__base__"]])
 def test_derivatives_of_functions(names, frozen):
-    """torch.func and forward mode, which differentiate plain operations only."""
+    """torch.func and forward mode can differentiate plain operations only."""
     base = make_base("linear", torch.float64)
     model = fill(RoadModel(Model(base)), adapters("road_4", 8, "ab", train=not frozen))
     x, tangent = torch.randn(3, IN, dtype=torch.float64), torch.randn(3, IN, dtype=torch.float64)
@@ -433,7 +433,7 @@ def test_derivatives_of_functions(names, frozen):
         return model(x, adapter_names=names)
 
     with torch.no_grad():
-        # Linear up to the bias.
+        # The function is linear up to the bias.
         expected = function(x + tangent) - function(x)
     assert_close(torch.func.jvp(function, (x,), (tangent,))[1].detach(), expected, "float32")
     with torch.autograd.forward_ad.dual_level():
@@ -462,7 +462,7 @@ def test_a_class_whose_forward_is_replaced(monkeypatch):
 
     monkeypatch.setattr(nn.Linear, "forward", doubled)
     assert_close(model(x), 2 * before, "float32", moved_from=before)
-    # Who saw the base's output keeps it as it was.
+    # The base's output, which someone kept, is not overwritten.
     assert torch.equal(kept[0], 2 * base)
 
 
@@ -544,7 +544,7 @@ def test_training_gives_the_gradient_of_the_formula():
 
 @pytest.mark.parametrize("how", ["plain", "mixed", "compiled"])
 def test_many_rows_in_float16_do_not_overflow_a_gradient(how):
-    """The sum over rows is beyond float16, the result is float32."""
+    """The sum over rows exceeds float16's range; the gradient is float32."""
     model = fill(RoadModel(Model(make_base("linear", torch.float16))), adapters("road_1", 8, "a", train=True))
     layer, x = model.base_model.inner["proj"], torch.randn(2048, IN).half()
     called = torch.compile(model, backend="aot_eager") if how == "compiled" else model
@@ -591,7 +591,7 @@ def test_coefficients_are_formed_once_a_change(monkeypatch):
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_rows_that_the_model_multiplies(repeats):
-    """Beams, returned sequences and flattened tokens: neighbours belong to one row."""
+    """With beams, returned sequences and flattened tokens, successive rows belong to one name."""
     model = fill(RoadModel(Model(make_base("linear", torch.float32))), adapters("road_1", 8, "ab"))
     layer = model.base_model.inner["proj"]
     x = torch.randn(2 * repeats, IN)

@@ -1,4 +1,4 @@
-"""RoadModel's surface: what each call does, and that a refused one changes nothing."""
+"""RoadModel's public methods: what each call does, and that a refused call changes nothing."""
 
 import contextlib
 import copy
@@ -45,7 +45,7 @@ def logits(model, **kwargs):
 
 
 def state(model):
-    """All that a refused call must leave alone."""
+    """Returns everything that a refused call must not change."""
     return (
         {name: (id(module), type(module), module.training) for name, module in model.named_modules()},
         {name: (id(p), p._version, p.requires_grad, p.clone()) for name, p in model.named_parameters()},
@@ -68,7 +68,7 @@ def assert_same(before, after):
 
 
 def saved(tmp_path, name="saved", **changes):
-    """A folder with an adapter for `small_model`."""
+    """Saves an adapter for `small_model` and returns its folder."""
     folder = tmp_path / name
     with_adapters(["default"], **changes).save_pretrained(folder)
     return folder
@@ -174,7 +174,7 @@ def test_a_tied_head_is_merged_without_its_embedding(tmp_path):
 
 
 def encoder_decoder(kind="bart"):
-    """A random one whose embeddings and head are tied; UMT5 scales the head's input because they are."""
+    """Returns a random encoder-decoder with tied embeddings and head; UMT5 scales the head's input if they are tied."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "d_model": 32, "decoder_start_token_id": 2}
     if kind == "umt5":
@@ -223,7 +223,7 @@ def test_the_rest_of_tied_weights_stays_tied_when_one_is_merged_for_good(kind, c
         ends = [end for name, end in one.named_parameters(remove_duplicate=False) if name.endswith(tuple(tied))]
         assert len(ends) == len(tied)
         assert all(end is one.get_input_embeddings().weight for end in ends)
-    # Tied once more, the head keeps what was merged into it.
+    # Resizing ties weights again, but the head keeps its merged weight.
     head = merged.lm_head.weight.clone()
     merged.resize_token_embeddings(100)
     assert torch.equal(merged.lm_head.weight[:96], head)
@@ -321,7 +321,7 @@ def test_saving_into_a_folder_that_is_there(where, tmp_path, monkeypatch):
     ],
 )
 def test_peft_gets_the_modules_that_were_chosen(choice, tmp_path, recwarn):
-    """Its RoAd knows no exclude_modules and layers_to_transform, and would take more."""
+    """PEFT's RoAd ignores exclude_modules and layers_to_transform, and would adapt more modules."""
     model = with_adapters(["default"], **choice)
     model.save_pretrained(tmp_path / "saved")
     theirs = peft.PeftModel.from_pretrained(small_model(), tmp_path / "saved").eval()
@@ -363,7 +363,7 @@ def test_a_model_on_the_meta_device(way):
         with context[way]:
             model = with_adapters(["default"])
     ids = IDS.to("meta")
-    if way != "empty weights":  # which leaves rotary frequencies where they were
+    if way != "empty weights":  # which leaves rotary frequencies on the CPU
         assert model(ids).logits.is_meta
         assert model(ids, adapter_names=["default", "__base__"] * 2).logits.shape == (4, 7, 160)
     model.load_state_dict(values, assign=True)
@@ -439,7 +439,7 @@ def test_a_model_can_be_copied_and_pickled_state_loaded():
 
 @torch.no_grad()
 def test_a_copy_sees_what_is_written_to_it():
-    """Four writes count as many versions in the copy as four in the model that it was made of."""
+    """Four writes give a parameter of the copy the same version as four writes gave the original's."""
     model = with_adapters("a")
 
     def write(written):
@@ -655,7 +655,7 @@ def test_a_block_without_inverse_is_refused_with_its_layer():
     model = with_adapters("a", variant="road_2")
     *_, last = (m for m in model.modules() if isinstance(m, RoadLayer))
     with torch.no_grad():
-        # Both elements of the first pair of a group of 8.
+        # The two elements of the first pair in a group of 8.
         last.road_alpha["a"][0] = last.road_alpha["a"][4] = 0.0
     expected, before = logits(model), state(model)
     with pytest.raises(AdapterError, match=rf"^{last.module_path}: expected 2x2 blocks .* inverse .*, found 1 without"):
@@ -685,7 +685,7 @@ def test_a_merge_without_a_way_back_is_refused(case, dtype):
             layer.road_alpha["a"].clamp_(0.8, 1.25)
         theta, alpha = last.road_theta["a"], last.road_alpha["a"]
         if case == "nearly singular":
-            # cos² + sin·0, but for how π/2 is rounded.
+            # The determinant is 0 except for the rounding of π/2.
             theta[0], theta[4], alpha[0], alpha[4] = torch.pi / 2, 0.0, 1.0, 1.0
         else:
             theta.zero_()
@@ -773,7 +773,7 @@ def test_a_module_that_stands_in_two_places_is_adapted_in_both():
 
 
 class Compiled(nn.Module):
-    """A layer that ``torch.compile`` wrapped before there was an adapter, one in a compiled block, and one beside."""
+    """A linear layer compiled by itself, one in a compiled block, and a plain one, before adapters are added."""
 
     def __init__(self):
         super().__init__()
@@ -833,7 +833,7 @@ def test_the_files_of_a_compiled_base_are_those_of_a_plain_one(tmp_path):
     files = [read_peft(tmp_path / kind) for kind in ("plain", "compiled")]
     assert list(files[0].modules) == list(files[1].modules)
     expected = logits(plain)
-    # As PEFT writes it, and this did once.
+    # As PEFT writes it, and as this project once did.
     old = {path.replace("model", "_orig_mod.model", 1): value for path, value in files[0].modules.items()}
     write_peft(tmp_path / "old", dataclasses.replace(files[0], modules=old))
     for kind in ("plain", "compiled", "old"):
@@ -852,7 +852,7 @@ def test_threads_that_load_adapters_at_once(names, tmp_path):
     def select(*args, select=_base.select):
         chosen = select(*args)
         with contextlib.suppress(threading.BrokenBarrierError):
-            # All of them have looked, if they can, before one wraps what it found.
+            # If possible, all threads have selected layers before one of them wraps any.
             found.wait(0.2)
         return chosen
 
@@ -1193,7 +1193,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
 
 
 class Checkpointed(nn.Module):
-    """Computes its layer a second time by itself."""
+    """A model that calls torch.utils.checkpoint itself."""
 
     def __init__(self, reentrant):
         super().__init__()
@@ -1204,7 +1204,7 @@ class Checkpointed(nn.Module):
 
 
 def test_a_mixed_batch_under_another_checkpointing():
-    """That computes the layers a second time when the call is over."""
+    """The model's own checkpointing recomputes layers when the call is over."""
     model = RoadModel(Checkpointed(True), config(target_modules=["up"], inference_mode=False), "a")
     model.add_adapter("b", config(target_modules=["up"]))
     x = torch.randn(2, 8, requires_grad=True)
@@ -1212,7 +1212,7 @@ def test_a_mixed_batch_under_another_checkpointing():
     with pytest.raises(AdapterError, match=r"up: expected a mixed batch without reentrant checkpointing"):
         mixed.sum().backward()
     assert model.base_model.up.road_theta["a"].grad is None
-    # Plain calls may be computed a second time.
+    # Recomputing plain calls is allowed.
     model(x).sum().backward()
     given = model.base_model.up.road_theta["a"].grad
     assert_close(
@@ -1234,7 +1234,7 @@ def test_a_mixed_batch_under_checkpointing_that_is_not_reentrant(names, trained)
     ) as caught:
         model(x, adapter_names=names)
     assert "\n" not in str(caught.value)
-    # What isn't recorded isn't computed again, and plain calls may be.
+    # Without gradients nothing is recomputed, and plain calls may be recomputed.
     with torch.no_grad():
         assert model(x, adapter_names=names).shape == x.shape
     plain = torch.autograd.grad(model(x).sum(), x)[0]

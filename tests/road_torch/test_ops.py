@@ -1,4 +1,4 @@
-"""The rotation's kernels and its op, against road_core's float64."""
+"""The rotation's kernels and its op, against road_core's float64 reference."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ INDICES = {"one for all": None, "rows": None, "table": [2, 0], "a table's row": 
 
 
 def make(kind, dtype=torch.float32, wide=torch.float32):
-    """``y`` of two rows, coefficients that fit it in this way, and the index if they are a table."""
+    """Returns ``y`` with two rows, coefficients of this kind, and the index if they are a table."""
     torch.manual_seed(0)
     lead = {"one for all": (), "rows": (2, 1)}.get(kind, (4,))
     y = torch.randn(2, 3, 16, dtype=dtype, requires_grad=True)
@@ -109,7 +109,7 @@ def test_gradients(kind):
     given = torch.autograd.grad((_ops.rotate(*leaves, 4, index) * g).sum(), leaves)
     expected = torch.autograd.grad((default.rotate(*leaves, 4, index) * g).sum(), leaves)
     for a, b in zip(given, expected, strict=True):
-        # Sums over rows are kept in float32.
+        # Gradients are summed over rows in float32.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Against PEFT itself: its adapters give the same here, ours give the same there."""
+"""Compatibility with PEFT: its adapters give the same results here, and ours give the same results there."""
 
 import copy
 import inspect
@@ -31,7 +31,7 @@ def peft_model(variant, group_size, targets="all-linear", *, dtype=torch.float32
     torch.manual_seed(2)
     config = peft.RoadConfig(variant=variant, group_size=group_size, target_modules=targets, init_weights=False)
     model = peft.get_peft_model(small_model().to(dtype), config).eval()
-    # Drawn with α ~ N(1, 0.5) three layers deep the logits are chaotic; half of that is far from the identity still.
+    # With α ~ N(1, 0.5), logits of three layers are chaotic; half the spread is still far from the identity.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "road_theta" in name:
@@ -97,7 +97,7 @@ def test_greedy_text_is_peft_s(tmp_path):
 
 VOCABULARY = 168
 
-# What an adapter with which PEFT saves weights of the base has, the model's own vocabulary or a resized one.
+# Configs of adapters with which PEFT saves base weights, for the model's own vocabulary or a resized one.
 WITH_BASE_WEIGHTS = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "embeddings": {"target_modules": ["q_proj"]},
@@ -140,7 +140,7 @@ def test_weights_of_the_base_that_peft_saves_along(kind, tied, tmp_path):
     there, here = tmp_path / "theirs", tmp_path / "ours"
     save_with_base_weights(kind, tied, there)
     with torch.no_grad():
-        # The new rows of another resizing are others, until the file's take their place.
+        # Another resizing gives other new rows, until the file's replace them.
         expected = peft.PeftModel.from_pretrained(base_for(kind, tied, seed=5), there).eval()(ids).logits
         base = base_for(kind, tied, seed=5)
         before = base(ids).logits
@@ -150,7 +150,7 @@ def test_weights_of_the_base_that_peft_saves_along(kind, tied, tmp_path):
         again = peft.PeftModel.from_pretrained(base_for(kind, tied, seed=5), here).eval()
         assert_close(again(ids).logits, expected, "float32", moved_from=before)
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (there, here))
-    # PEFT writes these twice and passes over the second one.
+    # PEFT writes these twice and ignores the second copy on loading.
     first = {key: value for key, value in first.items() if ".modules_to_save." not in key}
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -308,7 +308,7 @@ def test_generation_config_is_used_as_by_peft():
 
 
 def adapter_trainer():
-    """The class that docs/torch.md gives, as it stands there."""
+    """Returns the class AdapterTrainer from docs/torch.md."""
     (block,) = re.findall(r"^```python\n(class AdapterTrainer.*?)^```", TORCH_PAGE, re.MULTILINE | re.DOTALL)
     names = {"transformers": transformers}
     exec(block, names)
@@ -370,7 +370,7 @@ def test_a_trainer_trains_evaluates_and_saves(kind, tmp_path):
         use_cpu=True,
     )
     trainer = adapter_trainer()(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
-    # In evaluation mode bitsandbytes may pack a 4-bit weight anew, and gives no gradients after that.
+    # In evaluation mode bitsandbytes may repack a 4-bit weight, and then it gives no gradients.
     start = model.train()(IDS, labels=IDS).loss.item()
     trainer.train()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in frozen.items())

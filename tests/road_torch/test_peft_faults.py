@@ -1,9 +1,12 @@
-"""What goes wrong in PEFT 0.21.2's RoAd, and must not here.
+"""Faults of PEFT 0.21.2's RoAd that must not occur here.
 
-Others of its faults are looked at where they belong: the hook that stays after an exception, the tied head, the half
-done merge, layers that are wrapped without effect and ``disable_adapter`` while merged in test_model.py; the repacked
-weight and the dtype of 4- and 8-bit layers in test_bnb.py; Conv1D and bfloat16 layers in test_layer.py; beams and
-returned sequences in test_generate.py.
+Other faults are tested where they belong:
+
+- test_model.py: the hook that stays after an exception, the tied head, the half-finished merge, layers that are wrapped
+  without effect, and ``disable_adapter`` while merged;
+- test_bnb.py: the repacked weight and the dtype of 4-bit and 8-bit layers;
+- test_layer.py: Conv1D and bfloat16 layers;
+- test_generate.py: beams and returned sequences.
 """
 
 import json
@@ -59,7 +62,7 @@ def integers(tensors):
     tensors[name] = tensors[name].long()
 
 
-# What is changed in the tensors or the config, whether the file's own metadata is needed to notice, and what is said.
+# Changes to the tensors and the config, whether the file's own metadata is needed to notice, and the error.
 FILES = {
     "NaN": (lambda t: poison(t, float("nan")), {}, False, r"down_proj\.road_theta: expected finite values, found 1"),
     "infinite": (lambda t: poison(t, float("inf")), {}, False, "expected finite values, found 1"),

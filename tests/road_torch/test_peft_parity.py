@@ -1,4 +1,4 @@
-"""Layer kind × dtype × variant × group size × use, ours and PEFT's side by side, both against road_core's float64."""
+"""Layer kind × dtype × variant × group size × use: ours and PEFT's, both against road_core's float64 reference."""
 
 import bitsandbytes as bnb
 import numpy as np
@@ -16,7 +16,7 @@ from road_torch import RoadConfig, RoadLayer, RoadModel, _bnb
 IN, OUT = 64, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZED = ("nf4", "fp4", "int8")
-# Of the second the adapters are in the base's dtype, as PEFT has them with autocast_adapter_dtype=False.
+# In "linear, adapters cast" adapters are in the base's dtype, as PEFT has them with autocast_adapter_dtype=False.
 KINDS = ("linear", "linear, adapters cast", "conv1d", *QUANTIZED)
 USES = ("single", "mixed", "merged", "disabled")
 NAMES = ["two", "__base__", "one", "two"]
@@ -28,7 +28,7 @@ class Model(nn.Module):
     def __init__(self, kind, dtype):
         super().__init__()
         weight = torch.from_numpy(named_values("weight", OUT, IN)).to(dtype)
-        # As transformers marks a model, and PEFT finds its layer by.
+        # Flags that transformers sets on a model, by which PEFT chooses its layer class.
         self.is_loaded_in_4bit, self.is_loaded_in_8bit = kind in ("nf4", "fp4"), kind == "int8"
         if self.is_loaded_in_4bit:
             self.proj = bnb.nn.Linear4bit(IN, OUT, compute_dtype=dtype, quant_type=kind)
@@ -50,7 +50,7 @@ class Model(nn.Module):
 
 
 def peft_fails(kind, dtype, use):
-    """The error of PEFT 0.21.2 in a cell where it doesn't work."""
+    """Returns the error of PEFT 0.21.2 in a case that it doesn't support; None if it does."""
     if kind == "conv1d":
         return ValueError, "Target module Conv1D.* is not supported"
     if use == "mixed" and kind in QUANTIZED:
@@ -99,7 +99,7 @@ def weight_and_bias(linear):
 
 @torch.no_grad()
 def found(model, use, x):
-    """What a use gives: the output, or after merging the weights that give it."""
+    """Returns the output of a use; for merging, the merged weight and bias."""
     if use == "mixed":
         return model(x, adapter_names=NAMES)
     if use == "disabled":
@@ -113,7 +113,7 @@ def found(model, use, x):
 
 
 def expected(base, use, x, values, **fields):
-    """The same in float64, from the base as it is."""
+    """Returns what `found` should return, in float64, computed from the unadapted base."""
 
     def rotate(y, name):
         return y.double() if name == "__base__" else road_core.rotate(y.double(), *values[name], **fields)
@@ -143,7 +143,7 @@ def test_no_farther_from_float64_than_peft(kind, dtype, variant, group_size, use
     untouched = expected(Model(kind, DTYPES[dtype]), use, x, identity, **fields)
     assert distance(untouched) > 0.1 or use == "disabled"
     ours = found(our_model(kind, DTYPES[dtype], values, **fields), use, x)
-    # What quantising anew costs is looked at in test_bnb.py.
+    # The error from quantising again is tested in test_bnb.py.
     requantized = use == "merged" and kind in QUANTIZED
     if not requantized:
         assert ours.dtype == DTYPES[dtype]
@@ -154,7 +154,7 @@ def test_no_farther_from_float64_than_peft(kind, dtype, variant, group_size, use
             found(peft_model(kind, DTYPES[dtype], values, **fields), use, x)
         return
     theirs = found(peft_model(kind, DTYPES[dtype], values, **fields), use, x)
-    # PEFT's outputs of quantised layers are float32 whatever the layer gives.
+    # PEFT's outputs of quantised layers are float32, whatever the base layer's dtype.
     assert theirs.dtype == (torch.float32 if kind in QUANTIZED and use == "single" else ours.dtype)
     assert distance(ours.double()) <= distance(theirs.double()) + eps
     assert distance(theirs.double()) <= distance(ours.double()) + eps

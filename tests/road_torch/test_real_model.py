@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct itself: a batch of 12 rows with five adapters and none, on every kind of base."""
+"""SmolLM2-135M-Instruct: a batch of 12 rows, with five adapters and with none, on every kind of base."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from examples.demo.model import prepare_model
 from road_torch import RoadConfig, RoadModel
 
 CACHE = Path(__file__).parents[2] / "runs" / "cache"
-# Of different variants, group sizes and modules.
+# Adapters with different variants, group sizes and modules.
 ADAPTERS = {
     "a": {"target_modules": "all-linear"},
     "b": {"target_modules": "all-linear", "group_size": 2},
@@ -53,5 +53,5 @@ def test_token_for_token_what_each_adapter_gives_alone(quantize, dtype, checkpoi
         alone = model.generate(**inputs, **options)
         assert torch.equal(mixed[rows], alone[rows])
         new[name] = tuple(alone[:, inputs["input_ids"].shape[1] :].flatten().tolist())
-    # None of the adapters is without effect.
+    # Every adapter has an effect.
     assert len(set(new.values())) == len(new)

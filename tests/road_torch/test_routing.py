@@ -1,4 +1,4 @@
-"""Which adapter a row gets: under torch.compile, while adapters are swapped, and with more of them than have room."""
+"""Which adapter a row gets: under torch.compile, while adapters are swapped, and with more adapters than places."""
 
 import copy
 import dataclasses
@@ -35,7 +35,7 @@ def road(names, *, max_loaded=None, **changes):
 
 
 def reference(model, name, x=X):
-    """What road_core says that the whole net gives, float64."""
+    """Returns the net's output in float64 according to road_core."""
     value, net = x.double(), Net(IN, OUT).double()
     for path in ("up", "down"):
         value = getattr(net, path)(value).detach()
@@ -94,11 +94,11 @@ def test_names_and_their_number_are_no_reason_to_compile_again(trainable):
     model.set_adapter("t")
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
-    # One graph for this number of rows, one for any other, and one for a single row.
+    # One graph for the first number of rows, one for any other number, and one for a single row.
     for rows in (4, 3, 1):
         check(compiled(X[:rows], adapter_names=list("tab")[:1] * rows), model, "t" * rows)
     assert counter.frame_count == 3
-    # This refuses frames without a graph too, such as the call of the model itself; the counter doesn't know of them.
+    # This also refuses frames without a graph, such as the model's own call, which the counter doesn't count.
     with torch._dynamo.config.patch(error_on_recompile=True):
         for names in ("tab", "ht", "cdef", "gt", "b", "hgfe", "tc", "dtd"):
             check(compiled(X[: len(names)], adapter_names=list(names)), model, names)
@@ -132,7 +132,7 @@ def test_inductor_and_batches_of_several_sizes():
 
 @torch.no_grad()
 def test_a_layer_that_can_not_be_traced(monkeypatch):
-    # Dynamo gives up at divmod of a symbolic number, and goes on with what the layer calls.
+    # Dynamo can't trace divmod of a symbolic number; it gives the layer up and compiles what the layer calls.
     monkeypatch.setattr(Routing, "repeats", lambda routing, y, path, batch=None: divmod(len(y), routing.batch)[0])
     torch.compiler.reset()
     model = road("ab")
@@ -155,7 +155,7 @@ def test_what_was_written_before_a_model_is_compiled_is_used(written):
         else:
             with torch.no_grad():
                 theta.add_(0.5)
-        # A graph that it has of the one model torch.compile takes for the other.
+        # torch.compile may reuse the graph of the one model for the other.
         with torch.no_grad():
             after = torch.compile(given, backend="aot_eager")(X)
         check(after, given, "aaaa")
@@ -188,7 +188,7 @@ def test_gradients_begin_or_end_within_a_compiled_call():
 
 def test_a_compiled_model_finds_its_rows_where_it_was_moved_to(monkeypatch):
     model, moved_to = road("a"), torch.device("meta")
-    # A second device that every machine has; layers don't take it for theirs by themselves.
+    # "meta" is a second device that every machine has, but layers would ignore it as their own device.
     monkeypatch.setattr(RoadLayer, "_device", lambda layer: moved_to)
     model.to(torch.float64)
     assert model.base_model.up.bank.first.device == moved_to
@@ -239,7 +239,7 @@ def test_a_compiled_model_is_trained():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_an_optimizer_writes_through_data_is_used(compiled):
-    """Those of bitsandbytes on a CPU leave a parameter's version as it was."""
+    """bitsandbytes optimizers on a CPU don't change a parameter's version."""
     model = road("ab", inference_mode=False)
     trained = torch.compile(model, backend="aot_eager") if compiled else model
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -279,7 +279,7 @@ def test_an_order_that_changes_in_the_middle_of_a_generation():
 @pytest.mark.parametrize("names", [None, ["b", "b"]])
 @torch.no_grad()
 def test_a_swap_in_the_middle_of_a_generation(names, tmp_path):
-    """From another thread, while the first forward pass stands between two layers."""
+    """Another thread swaps an adapter while the first forward pass is between two layers."""
 
     def new(seed):
         model = RoadModel(small_model())
@@ -311,7 +311,7 @@ def test_a_swap_in_the_middle_of_a_generation(names, tmp_path):
             threads[0].join(30)
 
     threads = []
-    # Nothing of the call was gathered before this one: it is the model's first.
+    # Plans are dropped, as if the next call were the model's first.
     for layer in (m for m in model.modules() if isinstance(m, RoadLayer)):
         model._shared.plain.plans.pop(layer, None)
     handle = model.base_model.model.layers[1].register_forward_pre_hook(hook)
@@ -457,7 +457,7 @@ def test_many_adapters_in_little_memory(monkeypatch):
     model = road(names[:5], max_loaded=4)
     model(X, adapter_names=["adapter1", "adapter2", "adapter3", "__base__"])
     tables = table_bytes(model)
-    # The identity and four adapters: two coefficients in float32 for each output.
+    # The identity and four adapters, with two float32 coefficients per output.
     assert tables == 5 * 2 * 4 * (OUT + IN)
     modules = {name: id(module) for name, module in model.named_modules()}
     for name in names[5:]:
@@ -507,7 +507,7 @@ def test_an_adapter_of_a_call_in_flight_makes_no_room():
 
     def hook(*_):
         handle.remove()
-        # Of a, b and c it is now the least recently used that isn't active.
+        # Of a, b and c, b is now the least recently used one that isn't active.
         check(model(X, adapter_names=list("cccc")), model, "cccc")
         check(model(X, adapter_names=list("dddd")), model, "dddd")
         assert set(model._shared.rows) == set("abd")

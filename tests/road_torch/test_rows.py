@@ -1,4 +1,4 @@
-"""Layers whose first axis isn't the batch's rows: refused in a mixed batch, where rows would get others' adapters."""
+"""Layers whose first axis isn't the batch are refused in mixed batches, where rows would get wrong adapters."""
 
 import pytest
 import torch
@@ -117,7 +117,7 @@ def dab_detr():
 
 @torch.no_grad()
 def outputs(model, paths, inputs):
-    """What each layer gives at its first call."""
+    """Returns each layer's output at its first call."""
     given = {path: [] for path in paths}
     layers = [(model.get_submodule(path), path) for path in paths]
     hooks = [
@@ -173,7 +173,7 @@ def test_layers_of_transformers_with_another_axis_first(build):
         for name, parameter in base.named_parameters():
             if parameter.ndim > 1 and "backbone" not in name:
                 parameter.normal_(std=0.2)
-    # A row of the batch moves more than its share of the layer's.
+    # Changing one row of the batch changes rows of the layer beyond that row's share.
     other = dict(inputs)
     for key in ("input_ids", "decoder_input_ids", "pixel_values", "bbox"):
         if key in inputs:
@@ -238,7 +238,7 @@ def llava(target=VISION):
 
 
 def with_images(*numbers):
-    """Rows of tokens, each with so many images of four tokens."""
+    """Returns rows of tokens with the given numbers of images, each of four tokens."""
     ids = IDS.repeat(1, 2)[: len(numbers)].clone()
     for row, number in zip(ids, numbers, strict=True):
         for i in range(number):
@@ -263,10 +263,10 @@ def test_images_of_which_rows_have_different_numbers(numbers):
             call(input_ids=with_images(*numbers), pixel_values=pixels, adapter_names=["a", "b"])
     with pytest.raises(AdapterError, match=rf"found {found} image tokens"):
         model(with_images(*numbers), pixels, adapter_names=["a", "b"])
-    # Layers that are given the text see its rows, and rows with the same adapters have the same layers.
+    # No error: layers that are given the text see its rows, and for rows with the same adapter order doesn't matter.
     check_rows(llava(r".*language_model.*q_proj"), ["a", "b"], input_ids=with_images(*numbers), pixel_values=pixels)
     check_rows(model, ["a", "a"], input_ids=with_images(*numbers), pixel_values=pixels)
-    # The head sees them too, beside the decoder.
+    # The head, outside of the decoder, sees the rows, too.
     check_rows(llava("lm_head"), ["a", "b"], input_ids=with_images(*numbers), pixel_values=pixels)
 
 
@@ -348,7 +348,7 @@ def test_speech_of_which_rows_end_in_different_segments():
     }.items():
         with pytest.raises(AdapterError, match=rf"one adapter for all rows .* found several and {found};"):
             generate(**call, adapter_names=list("abab"))
-    # One adapter for all rows is right for those that are left.
+    # One adapter for all rows stays right for the rows that are left.
     alike, mixed = generate(adapter_names=list("bbbb")), generate(**once, adapter_names=list("abab"))
     plain = {}
     for name in "ab":

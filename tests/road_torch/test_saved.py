@@ -1,4 +1,4 @@
-"""modules_to_save: copies of whole modules, trained, saved, loaded, mixed and merged; and loading that isn't strict."""
+"""modules_to_save: training, saving, loading, mixing and merging copies of whole modules; and non-strict loading."""
 
 import copy
 import dataclasses
@@ -136,7 +136,7 @@ def test_a_head_and_an_embedding_in_generation():
         model.set_adapter([] if name == "__base__" else name)
         one = IDS[row : row + 1]
         assert torch.equal(mixed[row], model.generate(one, attention_mask=torch.ones_like(one), **kwargs)[0])
-    # As PEFT, "norm" stands for every module whose path ends with it.
+    # As in PEFT, "norm" selects every module whose path ends with it.
     assert sum("layernorm" in name and "modules_to_save.b" in name for name, _ in model.named_parameters()) == 6
 
 
@@ -189,7 +189,7 @@ class Net(nn.Module):
 
 
 class Codes(nn.Linear):
-    """As quantisers have them: a bias to train, and a weight that can't be."""
+    """A layer like those of quantisers, whose bias can be trained but not its weight."""
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -238,7 +238,7 @@ def test_refused(case):
 
 
 class Counting(nn.Module):
-    """A head with running statistics, and with an integer beyond what float32 tells apart."""
+    """A model whose head has running statistics, and an integer that float32 can't represent."""
 
     def __init__(self):
         super().__init__()
@@ -416,7 +416,7 @@ def test_missing_tensors_by_the_caller_s_word(tmp_path):
             one.road_alpha["a"].fill_(1.0)
         expected.base_model.score.modules_to_save["a"].weight.copy_(classifier().score.weight)
     torch.testing.assert_close(logits(model), logits(expected))
-    # What is there besides, or misshapen, is refused all the same.
+    # Unexpected or misshapen tensors are refused in any case.
     narrower = dataclasses.replace(read_peft(folder).config, target_modules=["q_proj"])
     write_peft(tmp_path / "extra", dataclasses.replace(read_peft(folder), config=narrower))
     with pytest.raises(AdapterError, match="only for modules that target_modules selects"):
@@ -446,7 +446,7 @@ def test_copies_that_accelerate_took_away_are_neither_trained_nor_saved(first, t
 
 
 class Tied(nn.Module):
-    """Calls its embedding, and computes with the embedding's weight itself, as DeBERTa's head does."""
+    """Calls its embedding, and also computes with the embedding's weight itself, as DeBERTa's head does."""
 
     def __init__(self):
         super().__init__()
@@ -471,7 +471,7 @@ def test_a_tensor_that_the_model_reads_is_that_of_the_rows():
         alone[name] = model(ids)
     for name in "ab":
         assert torch.equal(model(ids, adapter_names=[name] * 3), alone[name])
-        # What it looks like may be asked in any mix.
+        # The weight's shape, dtype and device may be read in any mixed batch.
         mixed = model(ids, head=False, adapter_names=["a", "b", "__base__"])
         model.set_adapter(name)
         assert torch.equal(mixed["ab".index(name)], model(ids, head=False)["ab".index(name)])

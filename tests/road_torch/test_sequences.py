@@ -1,4 +1,4 @@
-"""Any sequence of calls: what the model gives is always road_core's reference of what is active."""
+"""After any sequence of calls, the model's output is road_core's reference for the active adapters."""
 
 import tempfile
 from pathlib import Path
@@ -29,7 +29,7 @@ CONFIGS = st.builds(
 
 
 class Sequences(RuleBasedStateMachine):
-    """The model, and beside it the little that it should be."""
+    """The model, and beside it a simple account of the state that it should have."""
 
     @initialize(limit=st.sampled_from([None, 3]))
     def start(self, limit):
@@ -46,7 +46,7 @@ class Sequences(RuleBasedStateMachine):
             self.folder.cleanup()
 
     def parameters(self, name):
-        """An adapter's θ and α as the model holds them."""
+        """Returns an adapter's θ and α as the model holds them."""
         layers = {path: getattr(self.model.base_model, path) for path in PATHS}
         return {
             path: (layer.road_theta[name].detach().numpy().copy(), layer.road_alpha[name].detach().numpy().copy())

@@ -1,4 +1,4 @@
-"""Adapters of which FSDP gives each of two processes a part."""
+"""Adapters that FSDP shards across two processes."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def net():
 
 
 def write(folder, seed):
-    """Adapters "a", which brings the last layer whole, and "b"."""
+    """Saves adapters "a", which brings the last layer whole, and "b"."""
     model = RoadModel(net())
     torch.manual_seed(seed)
     for name, saved in {"a": ["2"], "b": None}.items():
@@ -41,7 +41,7 @@ def assert_same(folder, other):
 
 
 def run(rank, folder):
-    """What each process does."""
+    """Runs the test in one process."""
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor

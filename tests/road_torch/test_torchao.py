@@ -1,4 +1,4 @@
-"""Layers of torchao: their own output rotated, in mixed batches too; their weights are not merged into."""
+"""torchao layers: rotation of their own output, also in mixed batches; merging into their weights is refused."""
 
 import pytest
 import torch

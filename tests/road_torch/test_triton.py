@@ -16,7 +16,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @needs_triton
 def test_in_the_interpreter():
-    # Triton reads the variable when it is imported.
+    # In another process, because Triton reads TRITON_INTERPRET when it is imported.
     cases = Path(__file__).with_name("triton_cases.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", str(cases)],

@@ -1,4 +1,4 @@
-"""Adapters composed into one, against road_core's float64 one after the other."""
+"""Adapters composed into one, against road_core's float64 reference applied in order."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ X = torch.from_numpy(named_values("x", 6, IN))
 
 
 def road(**adapters):
-    """``name=(variant, group_size, modules)``."""
+    """Returns a model with adapters given as ``name=(variant, group_size, modules)``."""
     model = RoadModel(Net(IN, OUT))
     for name, (variant, size, targets) in adapters.items():
         model.add_adapter(
@@ -94,7 +94,7 @@ def test_real_weights_are_the_powers_of_complex_numbers():
     model = road(a=("road_1", 8, ["up"]), b=("road_1", 8, ["up"]))
     layer = model.base_model.up
     with torch.no_grad():
-        # Principal powers, as NumPy takes them, need angles within (-π, π].
+        # NumPy computes principal powers, which need angles within (-π, π].
         for name in "ab":
             layer.road_theta[name].clamp_(-1.5, 1.5)
             layer.road_alpha[name].abs_()

@@ -1,4 +1,4 @@
-"""What `test_triton.py` runs in a process of its own, where Triton interprets its kernels on the CPU."""
+"""Tests that `test_triton.py` runs in a separate process, where Triton interprets its kernels on the CPU."""
 
 import os
 
@@ -109,7 +109,7 @@ def test_a_model_with_this_kernel():
             models[0](x, adapter_names=["a", "a", "__base__", "a"])
     finally:
         triton._launch = kernel
-    # One a layer; gathering needs none of its own.
+    # One launch per layer; gathering needs none of its own.
     assert len(launches) == 2
     assert _kernels.choose("auto", torch.device("cpu")) is _kernels.DEFAULT
 
@@ -160,7 +160,7 @@ def test_tables_may_be_written_before_the_backward_pass(kernel):
         x = torch.from_numpy(named_values("x", 2, 3, 16)).requires_grad_()
         y = model(x, adapter_names=["a", "b"])
         if write:
-            # Each takes a row of the tables.
+            # Each mix takes a row of the tables.
             model(x, adapter_names=["a+b", "b+a"])
         y.square().sum().backward()
         found.append(x.grad)
