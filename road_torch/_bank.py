@@ -19,8 +19,8 @@ class Bank:
     """Coefficients ``first`` and ``cross`` (see `road_torch._kernels.default`), each float32 ``[capacity, out]``.
 
     Each adapter has one row, the same in every layer of a model, so that one index serves all layers. Row 0 is the
-    identity, and so are the rows of adapters that this layer doesn't have. Tables grow by doubling, so that not every
-    added adapter copies all earlier ones.
+    identity, and so are the rows of adapters that this layer doesn't have. Tables grow by doubling, so that adding an
+    adapter rarely copies the existing ones.
     """
 
     def __init__(self, out: int, device: torch.device) -> None:

@@ -28,10 +28,10 @@ def dequantize(base: Any) -> Tensor:
 
 
 def unpack_before_saving(base: nn.Module) -> None:
-    """Registers a hook with which ``state_dict`` doesn't change a layer's function.
+    """Registers a hook so that calling ``state_dict`` doesn't change what a layer computes.
 
-    On a CPU with AVX-512 BF16 it would after the first forward: bitsandbytes' own unpacking leaves absmax transposed or
-    quantises it again. The hook stays with the layer, because a merged model is saved without our wrappers.
+    Otherwise it would, after the first forward on a CPU with AVX-512 BF16: bitsandbytes' own unpacking leaves absmax
+    transposed or quantises it again. The hook stays with the layer, because a merged model is saved without wrappers.
     """
     if isinstance(base, bnb.nn.Linear4bit) and _unpack not in base._state_dict_pre_hooks.values():
         base.register_state_dict_pre_hook(_unpack)

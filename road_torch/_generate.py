@@ -40,7 +40,7 @@ class GenerateOptions:
     # JSONL file for the lines' fields and their "completion"; standard output if not given. Until all are done,
     # finished batches are kept in OUT.part; after an interruption, the same command continues from there.
     out: Path | None = None
-    # Quantisation of the base model's weights: 4 bits, 8 bits, or none.
+    # Quantisation of the base model's weights: 4 bits, 8 bits, or as they are in the checkpoint.
     quantize: Literal["nf4", "int8", "none"] = "none"
     # Dtype of the computation; "auto" is the checkpoint's.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -19,7 +19,7 @@ _WAY_BACK = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch
 _WAY_BACK_QUANTIZED = 0.5
 
 # For merged layers with a forward of their own: largest distance of the output from the rotated one, relative to its
-# norm. It allows for rounding alone, including TF32's. With weights that are quantised anew at each call, the distance
+# norm. It allows only for rounding, including TF32's. With weights that are quantised again at each call, the distance
 # is at least 0.01 in any practical format.
 _SAME_OUTPUT = {torch.float64: 2e-3, torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 

@@ -72,7 +72,7 @@ def check_media(base: Any, names: Sequence[Name], args: Sequence[Any], kwargs: M
     """
     if len(set(names)) == 1 or not (len(args) > 1 or not kwargs.keys().isdisjoint(_MEDIA)):
         return
-    # Only tensors: generate's other positional arguments are none.
+    # Only tensors, because generate's other positional arguments aren't model inputs.
     in_place = zip(inspect.signature(base.forward).parameters, args, strict=False)
     given = {**{key: value for key, value in in_place if isinstance(value, Tensor)}, **kwargs}
     ids = given.get("input_ids")

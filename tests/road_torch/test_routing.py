@@ -239,7 +239,7 @@ def test_a_compiled_model_is_trained():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_an_optimizer_writes_through_data_is_used(compiled):
-    """bitsandbytes optimizers on a CPU don't change a parameter's version."""
+    """On a CPU, optimizers of bitsandbytes don't change a parameter's version."""
     model = road("ab", inference_mode=False)
     trained = torch.compile(model, backend="aot_eager") if compiled else model
     parameters = [p for p in model.parameters() if p.requires_grad]
