@@ -1,4 +1,4 @@
-"""Several adapters as one: `road_core.compose` on pytrees, traceable."""
+"""Composes several adapters into one: `road_core.compose` on pytrees, traceable."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, un
 
 Weight = float | jax.Array
 
-# The four numbers of each pair's matrix [[a, b], [c, d]], each [..., groups, half].
+# The four entries of each pair's matrix [[a, b], [c, d]], each [..., groups, half].
 _Blocks = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -36,25 +36,26 @@ def compose(
     *,
     variant: str | None = None,
 ) -> tuple[Tree, RoadConfig]:
-    """Returns the adapter that does what others do one after the other: ``R_n^w_n ⋯ R_1^w_1``, the first one first.
+    """Returns one adapter that applies others one after the other: ``R_n^w_n ⋯ R_1^w_1``, the first one first.
 
-    A pure function of the adapters: ``jit`` and differentiate it freely; see `road_core.compose` for the formulas. It
-    computes in float32, or float64 where an adapter is. Blocks that only one of the subspaces holds keep that
-    adapter's θ and α as they are.
+    A pure function of the adapters, for use under ``jit`` and ``grad``; see `road_core.compose` for the formulas.
+    Computes in float32, or in float64 if one of the adapters is. Blocks that are in only one adapter's subspace keep
+    that adapter's θ and α unchanged.
 
     Args:
-        adapters: trees of `Road.init`; they may adapt different modules. Stack axes lead.
-        configs: theirs, of one group size.
-        weights: one for each, 1 if not given. For adapters of road_1 any number where α > 0, also an array that is
-            traced or learned; whole numbers for road_2 and road_4 (`road_core.compose` takes others).
-        variant: of the result, if it shall be a greater one than needed: adapters of one variant stack.
+        adapters: trees as returned by `Road.init`; they may adapt different modules. Stack axes come first.
+        configs: the adapters' configs, all of one group size.
+        weights: one per adapter; 1 by default. For adapters of road_1 any number where α > 0, also as an array that is
+            traced or learned; for road_2 and road_4 only whole numbers (`road_core.compose` takes others too).
+        variant: the result's variant, if it is to be a larger one than needed: adapters can be stacked only if they
+            have the same variant.
 
     Returns:
-        The adapter, and a config that selects the modules of all.
+        The adapter, and a config that selects the modules of all adapters.
 
     Raises:
-        AdapterError: group sizes or shapes differ, a weight can't be used, more than one adapter holds whole modules,
-            or a power doesn't exist (not found under ``jit``, where it gives values that aren't finite).
+        AdapterError: group sizes or shapes differ, a weight can't be used, more than one adapter contains whole
+            modules, or a power doesn't exist (not checked under ``jit``, where the values are then not finite).
 
     Example:
         >>> import jax.numpy as jnp, road_jax
@@ -182,7 +183,7 @@ def _power(theta: jax.Array, alpha: jax.Array, part: _Part, where: str) -> tuple
 
 
 def _promote(values: jax.Array, old: str, new: str, group_size: int) -> jax.Array:
-    """Lays out the θ or α of a smaller variant as that of a greater one: the same numbers, repeated."""
+    """Lays out θ or α of a smaller variant for a larger one: the same numbers, repeated."""
     out = output_size(old, values.shape[-1])
     copies = parameter_size(new, out) // values.shape[-1]
     groups = values.reshape(*values.shape[:-1], out // group_size, -1)
@@ -195,7 +196,7 @@ def _blocks(theta: jax.Array, alpha: jax.Array, variant: str, group_size: int) -
 
 
 def _from_blocks(blocks: _Blocks, variant: str) -> tuple[jax.Array, jax.Array]:
-    """Inverts `_blocks`: any real matrices as road_2 or road_4."""
+    """Inverts `_blocks` for any real matrices, as road_2 or road_4."""
     a, b, c, d = blocks
     first, second = jnp.stack([a, d], axis=-2), jnp.stack([-b, c], axis=-2)
     if variant == "road_2":

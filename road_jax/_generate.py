@@ -1,4 +1,4 @@
-"""Decoding with a static cache: one program for all prompts of a bucket of lengths."""
+"""Decoding with a static cache: one program for all prompts whose lengths are in the same bucket."""
 
 import functools
 from collections.abc import Callable, Sequence, Set
@@ -31,32 +31,34 @@ def generate(
     top_p: float | None = None,
     rng: jax.Array | None = None,
 ) -> list[list[int]]:
-    """Continues prompts: the likeliest token each time, or with a ``temperature`` one drawn.
+    """Continues prompts with the likeliest token each time, or, given a ``temperature``, with a sampled one.
 
-    Not to be called within ``jit``: it compiles its own programs. Prompts are padded on the left to a power of two, and
-    the batch to one; another call in the same bucket, with any adapter of the same shapes, ids, temperature or
-    ``max_new_tokens`` up to the same power of two, compiles nothing. The likeliest token, drawing, and drawing with
-    ``top_k`` or ``top_p`` are programs of their own, and so is each number of tokens in ``eos_token_id``.
+    Don't call this within ``jit``: it compiles its own programs. Prompts are padded on the left to a power of two, and
+    the batch is padded to one too. Another call in the same bucket compiles nothing, whatever the adapter (of the same
+    shapes), the ids, the temperature and ``max_new_tokens`` (up to the same power of two). Greedy decoding, sampling,
+    and sampling with ``top_k`` or ``top_p`` are separate programs, and so is each number of tokens in ``eos_token_id``.
 
     Args:
-        model: a decoder of `road_jax.models`, or what `road_jax.transform` or `road_jax.intervene` makes of it.
-        variables: the model's.
-        prompts: token ids, one list a row.
-        adapter: for a `Road`, ``{}`` for none; or the intervention for an `Intervened`, whose prompts are all that
-            stands before the new tokens.
-        adapter_ids: for what `road_jax.stack_adapters` gives: which of them each row gets, counted from 1; 0 for none.
-        max_new_tokens: of each answer at most.
-        eos_token_id: ends a row; the answer doesn't hold it.
-        temperature: 0, or less than float32 can divide by, for the likeliest token; logits are divided by it otherwise.
-        top_k: draw out of so many likeliest tokens.
-        top_p: draw out of the fewest likeliest tokens that have this much probability together.
-        rng: a key, needed to draw. A row's tokens don't depend on how many rows stand beside it.
+        model: a decoder of `road_jax.models`, or the result of `road_jax.transform` or `road_jax.intervene` for one.
+        variables: the model's variables.
+        prompts: token ids, one list per row.
+        adapter: the adapter for a `Road`, ``{}`` for none; or the intervention for an `Intervened`, which counts
+            everything before the new tokens as the prompt.
+        adapter_ids: with several adapters from `road_jax.stack_adapters`: the adapter of each row, counted from 1; 0
+            means none.
+        max_new_tokens: the greatest length of each answer.
+        eos_token_id: the token or tokens that end a row; the answer doesn't contain them.
+        temperature: what logits are divided by. With 0, or a number below float32's smallest normal one, the likeliest
+            token is taken.
+        top_k: sample from this many likeliest tokens only.
+        top_p: sample from the fewest likeliest tokens that together have this much probability.
+        rng: a key, needed for sampling. A row's tokens don't depend on how many other rows there are.
 
     Returns:
         The new tokens of each row.
 
     Raises:
-        AdapterError: an empty prompt, a token that the model doesn't know, or arguments that contradict each other.
+        AdapterError: a prompt is empty, a token isn't in the vocabulary, or arguments contradict each other.
     """
     if isinstance(model, Road | Intervened) != (adapter is not None):
         raise AdapterError("generate: expected a Road together with an adapter, or a plain model without one")
@@ -65,7 +67,7 @@ def generate(
         raise AdapterError(f"model: expected a decoder of road_jax.models, found {type(module).__name__}")
     params_of(variables)
     vocabulary = module.config.vocab_size
-    # An array has no truth value.
+    # A list, because an array has no truth value.
     prompts = list(prompts)
     ends = np.atleast_1d(_tokens([*eos_token_id] if isinstance(eos_token_id, Set) else eos_token_id))
     if ends.size and not np.issubdtype(ends.dtype, np.integer):
@@ -85,7 +87,7 @@ def generate(
     ids, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = prompt, 1
-    # XLA takes for zero what is smaller.
+    # XLA treats smaller numbers as zero.
     greedy = float(temperature) < np.finfo(np.float32).tiny
     drawing = (
         jax.random.key(0) if rng is None else rng,
@@ -102,7 +104,7 @@ def generate(
         None if adapter_ids is None else np.asarray([*adapter_ids, *[0] * (rows - len(prompts))], np.int32),
         ids,
         mask,
-        # Rows that only fill the batch up are done before they begin.
+        # Rows that only fill up the batch are done from the start.
         np.arange(rows) >= len(prompts),
         jnp.int32(max_new_tokens),
         np.asarray([*ends, -1], np.int32),
@@ -127,7 +129,7 @@ def _run(
     ends: jax.Array,
     drawing: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the new tokens ``[rows, capacity]`` and how many of each row count."""
+    """Returns the new tokens ``[rows, capacity]``, and for each row how many of them count."""
     rows, length = ids.shape
     rng, temperature, top_k, top_p = drawing
     apply: Callable = functools.partial(model.apply, variables)
@@ -138,7 +140,7 @@ def _run(
         logits = logits[:, 0].astype(jnp.float32)
         if how == "greedy":
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        # Where the quotient could overflow, the greatest is 0 before it; what else there is stays bit for bit.
+        # If the quotient could overflow, logits are shifted so that the greatest is 0; otherwise they stay bit for bit.
         greatest = jnp.where(temperature < 1e-20, jnp.max(logits, axis=-1, keepdims=True), 0)
         logits = (logits - greatest) / temperature
         if how == "filter":
@@ -172,10 +174,10 @@ def _run(
 
 
 def _filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Drops what isn't among the ``top_k`` likeliest, and what isn't needed to reach ``top_p`` of probability.
+    """Drops tokens that aren't among the ``top_k`` likeliest, or aren't needed to reach a probability of ``top_p``.
 
-    As in transformers, tokens as likely as the last of ``top_k`` stay, and of those as likely as the last that
-    ``top_p`` needs no more than it needs.
+    As in transformers, all tokens as likely as the last of ``top_k`` are kept; of tokens as likely as the last one that
+    ``top_p`` needs, only as many as it needs.
     """
     order = jnp.flip(jnp.argsort(logits, axis=-1), axis=-1)
     falling = jnp.take_along_axis(logits, order, axis=-1)
@@ -184,7 +186,7 @@ def _filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     falling = jnp.where(falling >= least, falling, -jnp.inf)
     probabilities = jax.nn.softmax(falling, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The sum of all may be rounded to 1 before the last.
+    # Rounding may bring the sum to 1 before the last token.
     kept = (before < top_p) | (place == 0) | (top_p >= 1)
     return jnp.put_along_axis(
         jnp.full_like(logits, -jnp.inf), order, jnp.where(kept, falling, -jnp.inf), axis=-1, inplace=False
@@ -192,12 +194,12 @@ def _filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _bucket(n: int, least: int) -> int:
-    """Returns the power of two from ``least`` up that ``n`` fits into."""
+    """Returns the smallest power of two that is at least ``n`` and ``least``."""
     return max(least, 1 << (n - 1).bit_length())
 
 
 def _tokens(values: Any) -> np.ndarray:
-    """An array of whole numbers, also where NumPy makes floats or objects of several kinds of them."""
+    """Returns an array of integers, also where NumPy would make floats or objects of integers of several types."""
     array = np.asarray(values)
     if (
         array.ndim == 1

@@ -1,4 +1,4 @@
-"""`intervene`: RoAd on the outputs of whole blocks of a Linen model, without a change to the model."""
+"""`intervene`: RoAd on the outputs of whole blocks of a Linen model, without changing the model."""
 
 import dataclasses
 import inspect
@@ -44,19 +44,19 @@ from road_jax.models._decoder import Block
 
 Blocks = type[nn.Module] | Callable[[nn.Module], bool]
 
-# What `nn.Module.apply` takes for itself.
+# Keyword arguments that `nn.Module.apply` itself takes.
 _OF_APPLY = ("rngs", "method", "mutable", "capture_intermediates")
 
 
 class _Place(NamedTuple):
-    """Where the params of one block stand, or of a scanned stack of them.
+    """Where the params of one block, or of a scanned stack of blocks, are.
 
     Attributes:
-        path: the module's.
-        axis: of the stack in its params; None for a block on its own.
-        start: the index of the first of them.
-        layers: how many there are.
-        hidden: outputs of each.
+        path: the module's path.
+        axis: the stack's axis in the params; None for a single block.
+        start: the index of the first block.
+        layers: the number of blocks.
+        hidden: the size of each block's output.
     """
 
     path: Path
@@ -73,25 +73,25 @@ class Intervened:
     Attributes:
         model: the Linen module, unchanged.
         config: which blocks' outputs are rotated, at which tokens, and how.
-        blocks: what a block is.
+        blocks: the blocks' class, or a function that returns True for a block.
     """
 
     model: nn.Module
     config: InterventionConfig
     blocks: Blocks = Block
-    # What tracing the model found out: by its method and all that is given to it, of arrays only that they are some.
+    # What tracing the model found, by its method and all arguments; arrays are all alike in these keys.
     _places: dict[Any, list[_Place]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def init(self, *args: Any, **kwargs: Any) -> Tree:
         """Returns a fresh intervention, which changes nothing yet; the model is only traced for its shapes, never run.
 
         Args:
-            *args: sample inputs of the model; shapes and dtypes are all that counts.
-            **kwargs: more of them.
+            *args: sample inputs of the model; only their shapes and dtypes matter.
+            **kwargs: further sample inputs.
 
         Returns:
-            ``{"layers": {"<index>": {"road_theta": …, "road_alpha": …}}}`` with the config's blocks, scanned or not:
-            float32 ``[parameter_size]`` each, θ = 0 and α = 1.
+            ``{"layers": {"<index>": {"road_theta": …, "road_alpha": …}}}`` with the config's blocks, scanned or not;
+            each array is float32 ``[parameter_size]``, with θ = 0 and α = 1.
 
         Raises:
             AdapterError: the model has no such blocks, or the group size doesn't divide their outputs.
@@ -115,27 +115,27 @@ class Intervened:
     ) -> Any:
         """Runs the model with the chosen blocks' outputs rotated at the chosen tokens: ``h' = R h``.
 
-        A pure function: ``jit``, ``grad`` and ``vmap`` it freely. A gradient over ``intervention`` alone computes no
-        gradient of a kernel, and is exactly 0 outside of the config's subspace.
+        A pure function that can be used under ``jit``, ``grad`` and ``vmap``. A gradient with respect to
+        ``intervention`` alone computes no gradient of a kernel, and is exactly 0 outside of the config's subspace.
 
         Args:
             variables: the model's variables; kernels may be quantised by `road_jax.quantize`.
-            intervention: as `init` gives it; with ``adapter_ids`` several of them, from `road_jax.stack_adapters`: of
-                this config, but that each may have only some of its layers.
+            intervention: as returned by `init`; with ``adapter_ids``, several of them from `road_jax.stack_adapters`,
+                all of this config, though each may have only some of its layers.
             *args: the model's inputs.
             prompt_mask: int or bool ``[batch, length]``, nonzero at the prompt's tokens, 0 at padding on either side
-                and at answers; see `road_core.position_mask`. If not given it is the model's ``attention_mask``, or
-                all tokens where that isn't given either, or none of them where the model is given a ``cache``: what is
-                decoded is no prompt. ``positions="all"`` doesn't look at it.
-            adapter_ids: int32 ``[batch]``, which intervention each row gets, counted from 1; 0 for none.
+                and at answers; see `road_core.position_mask`. By default no token is prompt if the model is given a
+                ``cache`` (it is decoding then); otherwise the model's ``attention_mask`` is used, or all tokens if
+                there is none. Ignored with ``positions="all"``.
+            adapter_ids: int32 ``[batch]``, the intervention of each row, counted from 1; 0 means none.
             **kwargs: passed to ``model.apply``.
 
         Returns:
             What ``model.apply`` returns; every rotated output keeps its dtype.
 
         Raises:
-            AdapterError: the intervention isn't the config's or the model's, the mask has another shape, or a block
-                gives something else than hidden states.
+            AdapterError: the intervention doesn't fit the config or the model, the mask has the wrong shape, or a block
+                returns something other than hidden states.
         """
         adapter_ids = None if adapter_ids is None else as_ids(adapter_ids)
         mask = prompt_of(self.model, prompt_mask, args, kwargs)
@@ -143,7 +143,7 @@ class Intervened:
             return _plain(self.model).apply(variables, {}, *args, **kwargs)
         places = self._find(args, kwargs)
         added, shape = self._coefficients(intervention, places, adapter_ids)
-        # Beside the params of a block: the coefficients that its output is rotated with.
+        # The coefficients that rotate a block's output are laid beside its params.
         laid = {path: new_names("road_first", "road_second") for path in added}
         used: set[Path] = set()
 
@@ -170,10 +170,10 @@ class Intervened:
     def _coefficients(
         self, intervention: Tree, places: list[_Place], adapter_ids: jax.Array | None
     ) -> tuple[dict[Path, list[jax.Array]], tuple[int, ...]]:
-        """Returns what is laid beside each block's params, and its shape where the block is called.
+        """Returns the arrays to lay beside each block's params, and their shape where the block is called.
 
-        It has one axis and the stack's, which Flax may count from either end. Blocks of a stack that aren't chosen get
-        the identity.
+        They have one axis of their own and the stack's axis, which Flax may count from either end. Blocks of a stack
+        that aren't chosen get the identity.
         """
         config = self.config
         theta, alpha = parameters(intervention, config, places[0].hidden)
@@ -191,7 +191,7 @@ class Intervened:
         theta, alpha = within(theta, alpha, **how, subspace=config.subspace)
         # Each [layers of the config, groups, 1 or 2, half], or [layers, batch, …].
         tables: Sequence[jax.Array] = blocks(*polar(theta, alpha), **how)
-        # Behind the chosen blocks one for those that aren't; made like these, it lies on a mesh as they do.
+        # After the chosen blocks comes one row for all others; derived from these, it is placed on a mesh as they are.
         identities = jnp.ones_like(tables[0][:1]), jnp.zeros_like(tables[1][:1])
         tables = [jnp.concatenate(pair) for pair in zip(tables, identities, strict=True)]
         shape = tables[0].shape[1:]
@@ -208,14 +208,14 @@ class Intervened:
         return added, shape
 
     def _find(self, args: Any, kwargs: Any) -> list[_Place]:
-        """Traces the model for where its blocks stand, once for each way of calling it."""
+        """Traces the model to find its blocks, once for each way of calling it."""
         kwargs = {name: value for name, value in kwargs.items() if name not in _OF_APPLY or name == "method"}
         leaves, tree = jax.tree.flatten((args, kwargs))
         key = tree, *(None if is_array(leaf) else leaf for leaf in leaves)
         try:
             known = key in self._places
         except TypeError:
-            # What can't be a key is traced anew.
+            # If the arguments can't be a key, the model is traced each time.
             return self._trace(args, kwargs)
         if not known:
             self._places[key] = self._trace(args, kwargs)
@@ -238,7 +238,7 @@ class Intervened:
         params = flatten(unbox(trace(shapes, jax.random.key(0), args, kwargs)["params"]))
         places: list[_Place] = []
         for path, size in hidden.items():
-            # The axes on which two params of different sizes agree are those of stacks.
+            # The axes on which two params of different sizes agree are a stack's.
             pair = [params[*path, name].shape for name in probes]
             axes = [axis for axis, (a, b) in enumerate(zip(*pair, strict=True)) if a == b]
             if len(axes) > 1:
@@ -255,7 +255,7 @@ class Intervened:
         act: Callable[[nn.Module, Any], Any],
         before: Callable[[nn.Module], None] = lambda _: None,
     ) -> Callable:
-        """Returns an interceptor that passes what each block gives through ``act``, ``before`` being called first."""
+        """Returns an interceptor that passes each block's result through ``act``, and every module to ``before``."""
         calls: dict[Path, int] = {}
 
         def intercept(next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -265,7 +265,8 @@ class Intervened:
                 return next_fn(*args, **kwargs)
             count = calls.get(module.path, 0)
             result = next_fn(*args, **kwargs)
-            # scan and remat call the block itself within a module of the same path; that one sees one layer's params.
+            # scan and remat call the block itself within a module of the same path; the inner call sees one layer's
+            # params.
             if calls.get(module.path, 0) > count:
                 return result
             calls[module.path] = count + 1
@@ -280,22 +281,21 @@ class Intervened:
 
 
 def intervene(model: nn.Module, config: InterventionConfig, *, blocks: Blocks = Block) -> Intervened:
-    """Makes the functions that train and run an intervention on a Linen model: RoAd on what its blocks give.
+    """Makes the functions that train and run an intervention on a Linen model: RoAd on the outputs of its blocks.
 
-    The model needs no change; its blocks may stand under ``nn.scan`` and ``nn.remat``. Paper: section 4.3.
+    The model needs no change; its blocks may be under ``nn.scan`` and ``nn.remat``. Paper: section 4.3.
 
     Args:
         model: a Linen module.
         config: which blocks, counted in the order in which they run, at which tokens, and how.
-        blocks: the class of the blocks, or a function that tells of a module whether it is one. A block gives hidden
-            states ``[batch, length, hidden]``, alone or first in a tuple. If not given, the blocks of
-            `road_jax.models`.
+        blocks: the blocks' class, or a function that returns True for modules that are blocks. A block returns hidden
+            states ``[batch, length, hidden]``, alone or first in a tuple. By default the blocks of `road_jax.models`.
 
     Returns:
-        `Intervened`: ``init`` and ``apply``.
+        An `Intervened` with ``init`` and ``apply``.
 
     Raises:
-        AdapterError: the config is no `InterventionConfig`, or ``blocks`` neither a class nor a function.
+        AdapterError: the config isn't an `InterventionConfig`, or ``blocks`` is neither a class nor a function.
 
     Example:
         >>> import jax, jax.numpy as jnp, road_jax
@@ -318,16 +318,16 @@ def intervene(model: nn.Module, config: InterventionConfig, *, blocks: Blocks = 
 def save_intervention(
     directory: str | os.PathLike, intervention: Tree, config: InterventionConfig, *, overwrite: bool = False
 ) -> None:
-    """Writes ``intervention_config.json`` and ``intervention.safetensors``, which road_torch loads as they are.
+    """Writes ``intervention_config.json`` and ``intervention.safetensors``, which road_torch can load unchanged.
 
     Args:
         directory: a new or empty folder; with ``overwrite``, one whose two files are replaced.
-        intervention: as ``Intervened.init`` gives it; any floating dtypes, kept bit for bit.
-        config: how it was made.
+        intervention: as returned by ``Intervened.init``; any floating dtypes, kept bit for bit.
+        config: the config that the intervention was made with.
         overwrite: see ``directory``.
 
     Raises:
-        AdapterError: the folder already holds something, or the intervention isn't whole and finite.
+        AdapterError: the folder already contains something, or the intervention isn't complete and finite.
     """
     expect("config", config, InterventionConfig)
     found = flatten(intervention, "intervention")
@@ -349,7 +349,7 @@ def load_intervention(directory: str | os.PathLike) -> tuple[Tree, InterventionC
         The intervention as a nested dict of JAX arrays in the file's dtypes, and its config.
 
     Raises:
-        AdapterError: the folder holds no whole intervention.
+        AdapterError: the folder contains no complete intervention.
     """
     record = read_intervention(directory)
     return from_tensors(record.tensors()), record.config
@@ -360,10 +360,10 @@ def _plain(model: nn.Module) -> Road:
 
 
 def prompt_of(model: Any, prompt_mask: jax.Array | None, args: Any, kwargs: Any) -> jax.Array | int | None:
-    """Returns the prompt mask of a model's call, 1 where all tokens are the prompt, None where none is.
+    """Returns the prompt mask for a call of the model: 1 if all tokens are prompt, None if none are.
 
     Raises:
-        AdapterError: the model isn't called like that.
+        AdapterError: the arguments aren't those of the model's method.
     """
     if prompt_mask is not None:
         return prompt_mask if isinstance(prompt_mask, int) else jnp.asarray(prompt_mask)
@@ -383,10 +383,10 @@ def prompt_of(model: Any, prompt_mask: jax.Array | None, args: Any, kwargs: Any)
 
 
 def hidden_states(where: str, result: Any) -> jax.Array:
-    """Returns what a block gives first.
+    """Returns the first output of a block.
 
     Raises:
-        AdapterError: it isn't of three axes.
+        AdapterError: it doesn't have three axes.
     """
     h = result[0] if isinstance(result, tuple) else result
     if (shape := jnp.shape(h) if hasattr(h, "shape") else None) is None or len(shape) != 3:
@@ -404,7 +404,7 @@ def at_prompt(
     config: InterventionConfig,
     mask: jax.Array | int | None,
 ) -> Any:
-    """Returns a block's result with the hidden states rotated at the chosen tokens; ``mask`` as of `prompt_of`."""
+    """Returns a block's result with its hidden states rotated at the chosen tokens; ``mask`` is `prompt_of`'s."""
     if config.spans is not None and mask is None:
         return result
     h, *rest = result if isinstance(result, tuple) else (result,)
@@ -420,10 +420,10 @@ def at_prompt(
 
 
 def check_choice(config: InterventionConfig, blocks: Any) -> None:
-    """Refuses another config, and ``blocks`` that tell nothing of a module.
+    """Refuses a config of another type, and ``blocks`` that isn't callable.
 
     Raises:
-        AdapterError: it is one, or they do.
+        AdapterError: one of the two is wrong.
     """
     expect("config", config, InterventionConfig)
     if not callable(blocks):
@@ -431,10 +431,10 @@ def check_choice(config: InterventionConfig, blocks: Any) -> None:
 
 
 def check_blocks(model: Any, config: InterventionConfig, total: int, hidden: Mapping[str, int]) -> None:
-    """Refuses a model whose blocks, ``total`` in the places of ``hidden``, the config doesn't fit.
+    """Refuses a model whose blocks, ``total`` in number with outputs of the sizes ``hidden``, don't fit the config.
 
     Raises:
-        AdapterError: there are none, one of the config's lacks, or their hidden sizes differ or don't divide.
+        AdapterError: there are no blocks, one of the config's is missing, or their hidden sizes differ or don't divide.
     """
     if not hidden:
         raise AdapterError(
@@ -451,10 +451,10 @@ def check_blocks(model: Any, config: InterventionConfig, total: int, hidden: Map
 
 
 def parameters(intervention: Tree, config: InterventionConfig, hidden: int) -> tuple[jax.Array, jax.Array]:
-    """Returns θ and α, each ``[layers, size]``, or ``[layers, size, interventions]`` of `road_jax.stack_adapters`.
+    """Returns θ and α, each ``[layers, size]``, or ``[layers, size, interventions]`` from `road_jax.stack_adapters`.
 
     Raises:
-        AdapterError: the intervention isn't one of the config's for this hidden size.
+        AdapterError: the intervention doesn't fit the config and this hidden size.
     """
     leaves = flatten(intervention, "intervention")
     size = parameter_size(config.variant, hidden)
@@ -479,7 +479,7 @@ def parameters(intervention: Tree, config: InterventionConfig, hidden: int) -> t
 def _chosen(prompt_mask: jax.Array, first: int, last: int) -> jax.Array:
     """Returns `road_core.position_mask`, bool ``[batch, length]``."""
     texts = prompt_mask.astype(jnp.int32)
-    # How many tokens of its own text stand before each token, and behind it.
+    # How many tokens of the same text come before each token, and after it.
     same = texts[:, :, None] == texts[:, None, :]
     place = jnp.arange(texts.shape[1])
     before, behind = (

@@ -1,4 +1,4 @@
-"""Adapters on disk: nested dicts of arrays to and from the Flax folder format."""
+"""Adapters on disk: converts nested dicts of arrays to and from the Flax folder format."""
 
 import os
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ def save_adapter(directory: str | os.PathLike, adapter: Tree, config: RoadConfig
 
     Args:
         directory: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
-        adapter: as ``Road.init`` gives it; any floating dtypes, kept bit for bit.
-        config: how it was made.
+        adapter: as returned by ``Road.init``; any floating dtypes, kept bit for bit.
+        config: the config that the adapter was made with.
         overwrite: see ``directory``.
 
     Raises:
-        AdapterError: the folder already holds something, or the adapter isn't whole and finite.
+        AdapterError: the folder already contains something, or the adapter isn't complete and finite.
     """
     write_flax(directory, to_record(adapter, config), overwrite=overwrite)
 
@@ -36,7 +36,7 @@ def load_adapter(directory: str | os.PathLike) -> tuple[Tree, RoadConfig]:
         The adapter as a nested dict of JAX arrays in the file's dtypes, and its config.
 
     Raises:
-        AdapterError: the folder holds no whole adapter.
+        AdapterError: the folder contains no complete adapter.
     """
     record = read_flax(directory)
     return from_record(record), record.config
@@ -46,7 +46,7 @@ def to_record(adapter: Tree, config: RoadConfig) -> Adapter:
     """Returns the framework-free record of an adapter; arrays are fetched to the host."""
     expect("config", config, RoadConfig)
     leaves = {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten(adapter).items()}
-    # Such names come back as several, which `Road.apply` takes for the one.
+    # A name with dots is split when it is read back, and `Road.apply` joins it again, so joined names must differ.
     if len(set(map(dotted, leaves))) < len(leaves):
         raise AdapterError("adapter: expected modules whose names joined by dots differ, found some alike")
     modules = {dotted(p): (leaves[(*p, "road_theta")], leaves[(*p, "road_alpha")]) for p in adapted_paths(adapter)}
@@ -62,7 +62,7 @@ def from_record(record: Adapter) -> dict[str, Any]:
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns a nested dict of JAX arrays from arrays by dotted key, as files hold them."""
+    """Returns a nested dict of JAX arrays from a file's arrays by dotted key."""
     arrays = {
         key: jnp.asarray(array.view(ml_dtypes.bfloat16) if array.dtype == bfloat16 else array)
         for key, array in tensors.items()

@@ -1,4 +1,4 @@
-"""Where a linear layer's outputs stand in its result, its kernel and its bias."""
+"""Which axes of a linear layer's result, kernel and bias are its outputs."""
 
 import dataclasses
 import math
@@ -15,15 +15,15 @@ from road_jax._tree import Path, unbox
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a linear layer's call lies: what `transform` and `nnx.wrap` must know of a layer type that isn't Flax's.
+    """Describes a linear layer's call; `transform` and `nnx.wrap` need this for a layer type that isn't Flax's.
 
-    Outputs are flattened and paired in the order in which their axes are given. Axes are those of a layer by itself,
-    outside scans and vmaps, and may count from the end.
+    Outputs are flattened and paired in the order in which their axes are given. Axes are those of a single layer,
+    outside of scans and vmaps, and may be counted from the end.
 
     Attributes:
         result: the axes of the call's result that are the layer's outputs.
         kernel_axes: the same axes in the kernel.
-        bias_axes: the same axes in the bias; its last ones if not given.
+        bias_axes: the same axes in the bias; by default its last axes.
         ndim: how many axes the kernel has.
         kernel: the kernel's name among the layer's params.
         bias: the bias's name, if the layer has one.
@@ -37,7 +37,7 @@ class Layout:
     bias: str = "bias"
 
     def __post_init__(self) -> None:
-        # From the end, a stack's axes in front don't matter.
+        # Counted from the end, axes don't depend on a stack's axes in front.
         from_end = tuple(axis if axis < 0 else axis - self.ndim for axis in self.kernel_axes)
         object.__setattr__(self, "kernel_axes", from_end)
         if not self.bias_axes:
@@ -46,13 +46,13 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a trace shows of one linear layer.
+    """What a trace reveals about one linear layer.
 
     Attributes:
-        layout: of the layer by itself.
-        sizes: of its output axes, in the layout's order.
-        marks: by name, the shapes of its kernel, bias and θ with 0 for the layer's own axes: what isn't 0 is a stack's.
-            None if the trace was none of ``model.init``, which alone shows it.
+        layout: the layout of the layer by itself.
+        sizes: the sizes of its output axes, in the layout's order.
+        marks: the shapes of its kernel, bias and θ by name, with 0 for the layer's own axes: other entries are a
+            stack's axes. None unless ``model.init`` was traced, which alone reveals them.
         dense: whether the layer is an ``nn.Dense``.
     """
 
@@ -62,27 +62,28 @@ class Place:
     dense: bool = False
 
     def stack(self, leaf: str) -> tuple[int, ...]:
-        """The axes of a whole array that ``nn.scan`` or ``nn.vmap`` added; only with marks."""
+        """Returns the axes that ``nn.scan`` or ``nn.vmap`` added to the array of this name; needs ``marks``."""
         return tuple(axis for axis, size in enumerate((self.marks or {})[leaf]) if size)
 
 
-# From a layer type to what tells the layout of one call, or None if the call is no product with a kernel. Linen gives
-# it the module and what it is called with, NNX the module alone.
+# Maps a layer type to a function that returns the layout of one call, or None if the call isn't a product with a
+# kernel. In Linen the function gets the module and the arguments of the call, in NNX only the module.
 Layouts = Mapping[type, Callable[..., Layout | None]]
 
 
 def einsum_layout(equation: str, *, kernel: str = "kernel", bias: str = "bias") -> Layout | None:
     """Returns the layout of ``jnp.einsum(equation, x, kernel)``.
 
-    The outputs are the result's axes that come from the kernel alone. None if there are none.
+    The outputs are the axes of the result that come from the kernel alone. Returns None if there are none, or if the
+    kernel has an ellipsis.
 
     Args:
-        equation: of two operands, the second of which is the kernel; ``...`` may stand in the first and the result.
+        equation: with two operands, the second of which is the kernel; the first and the result may contain ``...``.
         kernel: the kernel's name among the layer's params.
         bias: the bias's name.
 
     Raises:
-        AdapterError: the equation has other operands, or no result.
+        AdapterError: the equation doesn't have two operands and a result.
 
     Example:
         >>> import road_jax
@@ -97,7 +98,7 @@ def einsum_layout(equation: str, *, kernel: str = "kernel", bias: str = "bias") 
         return None
 
     def at(axis: str) -> int:
-        # Before an ellipsis count from the start, else from the end.
+        # Axes before an ellipsis are counted from the start, others from the end.
         index = result.index(axis)
         return index if index < result.find(".") else index - len(result)
 
@@ -113,13 +114,13 @@ def einsum_layout(equation: str, *, kernel: str = "kernel", bias: str = "bias") 
 
 
 def trailing(count: int, ndim: int) -> Layout:
-    """Returns the layout of a layer whose ``count`` output axes come last everywhere."""
+    """Returns the layout of a layer whose ``count`` output axes come last in its result, kernel and bias."""
     axes = tuple(range(-count, 0))
     return Layout(axes, axes, axes, ndim)
 
 
 def mark_axes(scope: nn.module.Scope, layout: Layout) -> None:
-    """Lays an empty array beside kernel, bias and θ: Flax adds a stack's axes to it as it does to them."""
+    """Adds an empty array beside each of kernel, bias and θ; Flax gives it the same stack axes as the array itself."""
     for leaf in (layout.kernel, layout.bias, "road_theta"):
         if scope.has_variable("params", leaf):
             shape = (0,) * unbox(scope.get_variable("params", leaf)).ndim
@@ -127,7 +128,7 @@ def mark_axes(scope: nn.module.Scope, layout: Layout) -> None:
 
 
 def marked_axes(declared: Mapping[Path, jax.Array], path: Path, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of what `mark_axes` laid into the scope at a path, for `Place`."""
+    """Returns, for `Place`, the shapes of the arrays that `mark_axes` added to the scope at a path."""
     marks = {leaf: declared.get((*path, _MARK + leaf)) for leaf in (layout.kernel, layout.bias, "road_theta")}
     return {leaf: mark.shape for leaf, mark in marks.items() if mark is not None}
 
@@ -136,10 +137,10 @@ _MARK = "road_axes_of_"
 
 
 def along(array: jax.Array, axes: tuple[int, ...], function: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Applies a function that works on one last axis to several axes, flattened in their order."""
+    """Applies a function that works on the last axis to several axes, flattened in the given order."""
     last = tuple(range(-len(axes), 0))
     moved = jnp.moveaxis(array, axes, last)
-    # Not -1, which nothing tells of an array without rows.
+    # Not -1, which can't be inferred if the array has no rows.
     lead = moved.ndim - len(axes)
     flat = moved.reshape(*moved.shape[:lead], math.prod(moved.shape[lead:]))
     return jnp.moveaxis(function(flat).reshape(moved.shape), last, axes)

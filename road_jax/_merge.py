@@ -1,4 +1,4 @@
-"""Merging in closed form: kernels and biases are rotated themselves, one elementwise pass each."""
+"""Merging in closed form: the kernels and biases themselves are rotated, in one elementwise pass each."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ from road_jax._tree import (
     unbox,
 )
 
-# Axes of an array and of θ that are the same stack's, outermost first.
+# Pairs of an array's axis and the axis of θ that belongs to the same stack, outermost first.
 Stack = list[tuple[int, int]]
 
 
@@ -39,10 +39,10 @@ def merge(
     *,
     invert: bool = False,
 ) -> dict[str, Any]:
-    """Returns variables whose kernels and biases are rotated, or with ``invert`` turned back.
+    """Returns variables whose kernels and biases are rotated, or with ``invert`` rotated back.
 
-    The layers' ``places`` tell which axes are outputs and which a stack's; of others that is guessed, where the shapes
-    leave one choice.
+    ``places`` says which axes of a layer are outputs and which belong to a stack. For layers without a place this is
+    inferred, if the shapes leave only one choice.
     """
     paths = adapted_paths(adapter)
     leaves = flatten(overlay(params_of(variables), adapter))
@@ -80,7 +80,7 @@ def rotate_outputs(
     *,
     invert: bool,
 ) -> jax.Array:
-    """Rotates a kernel or bias that θ fits; ``outputs`` are axes of one layer's, counted from its end."""
+    """Rotates a kernel or bias that θ fits; ``outputs`` are the axes of a single layer, counted from the end."""
     own = _without(array.shape, [axis for axis, _ in stack])
     check_group_size(math.prod(own[axis] for axis in outputs), config.group_size, path)
 
@@ -88,7 +88,7 @@ def rotate_outputs(
         return along(array, outputs, lambda flat: rotate(flat, theta, alpha, config, invert=invert))
 
     function = rotate_one
-    # vmap removes the outermost first, so that later axes count what is left.
+    # vmap removes the outermost axis first, so later axes are counted in what is left.
     for done, (kernel_axis, theta_axis) in reversed(list(enumerate(stack))):
         at = kernel_axis - done, theta_axis - done, theta_axis - done
         function = jax.vmap(function, in_axes=at, out_axes=at[0])
@@ -96,7 +96,7 @@ def rotate_outputs(
 
 
 def rotate(array: jax.Array, theta: jax.Array, alpha: jax.Array, config: RoadConfig, *, invert: bool) -> jax.Array:
-    """Rotates an array along its last axis in float32, or its own dtype if that is wider; rounded once to its dtype."""
+    """Rotates an array's last axis in float32, or in its own dtype if that is wider; rounds to its dtype once."""
     if jnp.finfo(array.dtype).bits > 32:
         theta, alpha = theta.astype(array.dtype), alpha.astype(array.dtype)
     first, second = coefficients(
@@ -108,7 +108,7 @@ def rotate(array: jax.Array, theta: jax.Array, alpha: jax.Array, config: RoadCon
 
 
 def _array(path: str, leaf: str, value: Any) -> jax.Array:
-    """A param out of its box, if it is one that can be rotated."""
+    """Takes a param out of its box, and refuses it if it can't be rotated."""
     array = unbox(value)
     if isinstance(array, QuantizedKernel):
         raise AdapterError(
@@ -131,7 +131,7 @@ def _locate(
     config: RoadConfig,
     place: Place | None,
 ) -> dict[str, tuple[tuple[int, ...], Stack]]:
-    """Finds of a kernel and a bias which axes are outputs, and which a stack's."""
+    """Finds which axes of a kernel and a bias are outputs, and which belong to a stack."""
     layout = place.layout if place else Layout()
     kernel = shapes[layout.kernel]
     if place and place.marks is not None:
@@ -149,7 +149,7 @@ def _locate(
             raise AdapterError(f"{path}.{layout.kernel}: {_misfit(kernel, theta)}")
         axes, stack = choices[0]
         stacks = dict.fromkeys(shapes, stack)
-        # All that a bias of an unknown layer has are outputs.
+        # In a layer that isn't known, all of the bias's own axes are outputs.
         outputs = {layout.kernel: axes, layout.bias: layout.bias_axes if place else axes}
     for leaf, shape in shapes.items():
         if not _fits(shape, theta, config.variant, outputs[leaf], stacks[leaf]):
@@ -160,10 +160,10 @@ def _locate(
 def _choices(
     shape: tuple[int, ...], theta: tuple[int, ...], variant: str, outputs: tuple[int, ...] | None
 ) -> Iterator[tuple[tuple[int, ...], Stack]]:
-    """Yields the outputs and stacks that a kernel's sizes allow.
+    """Yields the combinations of outputs and stack axes that a kernel's sizes allow.
 
-    Flax puts a stack axis at one index in every param of a layer, which is what is looked for. Outputs that aren't
-    known are the last axes, if they can't be others than them.
+    Flax puts a stack's axis at the same index in every param of a layer, so only such axes are tried. Outputs that
+    aren't known are taken to be the last axes; other axes that are possible too are yielded as further choices.
     """
     for axes in itertools.combinations(range(len(theta)), len(theta) - 1):
         stack = [(axis, axis) for axis in axes]
@@ -174,7 +174,7 @@ def _choices(
 
 
 def _last_axes(shape: Sequence[int], out: int) -> list[tuple[int, ...]]:
-    """The axes of a layer's own kernel that can be its outputs; of a kernel ``[in, out]`` the last alone."""
+    """Returns the axes of a single layer's kernel that can be its outputs; for ``[in, out]`` only the last."""
     count = next((n for n in range(1, len(shape) + 1) if math.prod(shape[-n:]) == out), 0)
     last = tuple(range(-count, 0))
     if not last or len(shape) <= 2:
@@ -186,7 +186,7 @@ def _last_axes(shape: Sequence[int], out: int) -> list[tuple[int, ...]]:
 
 
 def _fits(shape: tuple[int, ...], theta: tuple[int, ...], variant: str, outputs: tuple[int, ...], stack: Stack) -> bool:
-    """True if θ has the stack's axes of an array and is made for its outputs."""
+    """True if θ has the same stack axes as an array and the right size for its outputs."""
     if len(theta) != len(stack) + 1 or any(axis >= len(shape) or shape[axis] != theta[at] for axis, at in stack):
         return False
     own, (size,) = _without(shape, [axis for axis, _ in stack]), _without(theta, [at for _, at in stack])
@@ -203,7 +203,7 @@ def _misfit(shape: tuple[int, ...], theta: tuple[int, ...]) -> str:
 
 
 def check_invertible(path: str, theta: jax.Array, alpha: jax.Array, config: RoadConfig, stack: Stack) -> None:
-    """Refuses blocks without an inverse, where the values are known."""
+    """Refuses blocks that have no inverse, if the values are known."""
     if isinstance(theta, jax.core.Tracer) or isinstance(alpha, jax.core.Tracer):
         return
     (axis,) = set(range(theta.ndim)) - {at for _, at in stack}

@@ -1,7 +1,7 @@
-"""Quantised kernels: bitsandbytes' NF4 and int8 weights as arrays, and a product that never keeps a whole one.
+"""Quantised kernels: bitsandbytes' NF4 and int8 weights as arrays, and a product that keeps no dequantised kernel.
 
-The codes stand as bitsandbytes packs them, over the weight ``[out, in]`` in row-major order, so that a checkpoint that
-it wrote is taken as it stands. NF4: Dettmers et al., "QLoRA" (arXiv 2305.14314). int8: the vector-wise weights of
+Codes are packed as in bitsandbytes, over the weight ``[out, in]`` in row-major order, so that the codes of a checkpoint
+that it wrote are used as they are. NF4: Dettmers et al., "QLoRA" (arXiv 2305.14314). int8: the vector-wise weights of
 "LLM.int8()" (arXiv 2208.07339); activations are not quantised here.
 """
 
@@ -26,7 +26,7 @@ from road_jax._tree import Path, dotted, flatten, is_cut, params_of, replace_lea
 
 Kind = Literal["nf4", "int8"]
 
-# One absmax for so many neighbours in a row of the weight.
+# How many neighbours in a row of the weight share one absmax.
 BLOCK = 64
 
 _REMEDY = "(quantize's exclude leaves a layer's kernel as it is; Road.quantize takes those of nn.Dense alone)"
@@ -35,19 +35,19 @@ _REMEDY = "(quantize's exclude leaves a layer's kernel as it is; Road.quantize t
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedKernel:
-    """A Dense kernel ``[in, out]`` in 4 or 8 bits; stands in ``params`` where the kernel stood.
+    """A Dense kernel ``[in, out]`` in 4 or 8 bits; replaces the kernel in ``params``.
 
-    Where the kernel was boxed, codes and scales are.
+    If the kernel was boxed, codes and scales are boxed too.
 
     Attributes:
-        codes: ``nf4``: uint8 ``[*stack, out, in / 2]``, two codes a byte, the first one high; ``int8``: int8
-            ``[*stack, out, in]``.
-        scales: absmax in float32. ``nf4``: of each block, ``[*stack, out, in / 64]``; ``int8``: of each row,
-            ``[*stack, out, 1]``. Where 64 doesn't divide ``in``, blocks run on from row to row, and codes and scales
-            of nf4 have one row of ``out · in`` instead.
+        codes: ``nf4``: uint8 ``[*stack, out, in / 2]``, two codes per byte, the first one in the high bits; ``int8``:
+            int8 ``[*stack, out, in]``.
+        scales: absmax in float32. ``nf4``: per block, ``[*stack, out, in / 64]``; ``int8``: per row,
+            ``[*stack, out, 1]``. If 64 doesn't divide ``in``, blocks of nf4 run on from row to row, and codes and
+            scales have one row of ``out · in`` instead.
         kind: ``"nf4"`` or ``"int8"``.
         shape: ``(in, out)``, without stack axes.
-        dtype: what the kernel was, and is computed with.
+        dtype: the dtype of the original kernel, to which it is dequantised.
     """
 
     codes: jax.Array
@@ -58,11 +58,11 @@ class QuantizedKernel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
+        """The size of codes and scales in bytes."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def dequantize(self) -> jax.Array:
-        """Returns the kernel ``[*stack, in, out]`` in its dtype: bit for bit as bitsandbytes dequantises it."""
+        """Returns the kernel ``[*stack, in, out]`` in its dtype, bit for bit as bitsandbytes dequantises it."""
         return jnp.swapaxes(_weight(self), -1, -2)
 
 
@@ -89,25 +89,25 @@ serialization.register_serialization_state(QuantizedKernel, _to_state, _from_sta
 def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[str] = ("lm_head",)) -> dict[str, Any]:
     """Quantises the kernels of Dense layers, plain or stacked, as bitsandbytes quantises a model's linear layers.
 
-    Works on the host, one kernel at a time; codes lie where the kernel lay, and in boxes if it had one. `Road.apply`
-    computes with the result, also with an empty adapter; embeddings, norms and biases stay as they are.
+    Works on the host, one kernel at a time. Codes are placed where the kernel was, and boxed if it was boxed.
+    `Road.apply` computes with the result, also with an empty adapter. Embeddings, norms and biases stay as they are.
 
-    Kernels alone don't tell whether they are a Dense layer's. Taken for one is a kernel ``[*stack, in, out]`` with a
-    bias ``[*stack, out]`` beside it, or one of two axes, or three with a stack's in front, without a bias. For models
-    with other layers of such kernels there is `Road.quantize`, which knows the model.
+    A kernel alone doesn't show whether it belongs to a Dense layer. A kernel ``[*stack, in, out]`` is taken for one if
+    it has a bias ``[*stack, out]`` beside it, or if it has no bias and two axes, or three with a stack's in front. If
+    other layers of a model have such kernels, use `Road.quantize`, which knows the model.
 
     Args:
-        variables: a model's.
-        kind: ``"nf4"`` (blocks of 64; absmax in float32, not quantised a second time) or ``"int8"`` (a scale an
+        variables: a model's variables.
+        kind: ``"nf4"`` (blocks of 64; absmax in float32, not quantised a second time) or ``"int8"`` (one scale per
             output).
-        exclude: modules whose kernels stay, by the end of their dotted paths.
+        exclude: modules whose kernels are left as they are, given by the ends of their dotted paths.
 
     Returns:
         Variables with a `QuantizedKernel` for each such kernel.
 
     Raises:
-        AdapterError: an unknown kind, an excluded name that no module has, a kernel that isn't finite, that is traced,
-            whose inputs 64 doesn't divide (nf4) or whose shards would cut codes, or nothing to quantise.
+        AdapterError: the kind is unknown; no module has an excluded name; a kernel isn't finite, is traced, has inputs
+            that 64 doesn't divide (nf4) or shards that would cut codes; or there is nothing to quantise.
 
     Example:
         >>> import jax, jax.numpy as jnp, road_jax
@@ -123,10 +123,10 @@ def quantize(variables: Mapping[str, Any], kind: Kind, *, exclude: Collection[st
 
 
 def quantize_kernels(variables: Mapping[str, Any], kind: Kind, paths: Collection[Path]) -> dict[str, Any]:
-    """As `quantize`, for the kernels at given paths, with stack axes in front."""
+    """Like `quantize`, for the kernels at the given paths, whose stack axes come first."""
     check_kind(kind)
     leaves = flatten(params_of(variables))
-    # Without elements a kernel has no absmax, and nothing to save.
+    # A kernel without elements has no absmax, and quantising it would save nothing.
     some = [path for path in paths if unbox(leaves[path]).size]
     found = {path: _quantized(dotted(path[:-1]), leaves[path], kind) for path in some}
     if not found:
@@ -135,10 +135,10 @@ def quantize_kernels(variables: Mapping[str, Any], kind: Kind, paths: Collection
 
 
 def excluded(paths: Collection[Path], names: Collection[str]) -> set[Path]:
-    """Returns those of a model's params that are in modules of these names, or in one of this name.
+    """Returns the paths of the params in modules with one of these names; a string is a single name.
 
     Raises:
-        AdapterError: no module has one of them; ``lm_head``, the default, a tied model may lack.
+        AdapterError: no module has one of the names, other than the default ``lm_head``, which a tied model may lack.
     """
     names = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else names
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
@@ -150,20 +150,20 @@ def excluded(paths: Collection[Path], names: Collection[str]) -> set[Path]:
 
 
 def check_kind(kind: Kind) -> None:
-    """Refuses a kind that isn't known."""
+    """Refuses an unknown kind."""
     if kind not in ("nf4", "int8"):
         raise AdapterError(f"quantize: expected nf4 or int8, found {kind!r}")
 
 
 def dequantize(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns variables with plain kernels in place of quantised ones, in the dtype that they had."""
+    """Returns variables with quantised kernels replaced by plain ones of the original dtype."""
     leaves = flatten(params_of(variables))
     plain = {path: _dequantized(leaf) for path, leaf in leaves.items() if isinstance(leaf, QuantizedKernel)}
     return replace_leaves(variables, {("params", *path): leaf for path, leaf in plain.items()})
 
 
 def quantized_shapes(kind: Kind, stack: tuple[int, ...], shape: tuple[int, int], dtype: Any) -> QuantizedKernel:
-    """Returns the kernel's shapes and dtypes (``jax.ShapeDtypeStruct``) for ``shape = (in, out)``."""
+    """Returns a quantised kernel's shapes and dtypes (``jax.ShapeDtypeStruct``) for ``shape = (in, out)``."""
     inputs, out = shape
     rows, row = (1, inputs * out) if kind == "nf4" and inputs % BLOCK else (out, inputs)
     width, stored, blocks = (row // 2, jnp.uint8, -(-row // BLOCK)) if kind == "nf4" else (row, jnp.int8, 1)
@@ -173,16 +173,16 @@ def quantized_shapes(kind: Kind, stack: tuple[int, ...], shape: tuple[int, int],
 
 
 def encode(name: str, weight: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
-    """Returns codes and scales of a weight ``[out, in]``, as bitsandbytes makes them.
+    """Returns the codes and scales of a weight ``[out, in]``, as bitsandbytes computes them.
 
     Args:
-        name: of the layer, for errors.
-        weight: in any floating dtype; for nf4 some of its columns do, in whole blocks.
-        kind: of the codes.
+        name: the layer's name, for errors.
+        weight: in any floating dtype; for nf4 it may be only some of the columns, in whole blocks.
+        kind: the kind of codes.
 
-    Raises:
-        AdapterError: values that aren't finite (int8: in float16, which bitsandbytes takes), or inputs that blocks
-            don't divide.
+        Raises:
+            AdapterError: a value isn't finite (for int8 in float16, from which bitsandbytes quantises), or blocks don't
+                divide the inputs.
     """
     out, inputs = weight.shape
     if kind == "nf4" and inputs % BLOCK:
@@ -200,7 +200,7 @@ def encode(name: str, weight: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.nd
         return np.round(wide * scale).astype(np.int8), absmax
     scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[..., None]
     codes = np.zeros(scaled.shape, np.uint8)
-    # A tenth of what np.searchsorted takes.
+    # Takes a tenth of the time of np.searchsorted.
     for middle in (NF4[1:] + NF4[:-1]) / 2:
         codes += scaled > middle
     codes = codes.reshape(out, -1)
@@ -208,10 +208,10 @@ def encode(name: str, weight: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.nd
 
 
 def dense(module: nn.Dense, kernel: QuantizedKernel, bias: jax.Array | None, inputs: jax.Array) -> jax.Array:
-    """What ``nn.Dense`` computes, with a quantised kernel.
+    """Computes what ``nn.Dense`` computes, with a quantised kernel.
 
     Raises:
-        AdapterError: the kernel is another layer's.
+        AdapterError: the layer isn't an ``nn.Dense``, or the kernel doesn't fit it.
     """
     if not isinstance(module, nn.Dense):
         raise not_dense(module)
@@ -222,7 +222,7 @@ def dense(module: nn.Dense, kernel: QuantizedKernel, bias: jax.Array | None, inp
         )
     dot_general = module.dot_general_cls() if module.dot_general_cls is not None else module.dot_general
     if dot_general is None and module.promote_dtype is promote_dtype:
-        # Of the kernel its dtype is all that counts.
+        # Only the kernel's dtype matters here.
         alike = jnp.zeros((), kernel.dtype)
         x, _, bias = promote_dtype(inputs, alike, bias, dtype=module.dtype)
         y = matmul(x, kernel, module.precision)
@@ -234,7 +234,7 @@ def dense(module: nn.Dense, kernel: QuantizedKernel, bias: jax.Array | None, inp
 
 
 def not_dense(module: nn.Module) -> AdapterError:
-    """The error of a layer that can't compute with codes."""
+    """Returns the error for a layer that can't compute with codes."""
     return AdapterError(
         f"{dotted(module.path)}: expected a Dense layer for a quantised kernel, found {type(module).__name__} {_REMEDY}"
     )
@@ -242,7 +242,7 @@ def not_dense(module: nn.Module) -> AdapterError:
 
 @contextlib.contextmanager
 def explained(module: nn.Module) -> Iterator[None]:
-    """Says what is wrong where another layer fails with codes: its own error prints them all."""
+    """Explains the failure of a layer that can't use codes, whose own error would print them all."""
     try:
         yield
     except AdapterError:
@@ -258,8 +258,8 @@ def explained(module: nn.Module) -> Iterator[None]:
 def matmul(x: jax.Array, kernel: QuantizedKernel, precision: Any = None) -> jax.Array:
     """Returns ``x @ kernel`` in the dtype of ``x``.
 
-    The kernel gets no gradient, and the backward pass dequantises anew: under ``nn.scan`` the dequantised kernels of
-    all layers would otherwise be kept.
+    The kernel gets no gradient, and the backward pass dequantises again: otherwise the dequantised kernels of all
+    layers would be kept under ``nn.scan``.
     """
     return _product(x, kernel, precision)
 
@@ -267,7 +267,7 @@ def matmul(x: jax.Array, kernel: QuantizedKernel, precision: Any = None) -> jax.
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-    """How an array lies on a mesh with explicit axes; kept for the backward pass in the array's place."""
+    """An array's sharding on a mesh with explicit axes; kept for the backward pass instead of the array."""
 
     axes: PartitionSpec
 
@@ -286,7 +286,7 @@ def _product(x: jax.Array, kernel: QuantizedKernel, precision: Any) -> jax.Array
 
 
 def _forward(x: jax.Array, kernel: QuantizedKernel, precision: Any) -> tuple[jax.Array, tuple[QuantizedKernel, _Spec]]:
-    # Not `matmul`, within which a policy of checkpointing wouldn't find the product that it keeps.
+    # Not `matmul`, inside of which a checkpoint policy wouldn't find the product that it is to save.
     return _product(x, kernel, precision), (kernel, _Spec.of(x))
 
 
@@ -302,13 +302,13 @@ matmul.defvjp(_forward, _backward)
 
 
 def quantized_shardings(path: str, kernel: QuantizedKernel, where: NamedSharding) -> QuantizedKernel:
-    """Returns where codes and scales stand, for a kernel ``[*stack, in, out]`` that is to stand at ``where``.
+    """Returns the shardings of codes and scales, for a kernel ``[*stack, in, out]`` that is to be placed at ``where``.
 
-    Scales lie with their codes; where a cut through the inputs would leave no whole blocks, each share has a row's all.
-    Shapes are enough.
+    Scales are sharded like their codes, except where a cut through the inputs would leave no whole blocks: there each
+    share holds all scales of a row. Shapes are enough.
 
     Raises:
-        AdapterError: the codes can't be divided so.
+        AdapterError: the codes can't be divided like that.
     """
     *stack, inputs, outputs = filled(where.spec, len(kernel.codes.shape))
     cuts = shares(where.mesh, outputs), shares(where.mesh, inputs)
@@ -324,28 +324,28 @@ def quantized_shardings(path: str, kernel: QuantizedKernel, where: NamedSharding
 
 
 def filled(spec: Iterable[Any], axes: int) -> list[Any]:
-    """Returns the entries of a ``PartitionSpec``, or a box's names, for so many axes: None where it ends before."""
+    """Returns the entries of a ``PartitionSpec``, or a box's names, padded with None to this number of axes."""
     entries = [*spec]
     return entries + [None] * (axes - len(entries))
 
 
 def shares(mesh: Any, entry: Any) -> int:
-    """Returns into how many shares an entry of a ``PartitionSpec`` cuts an axis."""
+    """Returns the number of shares into which an entry of a ``PartitionSpec`` cuts an axis."""
     names = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
 def _weight(kernel: QuantizedKernel) -> jax.Array:
-    """Returns ``[*stack, out, in]`` in the kernel's dtype; the product with the scale is in float32."""
+    """Returns ``[*stack, out, in]`` in the kernel's dtype; the product with the scale is computed in float32."""
     if kernel.kind == "int8":
-        # In bitsandbytes' order, for the sake of the last bit.
+        # Multiplied in bitsandbytes' order, so that the last bit agrees.
         weight = kernel.codes.astype(jnp.float32) * kernel.scales * np.float32(1 / 127)
         return weight.astype(kernel.dtype)
     *stack, rows, row = kernel.codes.shape
     codes = jnp.stack([kernel.codes >> 4, kernel.codes & 15], axis=-1).reshape(*stack, rows, 2 * row)
     values = jnp.asarray(NF4)
     values = values.at[codes].get(out_sharding=spec.axes) if (spec := _Spec.of(codes)).cut else values[codes]
-    # Nothing but neighbours in a row is reshaped, so that what lies in shards is computed in shards.
+    # Only neighbours within a row are reshaped, so that sharded codes are dequantised in shards.
     blocks = kernel.scales.shape[-1]
     scales = jnp.broadcast_to(kernel.scales[..., None], (*stack, rows, blocks, BLOCK)).reshape(*stack, rows, 2 * row)
     return (values * scales).astype(kernel.dtype).reshape(*stack, *reversed(kernel.shape))
@@ -374,7 +374,7 @@ def _quantized(path: str, leaf: Any, kind: Kind) -> QuantizedKernel:
         kernel = jax.device_put(kernel, where)
     if not isinstance(leaf, nn.Partitioned):
         return kernel
-    # Boxes lie within, since codes have other axes than the kernel.
+    # The boxes go inside, because codes have different axes than the kernel.
     *stack, inputs, outputs = filled(leaf.names, array.ndim)
     codes = leaf.replace(value=kernel.codes, names=(*stack, outputs, inputs))
     scales = leaf.replace(value=kernel.scales, names=(*stack, outputs, None))

@@ -1,7 +1,7 @@
 """The rotation in JAX: pure functions on arrays.
 
-A layer's coefficients stand as ``[groups, 1 or 2, half]`` with ``half = group_size / 2``: for each group those of its
-first half and those of its second, or one row where both halves share them (road_1).
+A layer's coefficients have the shape ``[groups, 1 or 2, half]`` with ``half = group_size / 2``: for each group, one row
+for its first half and one for its second, or a single row if both halves share it (road_1).
 """
 
 import functools
@@ -22,8 +22,8 @@ from road_jax._tree import check_floating, is_cut
 def polar(theta: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns ``α cos θ`` and ``α sin θ``, element by element, in float32 or wider.
 
-    Form them once for a whole stack, outside the loop over its layers: XLA fuses what it finds beside a product into
-    that product, and would take a cosine anew for every row of the batch.
+    Compute them once for a whole stack, outside of the loop over its layers. Otherwise XLA fuses them into the product
+    that they stand beside, and computes a cosine again for every row of the batch.
     """
     wide = theta.dtype if jnp.finfo(theta.dtype).bits > 32 else jnp.float32
     theta, alpha = theta.astype(wide), alpha.astype(wide)
@@ -31,11 +31,11 @@ def polar(theta: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def blocks(cosines: jax.Array, sines: jax.Array, *, variant: str, group_size: int) -> tuple[jax.Array, jax.Array]:
-    """Lays what `polar` gives out as ``first`` and ``second``.
+    """Reshapes the results of `polar` to ``first`` and ``second``.
 
     Args:
-        cosines: ``[..., out/2]``, ``[..., out]`` or ``[..., 2·out]`` for road_1, road_2, road_4.
-        sines: of the same shape.
+        cosines: α cos θ; ``[..., out/2]``, ``[..., out]`` or ``[..., 2·out]`` for road_1, road_2, road_4.
+        sines: α sin θ; of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
 
@@ -54,9 +54,9 @@ def blocks(cosines: jax.Array, sines: jax.Array, *, variant: str, group_size: in
 def within(
     theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int, subspace: Subspace
 ) -> tuple[jax.Array, jax.Array]:
-    """Puts 0 and 1 in the place of θ and α outside of a subspace, so that gradients there are exactly 0.
+    """Replaces θ by 0 and α by 1 outside of a subspace, so that gradients there are exactly 0.
 
-    It does the same for sines and cosines. The last axis is the layer's own; see `road_core.subspace_mask`.
+    Sines and cosines may be given for θ and α. The last axis is the layer's own; see `road_core.subspace_mask`.
     """
     if subspace is None:
         return theta, alpha
@@ -69,7 +69,7 @@ def within(
 def coefficients(
     theta: jax.Array, alpha: jax.Array, *, variant: str, group_size: int, subspace: Subspace = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Forms ``first`` and ``second`` of a layer, float32 or wider; see `blocks` and `road_core.coefficients`."""
+    """Computes a layer's ``first`` and ``second`` in float32 or wider; see `blocks` and `road_core.coefficients`."""
     theta, alpha = within(theta, alpha, variant=variant, group_size=group_size, subspace=subspace)
     return blocks(*polar(theta, alpha), variant=variant, group_size=group_size)
 
@@ -83,25 +83,25 @@ def rotate(
     group_size: int,
     subspace: Subspace = None,
 ) -> jax.Array:
-    """Rotates and scales the pairs of a linear layer's output: for models that are functions of params.
+    """Rotates and scales the pairs of a linear layer's output, for models that are plain functions of params.
 
-    A model that is no Flax module calls it after each product that it wants adapted, and takes θ and α as it takes its
-    other params; ``y * first + rotate_half(y) * second``, see `road_core.rotate`. Differentiable in reverse mode only:
-    there is no ``jax.jvp``.
+    A model that isn't a Flax module calls this after each product that is to be adapted, and takes θ and α like its
+    other params. Computes ``y * first + rotate_half(y) * second``, see `road_core.rotate`. Differentiable in reverse
+    mode only: ``jax.jvp`` isn't supported.
 
     Args:
         y: ``[..., out]``, any floating dtype.
-        theta: ``[out/2]``, ``[out]`` or ``[2·out]`` for road_1, road_2, road_4; coefficients are formed in float32.
+        theta: ``[out/2]``, ``[out]`` or ``[2·out]`` for road_1, road_2, road_4; coefficients are computed in float32.
         alpha: of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
-        subspace: outside of it ``y`` stays as it is; see `road_core.subspace_blocks`.
+        subspace: ``y`` is unchanged outside of it; see `road_core.subspace_blocks`.
 
     Returns:
-        The shape and dtype of ``y``.
+        An array with the shape and dtype of ``y``.
 
     Raises:
-        AdapterError: the sizes don't fit each other.
+        AdapterError: the sizes don't match.
 
     Example:
         >>> import jax.numpy as jnp, road_jax
@@ -123,11 +123,11 @@ def rotate(
 
 
 def rotate_blocks(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """The rotation with coefficients laid out by `blocks`.
+    """Applies the rotation with coefficients laid out by `blocks`.
 
     ``y'0 = first0 y0 − second0 y1`` and ``y'1 = first1 y1 + second1 y0``, for the halves y0 and y1 of each group.
-    Differentiable in reverse mode. The one residual besides the coefficients is ``y``, which is also what a plain
-    layer's successor would keep.
+    Differentiable in reverse mode. Apart from the coefficients, the only residual is ``y``, which the layer that
+    follows would keep without an adapter too.
 
     Args:
         y: ``[..., out]``, any floating dtype.
@@ -135,9 +135,9 @@ def rotate_blocks(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Arra
         second: of the same shape.
 
     Returns:
-        The shape and dtype of ``y``; the coefficients are rounded to it once.
+        An array with the shape and dtype of ``y``; the coefficients are rounded to this dtype once.
     """
-    # Within shard_map a replicated operand's gradient is a sum over the devices that differ: the cast's transpose.
+    # Within shard_map, a replicated operand's gradient must be summed over the devices that vary: the cast's transpose.
     varying = frozenset().union(*(_varying(v) for v in (y, first, second)))
     y, first, second = (
         jax.lax.pcast(v, tuple(missing), to="varying") if (missing := varying - _varying(v)) else v
@@ -148,18 +148,18 @@ def rotate_blocks(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Arra
 
 @jax.custom_vjp
 def _rotate_blocks(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    # Leading axes of one: the caller may have made rank promotion an error.
+    # Leading axes of size 1, because the caller may have made rank promotion an error.
     shape = (1,) * (y.ndim - 1) + first.shape
     return _turn(y, first.reshape(shape), second.reshape(shape))
 
 
 def _varying(array: jax.Array) -> frozenset:
-    """The axes of a mesh along which ``shard_map`` knows an array to differ."""
+    """Returns the mesh axes along which ``shard_map`` knows an array to vary."""
     return jax.typeof(array).manual_axis_type.varying
 
 
 def rotate_rows(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """As `rotate_blocks`, with coefficients of each row's own.
+    """Like `rotate_blocks`, but each row of the batch has its own coefficients.
 
     Args:
         y: ``[batch, ..., out]``, any floating dtype.
@@ -184,7 +184,7 @@ def rotate_polar(
     """Rotates a layer's output by α cos θ and α sin θ, each ``[size]``, or ``[batch, size]`` with ``by_row``.
 
     Raises:
-        AdapterError: as `check_layer`.
+        AdapterError: as for `check_layer`.
     """
     check_layer(path, cosines.shape[-1], y.shape[-1], variant=variant, group_size=group_size)
     sines, cosines = within(sines, cosines, variant=variant, group_size=group_size, subspace=subspace)
@@ -193,10 +193,11 @@ def rotate_polar(
 
 
 def _unfused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function as one that XLA compiles by itself, in a program for CPU.
+    """Returns the function as one that XLA compiles separately in a program for CPU.
 
-    What is fused behind joined halves is computed there element by element, not in vectors: a gated activation takes
-    ten times as long. A call that isn't inlined isn't fused; an optimization barrier is dropped before fusion.
+    Otherwise XLA fuses the joined halves into the operations that follow, and computes these element by element instead
+    of in vectors; a gated activation takes ten times as long. A call that isn't inlined isn't fused, whereas an
+    optimization barrier is removed before fusion.
     """
 
     compiled = jax.jit(function)
@@ -210,7 +211,7 @@ def _unfused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _turn(y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """The formula of `rotate_blocks`; coefficients ``[..., groups, 1 or 2, half]`` broadcast against ``y``'s rows."""
+    """Applies the formula of `rotate_blocks`; coefficients ``[..., groups, 1 or 2, half]`` broadcast over rows."""
     return jax.lax.platform_dependent(y, first, second, cpu=_unfused_formula, default=_formula)
 
 
@@ -226,17 +227,17 @@ _unfused_formula = _unfused(_formula)
 
 
 def _forward(y: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    # Named, so that they aren't the operands themselves: of such residuals JAX (0.10) keeps the places alone, and loses
-    # count of them where a scan takes `_turn`'s choice of platform out of its loop. Second derivatives would then fail,
-    # or be wrong without a word.
+    # Naming the residuals makes them differ from the operands. Of a residual that is an operand JAX (0.10) keeps only
+    # the position, and it miscounts these if a scan moves `_turn`'s choice of platform out of its loop. Second
+    # derivatives would then fail, or silently be wrong.
     return _rotate_blocks(y, first, second), checkpoint_name((y, first, second), "road_residuals")
 
 
 def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     y, first, second = residuals
-    # The transpose of [[f0, −s0], [s1, f1]] is the rotation with f and the other half's s, turned back.
+    # The transpose of [[f0, −s0], [s1, f1]] is the rotation by f and by the other half's s, negated.
     dy = _rotate_blocks(d, first, -second[..., ::-1, :])
-    # All branches are traced on any platform, and folding joins axes, which mustn't be where they are sharded by type.
+    # All branches are traced on every platform, and folding joins axes, which fails if they are sharded by type.
     if is_cut(jax.typeof(d).sharding.spec) or 0 in d.shape:
         dfirst, dsecond = _plain_sums(d, y, first)
         return dy, _as_laid(dfirst, first), _as_laid(dsecond, first)
@@ -244,15 +245,15 @@ def _backward(residuals: tuple[jax.Array, ...], d: jax.Array) -> tuple[jax.Array
 
 
 def _as_laid(array: jax.Array, like: jax.Array) -> jax.Array:
-    """Lays an array on a mesh with explicit axes as another: coefficients may lie whole where outputs are in shards."""
+    """Reshards an array like another if the mesh has explicit axes: coefficients may be whole, outputs sharded."""
     spec = jax.typeof(like).sharding.spec
     return array if jax.typeof(array).sharding.spec == spec else jax.sharding.reshard(array, spec)
 
 
 def _products(d: jax.Array, y: jax.Array, first: jax.Array) -> list[jax.Array]:
-    """What sums over rows to the gradients of ``first`` and then of ``second``: ``[..., groups, half]`` each."""
+    """Returns terms ``[..., groups, half]`` that sum over rows to the gradients of ``first``, then of ``second``."""
     (y0, y1), (d0, d1) = _halves(y, first), _halves(d, first)
-    # Of a complex output, too, the coefficients are real: their gradient is the real part of complex products.
+    # The coefficients are real even if the output is complex: their gradient is the real part of complex products.
     dtype = y.dtype if jnp.iscomplexobj(y) else first.dtype
     y0, y1, d0, d1 = (v.astype(dtype) for v in (y0, y1, d0, d1))
     if first.shape[-2] == 1:
@@ -266,10 +267,10 @@ def _plain_sums(d: jax.Array, y: jax.Array, first: jax.Array) -> tuple[jax.Array
 
 @_unfused
 def _folded_sums(d: jax.Array, y: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As `_plain_sums`. XLA on CPU sums rows one column at a time; this takes a third to a quarter of that."""
-    # Eight neighbouring rows are added as whole arrays, the rest is a product with ones.
-    # Groups stay outermost: where they are sharded, so is what is summed.
-    # Of a size that is only known as the program runs (`jax.export`), none are.
+    """Like `_plain_sums`, in a quarter to a third of the time on CPU, where XLA sums rows one column at a time."""
+    # Eight neighbouring rows are added as whole arrays; the rest is a product with ones.
+    # Groups stay outermost, so that the sums are sharded where groups are.
+    # If the number of rows is only known when the program runs (`jax.export`), no rows are folded.
     rows = y.shape[-2] if y.ndim > 1 else 1
     fold = math.gcd(8, rows) if isinstance(rows, int) else 1
     d, y = (v.reshape(*v.shape[:-2], -1, fold, v.shape[-1]) for v in (d, y))
@@ -306,10 +307,10 @@ def determinants(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def check_layer(path: str, size: int, out: int, *, variant: str, group_size: int) -> None:
-    """Refuses θ of a size that isn't made for a layer with ``out`` outputs.
+    """Refuses θ of a size that doesn't fit a layer with ``out`` outputs.
 
     Raises:
-        AdapterError: the group size doesn't divide ``out``, or θ has another size.
+        AdapterError: the group size doesn't divide ``out``, or θ has the wrong size.
     """
     check_group_size(out, group_size, path)
     expected = parameter_size(variant, out)

@@ -1,4 +1,4 @@
-"""Where θ and α stand on a mesh: along the outputs that they rotate."""
+"""Where θ and α are placed on a mesh: along the outputs that they rotate."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,26 +17,26 @@ def shardings(
 ) -> Tree:
     """Returns shardings for an adapter that follow those of its layers' kernels.
 
-    θ and α are sharded as their kernel's outputs, and their stack axis as the kernel's; over axes that shard a kernel's
-    inputs (FSDP) they are replicated. With outputs in whole groups the rotation then adds no collective to a compiled
-    program, forward or backward, but the sum of its own gradients over the data axis.
+    θ and α are sharded like their kernel's outputs, and their stack axis like the kernel's. They are replicated over
+    mesh axes that shard a kernel's inputs (FSDP). If outputs are sharded in whole groups, the rotation adds no
+    collective to a compiled program, forward or backward, except the sum of its own gradients over the data axis.
 
-    No layer is known here: each is taken to have a ``kernel`` ``[*stack, in, *out]``, with θ's stack axes in front and
-    one axis of inputs. `Road.shardings` knows how a model's kernels lie; take that one for others.
+    The model isn't known here: each layer is assumed to have a ``kernel`` ``[*stack, in, *out]``, with θ's stack axes
+    in front and one axis of inputs. For other kernels use `Road.shardings`, which knows the model.
 
     Args:
-        adapter: as ``Road.init`` gives it; shapes are enough (``jax.eval_shape``).
-        variables_shardings: a tree of ``NamedSharding`` laid out like the model's variables, ``{"params": …}``; what
-            lies on a single device may have its ``SingleDeviceSharding``.
-        config: of the adapter. With it, shards that cut a group of ``config.group_size`` outputs are refused.
-        allow_cut: don't refuse them. Each such layer then pays two all-gathers, a permutation and all-to-alls of its
+        adapter: as returned by ``Road.init``; shapes are enough (``jax.eval_shape``).
+        variables_shardings: a tree of ``NamedSharding`` laid out like the model's variables, ``{"params": …}``; an
+            array on a single device may have its ``SingleDeviceSharding``.
+        config: the adapter's config. With it, shards that cut a group of ``config.group_size`` outputs are refused.
+        allow_cut: don't refuse them. Each such layer then costs two all-gathers, a permutation and all-to-alls of its
             output, in every pass.
 
     Returns:
         A tree of shardings laid out like the adapter.
 
     Raises:
-        AdapterError: a module has no kernel among the shardings, one of another kind, or a group is cut.
+        AdapterError: a module's kernel has no sharding or one of another type, or a group is cut.
 
     Example:
         >>> import jax, numpy as np, road_jax
@@ -58,7 +58,7 @@ def along_kernels(
     config: RoadConfig | None,
     allow_cut: bool,
 ) -> Tree:
-    """`shardings`, with the places of layers that are known."""
+    """Like `shardings`, but uses the places of the layers that are known."""
     given = flatten(params_of(variables_shardings, "variables_shardings"))
     found = {}
     for path, leaf in flatten(adapter).items():
@@ -78,7 +78,7 @@ def along_kernels(
         if config is not None and not allow_cut:
             _check_whole(name, kernel, leaf.shape[lie.own], lie, config)
         entries = lie.stack | {lie.own: lie.outputs[0]}
-        # Where groups are cut, shares may not come out even.
+        # If groups are cut, the shards may not be of equal size.
         even = {axis: entry for axis, entry in entries.items() if leaf.shape[axis] % shares(kernel.mesh, entry) == 0}
         found[path] = NamedSharding(kernel.mesh, _spec(even))
     return unflatten(found)
@@ -91,7 +91,7 @@ def _at(given: dict[Path, Any], path: Path) -> Any:
 
 
 def _plain(kernel: QuantizedKernel, axes: int) -> Any:
-    """Where a quantised kernel of so many axes, with codes ``[*stack, out, in]``, would stand as a plain one."""
+    """Returns where a quantised kernel, with codes ``[*stack, out, in]``, would be placed if it were plain."""
     codes: Any = kernel.codes
     if not isinstance(codes, NamedSharding):
         return codes
@@ -101,7 +101,7 @@ def _plain(kernel: QuantizedKernel, axes: int) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Lie:
-    """What a kernel's spec says of θ: the entry of each of its outputs, and of the stack axes by their place in θ."""
+    """What a kernel's spec says about θ: the entry of each output axis, and of each stack axis by its index in θ."""
 
     own: int
     stack: dict[int, Any]
@@ -113,7 +113,7 @@ def _known(spec: PartitionSpec, place: Place) -> _Lie:
     kernel, of_theta = marks[place.layout.kernel], marks["road_theta"]
     entries = filled(spec, len(kernel))
     axes = [axis for axis, size in enumerate(kernel) if not size]
-    # An axis of one element is never cut, and what comes behind it is as if it came first.
+    # An axis of one element is never cut, so the axis after it counts as the first.
     outputs = [
         entries[axes[axis]]
         for axis, size in zip(place.layout.kernel_axes, place.sizes, strict=True)
@@ -126,7 +126,7 @@ def _known(spec: PartitionSpec, place: Place) -> _Lie:
 
 
 def _assumed(spec: PartitionSpec, axes: int) -> _Lie:
-    """Of a kernel ``[*stack, in, *out]``, for θ of so many axes."""
+    """Reads the spec of a kernel ``[*stack, in, *out]`` for a θ with this many axes."""
     own = axes - 1
     entries = filled(spec, own + 2)
     return _Lie(own, dict(enumerate(entries[:own])), entries[own + 1 :])

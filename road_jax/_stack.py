@@ -1,4 +1,4 @@
-"""Several adapters as one, for batches whose rows each choose theirs."""
+"""Several adapters in one tree, for batches whose rows each choose their own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,17 +13,17 @@ from road_jax._tree import ROAD_LEAVES, Tree, check_floating, dotted, flatten, i
 
 
 def stack_adapters(adapters: Sequence[Tree]) -> Tree:
-    """Lays adapters of one variant and group size together, for ``Road.apply(..., adapter_ids=…)``.
+    """Combines adapters of one variant and group size, for ``Road.apply(..., adapter_ids=…)``.
 
     Args:
-        adapters: trees of `Road.init`; they may adapt different modules.
+        adapters: trees as returned by `Road.init`; they may adapt different modules.
 
     Returns:
-        A tree with the modules of all of them and one more axis, the last: 0 is the identity, adapter ``i`` stands at
-        ``i + 1``, and one that lacks a module is the identity there. In float32, or float64 where an adapter is.
+        A tree with the modules of all adapters and one more axis, the last: index 0 is the identity, and adapter ``i``
+        is at index ``i + 1`` (the identity in modules that it lacks). float32, or float64 if one of the adapters is.
 
     Raises:
-        AdapterError: there are no adapters, their shapes differ, or one holds modules that were trained whole.
+        AdapterError: there are no adapters, their shapes differ, or one contains modules that were trained whole.
 
     Example:
         >>> import jax.numpy as jnp, road_jax
@@ -60,14 +60,14 @@ def stack_adapters(adapters: Sequence[Tree]) -> Tree:
 
 
 def as_ids(adapter_ids: Any) -> jax.Array:
-    """Returns ids as an array; values that are known stay so, within ``jit`` too.
+    """Returns ids as an array; values that are known stay known, also within ``jit``.
 
     Raises:
-        AdapterError: they aren't whole numbers, one a row.
+        AdapterError: they aren't whole numbers, one per row.
     """
     if not isinstance(adapter_ids, jax.Array | np.ndarray):
         if isinstance(adapter_ids, list | tuple) and not adapter_ids:
-            # NumPy would make floats of nothing.
+            # NumPy would make an empty list an array of floats.
             adapter_ids = np.zeros(0, np.int32)
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(adapter_ids))
         adapter_ids = (jnp if traced else np).asarray(adapter_ids)
@@ -79,16 +79,16 @@ def as_ids(adapter_ids: Any) -> jax.Array:
 
 
 def of_rows(table: jax.Array, adapter_ids: jax.Array, identity: float) -> jax.Array:
-    """Returns each row's part of ``[..., adapters]``, as its last axis; the identity for 0 and ids beyond the adapters.
+    """Returns each row's slice of ``[..., adapters]``, rows last; the identity for 0 and ids beyond the adapters.
 
-    What stands at 0 isn't looked at: it gets no gradient, and a step with weight decay may move it.
+    The values at index 0 aren't used: they get no gradient, and a step with weight decay may change them.
     """
     most = min(table.shape[-1] - 1, jnp.iinfo(adapter_ids.dtype).max)
     adapted = jnp.asarray((adapter_ids > 0) & (adapter_ids <= most))
     places = jnp.where(adapted, adapter_ids, 0)
     spec = PartitionSpec(*jax.typeof(table).sharding.spec[:-1], *jax.typeof(places).sharding.spec)
     if is_cut(spec):
-        # On a mesh with explicit axes a gather is told how its result lies.
+        # On a mesh with explicit axes, a gather must be told the sharding of its result.
         rows = table.at[..., places].get(mode="clip", out_sharding=spec)
     else:
         rows = jnp.take(table, places, axis=-1, mode="clip")
@@ -96,10 +96,10 @@ def of_rows(table: jax.Array, adapter_ids: jax.Array, identity: float) -> jax.Ar
 
 
 def check_ids(adapter_ids: jax.Array, count: int) -> None:
-    """Refuses ids beyond ``count`` adapters, where the values are known.
+    """Refuses ids beyond ``count`` adapters, if their values are known.
 
     Raises:
-        AdapterError: one isn't from 0 to ``count``.
+        AdapterError: an id isn't between 0 and ``count``.
     """
     if isinstance(adapter_ids, jax.core.Tracer) or not getattr(adapter_ids, "is_fully_addressable", True):
         return

@@ -1,4 +1,4 @@
-"""`transform`: RoAd on any Linen model, without a change to the model."""
+"""`transform`: RoAd on any Linen model, without changing the model."""
 
 import contextlib
 import dataclasses
@@ -36,24 +36,25 @@ from road_jax._tree import (
     unflatten,
 )
 
-# The usual names of the layer that "all-linear" leaves out: PEFT asks the model for it, a Linen module can't be asked.
+# The usual names of the layer that "all-linear" leaves out. PEFT asks the model for it; a Linen module can't be asked.
 OUTPUT_HEADS = ("lm_head", "output_head", "embed_out", "logits_dense", "classifier", "score")
 
-# `nn.jit` keeps what it traced, by its arguments' structure alone: without or with an interceptor, of whichever module.
-# So nothing is given to it twice: what is laid over params has new names in each call, and where there are no params
-# yet each call is traced in a new context, which is a part of jit's key.
+# `nn.jit` caches traces by the structure of its arguments alone, regardless of the module and of interceptors. So it
+# must never see the same structure twice: leaves that are laid over params get new names in each call, and where there
+# are no params yet, each call is traced in a new context, which is part of jit's cache key.
 _numbers = itertools.count()
 _context = jax.make_user_context()
 
 
 @contextlib.contextmanager
 def traced_anew() -> Iterator[Callable[[nn.Module], None]]:
-    """Lets nothing be used that was traced before, and gives a function that does so again within a jitted module."""
+    """Prevents the reuse of earlier traces; yields a function that does the same from within a jitted module."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_context(next(_numbers)))
 
         def forget(module: nn.Module) -> None:
-            # The jitted call itself isn't intercepted, only the module within. So this lasts beyond the module's call.
+            # Only the module inside is intercepted, not the jitted call itself, so the new context must outlast its
+            # call.
             if module.scope is not None and any("jit(" in name for name in module.scope.debug_path):
                 stack.enter_context(_context(next(_numbers)))
 
@@ -61,13 +62,13 @@ def traced_anew() -> Iterator[Callable[[nn.Module], None]]:
 
 
 def new_names(*names: str) -> tuple[str, ...]:
-    """Returns the names with a number that none had before."""
+    """Returns the names with a number appended that was never used before."""
     number = next(_numbers)
     return tuple(f"{name}_{number}" for name in names)
 
 
 def without(result: Any, names: Collection[str], mutable: Any) -> Any:
-    """Returns what a model's ``apply`` gave, with the names taken out of the params that it may hold."""
+    """Returns the result of a model's ``apply``, with the given names removed from the params that it may contain."""
     if mutable is False or "params" not in result[1]:
         return result
     params = {path: leaf for path, leaf in flatten(result[1]["params"]).items() if path[-1] not in names}
@@ -87,7 +88,7 @@ class Road:
     model: nn.Module
     config: RoadConfig
     layers: Layouts = dataclasses.field(default_factory=dict, hash=False)
-    # What init and apply learn of each linear layer while they are traced, for merge and shardings.
+    # What init and apply learn about each linear layer while they are traced; used by merge and shardings.
     _seen: dict[Path, Place] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def init(
@@ -96,19 +97,19 @@ class Road:
         """Returns a fresh adapter; the model is only traced for its shapes, never run.
 
         Args:
-            rng: a key, or keys by name as Flax takes them, of which ``params`` counts; it decides nothing unless
+            rng: a key, or keys by name as Flax takes them, of which only ``params`` is used; it has no effect unless
                 ``config.init_weights`` is False.
             variables: the model's variables, ``{"params": …}``.
-            *args: sample inputs of the model; shapes and dtypes are all that counts.
-            **kwargs: more of them. ``rngs`` and ``mutable`` are taken as `apply` takes them, and decide nothing.
+            *args: sample inputs of the model; only their shapes and dtypes matter.
+            **kwargs: further sample inputs. ``rngs`` and ``mutable`` are accepted, as in `apply`, but ignored.
 
         Returns:
-            A nested dict that mirrors ``params``: float32 ``road_theta`` and ``road_alpha`` where a targeted layer's
-            ``kernel`` stands (a stacked layer's have the stack axis where its own params have it), and copies of the
+            A nested dict that mirrors ``params``: float32 ``road_theta`` and ``road_alpha`` in place of a targeted
+            layer's ``kernel`` (in a stack, with the stack axis where the layer's own params have it), and copies of the
             params of ``config.modules_to_save``.
 
         Raises:
-            AdapterError: no layer matches, a match is no linear layer, the group size doesn't divide a layer's
+            AdapterError: no layer matches, a match isn't a linear layer, the group size doesn't divide a layer's
                 outputs, two layers share one scope, or ``variables`` aren't the model's.
         """
         if isinstance(rng, Mapping):
@@ -131,7 +132,8 @@ class Road:
             forget(module)
             result = next_fn(*args, **kwargs)
             layout = _layout(context, self.layers, args, kwargs)
-            # A model may call a layer on arrays of its own choice (`layer.apply`), as tied heads do: no params of it.
+            # A model may call a layer on arrays of its own choice (`layer.apply`), as tied heads do: not the layer's
+            # params.
             if layout is not None and module.scope.is_mutable_collection("params"):
                 sizes = tuple(result.shape[axis] for axis in layout.result)
                 first = places.setdefault(module.path, Place(layout, sizes, dense=isinstance(module, nn.Dense))).layout
@@ -181,7 +183,7 @@ class Road:
                 )
             if name in mixed:
                 raise AdapterError(f"{name}: expected one kernel that is always used alike, found {mixed[name]}")
-            # A name may have dots in it, so it isn't to be split.
+            # A name may contain dots, so the path can't be split from it.
             path = paths[name]
             out, kernel = math.prod(places[path].sizes), places[path].layout.kernel
             check_group_size(out, self.config.group_size, name)
@@ -207,24 +209,25 @@ class Road:
     ) -> Any:
         """Runs the model with every adapted layer's output rotated.
 
-        A pure function: ``jit``, ``grad``, ``vmap`` and ``pmap`` it freely. A gradient over ``adapter`` alone computes
-        no gradient of a kernel.
+        A pure function that can be used under ``jit``, ``grad``, ``vmap`` and ``pmap``. A gradient with respect to
+        ``adapter`` alone computes no gradient of a kernel.
 
         Args:
             variables: the model's variables; kernels may be quantised by `road_jax.quantize`.
-            adapter: as `init` gives it; or several of them, as `road_jax.stack_adapters` lays them together.
+            adapter: one adapter, as returned by `init`, or several, as returned by `road_jax.stack_adapters`.
             *args: the model's inputs.
-            adapter_ids: for several adapters: int32 ``[batch]``, which of them each row gets, counted from 1; 0 for
-                none. Any mix is the same program.
+            adapter_ids: for several adapters: int32 ``[batch]``, the adapter of each row, counted from 1; 0 means none.
+                Any mix of ids runs the same program.
             **kwargs: passed to ``model.apply``.
 
         Returns:
             What ``model.apply`` returns; every rotated output keeps its dtype.
 
         Raises:
-            AdapterError: a part of the adapter has no layer, was used by no layer, or has another layer's or stack's
-                shape; or there are ``adapter_ids`` and no stacked adapters, one beyond them (under ``jit`` its row is
-                the base's instead), or a layer whose output doesn't have the batch's rows first.
+            AdapterError: a part of the adapter has no layer, is used by no layer, or doesn't have the shape for its
+                layer or stack; or ``adapter_ids`` are given without stacked adapters or contain an id above their
+                number (under ``jit`` such a row gets the base's output instead), or a layer's output doesn't have the
+                batch's rows first.
         """
         adapter_ids = None if adapter_ids is None else as_ids(adapter_ids)
         adapter = as_params(adapter, params_of(variables))
@@ -289,20 +292,20 @@ class Road:
         own = {} if adapter_ids is None else self._own_axes(variables, adapter, args, kwargs)
         joined: dict[Path, int] = {}
         for path, leaves in laid.items():
-            # Formed once for all layers of a stack.
+            # Computed once for all layers of a stack.
             turned = polar(*(params.pop((*path, name)) for name in ROAD_LEAVES))
             if path in own:
                 joined[path] = turned[0].shape[-1]
                 turned = _join_last(turned[0], own[path]), _join_last(turned[1], own[path])
             params.update(zip(((*path, name) for name in leaves), turned, strict=True))
         merged = {**to_dict(variables), "params": unflatten(params)}
-        # The context stands inside whatever jits this call: a function that was first traced within it from outside
-        # would stay adapted.
+        # The interceptor is entered inside of whatever jits this call. If it were entered outside, a function that is
+        # first traced under it would stay adapted in jit's cache.
         try:
             with nn.intercept_methods(turn):
                 result = self.model.apply(merged, *args, **kwargs)
         except Exception as error:
-            # Flax's error of a stack names no module.
+            # Flax's error about a stack's axes doesn't name the module.
             if laid and (isinstance(error, _AxesError) or not isinstance(error, AdapterError)):
                 self._explain_stacks(variables, adapter, args, kwargs, error)
             raise
@@ -311,23 +314,24 @@ class Road:
         return without(result, set(itertools.chain(*laid.values())), kwargs.get("mutable", False))
 
     def merge(self, variables: Mapping[str, Any], adapter: Tree, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Rotates kernels and biases themselves, so that the plain model gives what `apply` gave.
+        """Rotates the kernels and biases themselves, so that the plain model computes what `apply` computes.
 
-        Closed form, O(in · out) and in float32, rounded once to each kernel's dtype; no out × out matrix.
+        In closed form, O(in · out), without an out × out matrix; in float32, rounded once to each kernel's dtype.
 
         Args:
             variables: the model's variables.
-            adapter: as `init` gives it.
-            *args: sample inputs of the model, as for `init`. They are only needed where `init` wasn't called before,
-                and a kernel doesn't show by its shape which of its axes are outputs and which a stack's. Without
-                them a kernel of two axes is taken as ``[in, out]``, one of more if its last axes alone can be outputs.
-            **kwargs: more of them.
+            adapter: as returned by `init`.
+            *args: sample inputs of the model, as for `init`. They are needed only if `init` wasn't called before, and
+                then only if ``layers`` are declared or a kernel's shape doesn't show which axes are outputs and which
+                belong to a stack. Without them, a kernel of two axes is taken as ``[in, out]``, and a kernel of more
+                axes is accepted only if nothing but its last axes can be the outputs.
+            **kwargs: further sample inputs.
 
         Returns:
-            Plain variables, of the structure that they had.
+            Plain variables, of the same structure.
 
         Raises:
-            AdapterError: a part of the adapter has no layer or another layer's shape, or sample inputs are needed.
+            AdapterError: a part of the adapter has no layer or the wrong shape for it, or sample inputs are needed.
         """
         adapter = as_params(adapter, params_of(variables))
         return _merge.merge(variables, adapter, self.config, self._places(variables, adapter, args, kwargs))
@@ -345,8 +349,8 @@ class Road:
             The base's variables, up to rounding in the kernels' dtype.
 
         Raises:
-            AdapterError: a block is singular (not found under ``jit``), the adapter holds whole modules, or it has
-                another layer's shape.
+            AdapterError: a block is singular (not checked under ``jit``), the adapter contains whole modules, or it has
+                the wrong shape for a layer.
         """
         adapter = as_params(adapter, params_of(variables))
         return _merge.merge(
@@ -361,20 +365,20 @@ class Road:
         exclude: Collection[str] = ("lm_head",),
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Quantises the kernels of the model's ``nn.Dense`` layers alone, as `road_jax.quantize` does.
+        """Quantises the kernels of the model's ``nn.Dense`` layers and no others, as `road_jax.quantize` does.
 
         Args:
             variables: the model's variables.
             kind: ``"nf4"`` or ``"int8"``.
-            *args: sample inputs of the model, as for `init`; not needed after it.
-            exclude: modules whose kernels stay, by the end of their dotted paths.
-            **kwargs: more of them.
+            *args: sample inputs of the model, as for `init`; not needed after a call of `init`.
+            exclude: modules whose kernels are left as they are, given by the ends of their dotted paths.
+            **kwargs: further sample inputs.
 
         Returns:
-            Variables with a `QuantizedKernel` for each such kernel; those of other layers stay.
+            Variables with a `QuantizedKernel` for each such kernel; the kernels of other layers stay as they are.
 
         Raises:
-            AdapterError: as for `road_jax.quantize`; or a stack's axis isn't the first of a kernel.
+            AdapterError: as for `road_jax.quantize`; or a stack's axes don't come first in a kernel.
         """
         self._places(variables, {}, args, kwargs)
         places = {path: place for path, place in self._seen.items() if place.marks is not None}
@@ -403,13 +407,13 @@ class Road:
         return _quantize.quantize_kernels(variables, kind, paths)
 
     def shardings(self, adapter: Tree, variables_shardings: Tree, *, allow_cut: bool = False) -> Tree:
-        """Returns shardings for an adapter that follow those of its layers' kernels, wherever these have their outputs.
+        """Returns shardings for an adapter that follow its layers' kernels, wherever these have their outputs.
 
-        As `road_jax.shardings`, with what `init` saw of the model: θ and α are sharded as the first output axis of
-        their kernel, and shards of a later one cut groups as well.
+        Like `road_jax.shardings`, but with what `init` saw of the model: θ and α are sharded like the first output axis
+        of their kernel; shards of a later output axis also cut groups.
 
         Args:
-            adapter: as `init` gives it, or `road_jax.stack_adapters`; shapes are enough.
+            adapter: as returned by `init` or `road_jax.stack_adapters`; shapes are enough.
             variables_shardings: as for `road_jax.shardings`.
             allow_cut: don't refuse shards that cut a group.
 
@@ -428,7 +432,7 @@ class Road:
         return _sharding.along_kernels(adapter, variables_shardings, known, config=self.config, allow_cut=allow_cut)
 
     def _places(self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any) -> dict[Path, Place]:
-        """Of the adapter's layers, those that are known."""
+        """Returns the known places of the adapter's layers; traces the model first if there are sample inputs."""
         paths = adapted_paths(adapter)
         if args or kwargs:
             jax.eval_shape(lambda: self.init(jax.random.key(0), variables, *args, **kwargs))
@@ -442,15 +446,15 @@ class Road:
         return {path: self._seen[path] for path in paths if path in self._seen}
 
     def _own_axes(self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any) -> dict[Path, int]:
-        """Where θ of several adapters has the layer's own axis; only for stacks whose axis Flax counts from the end.
+        """Finds the layer's own axis in θ of several adapters, for stacks whose axis Flax counts from the end.
 
-        Flax takes the adapters' axis for the stack's there, unless it is joined to the layer's own.
+        There Flax would mistake the adapters' axis for the stack's, unless it is joined to the layer's own axis.
         """
         leaves = flatten(adapter)
         axes = {path: unbox(leaves[*path, "road_theta"]).ndim for path in adapted_paths(adapter)}
         stacks = [path for path, ndim in axes.items() if ndim > 2]
         if any(path not in self._seen or self._seen[path].marks is None for path in stacks):
-            # What can't be traced by these inputs fails as the model is called, or has no such stack.
+            # If these inputs can't be traced, calling the model will fail anyway, or it has no such stack.
             with contextlib.suppress(Exception):
                 self._places(variables, adapter, args, kwargs)
         found: dict[Path, int] = {}
@@ -458,7 +462,7 @@ class Road:
             place = self._seen.get(path)
             if place is None or place.marks is None or axes[path] != len(place.marks["road_theta"]) + 1:
                 continue
-            # Counted from the start, an axis has one index in both.
+            # An axis that Flax counts from the start has the same index in both.
             if (stack := place.stack("road_theta")) != place.stack(place.layout.kernel):
                 found[path] = next(axis for axis in range(axes[path]) if axis not in stack)
         return found
@@ -466,12 +470,12 @@ class Road:
     def _explain_stacks(
         self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any, error: Exception
     ) -> None:
-        """Says of a call that failed which θ doesn't have the stack axes of its kernel, of one adapter or several.
+        """After a failed call, names a θ, of one adapter or several, without the stack axes of its kernel.
 
         Raises:
-            AdapterError: that.
+            AdapterError: there is such a θ.
         """
-        # The model may fail at these inputs by itself.
+        # The model itself may fail on these inputs.
         with contextlib.suppress(Exception):
             self._places(variables, adapter, args, kwargs)
         leaves = flatten(overlay(params_of(variables), adapter))
@@ -501,12 +505,12 @@ class Road:
         for path, leaf in saved.items():
             if isinstance(leaf, _quantize.QuantizedKernel):
                 raise AdapterError(f"{dotted(path)}: expected plain params to train whole, found {leaf.kind} codes")
-        # A training step may give the adapter's buffers away, which must not be the base's.
+        # A training step may donate the adapter's buffers, so these must not be the base's.
         return {path: jnp.copy(leaf) for path, leaf in saved.items()}
 
 
 class _AxesError(AdapterError):
-    """θ has too many axes where its layer is called, or too few."""
+    """θ has too many or too few axes where its layer is called."""
 
 
 def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = None) -> Road:
@@ -514,21 +518,21 @@ def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = 
 
     The model needs no change. ``nn.Dense``, ``nn.DenseGeneral`` and ``nn.Einsum`` are covered, plain or under
     ``nn.scan``, ``nn.remat`` and ``nn.vmap``; a layer with several output axes (heads × head_dim) is rotated over its
-    flattened output. What a subclass does with their result comes after the rotation.
+    flattened output. In a subclass of these layers, the parent's result is rotated before the subclass uses it.
 
     Args:
         model: a Linen module.
-        config: which layers, and how. ``target_modules`` are matched against module paths joined by dots; a scanned
-            stack's axis has no name in them.
-        layers: for layer types that aren't Flax's: from the type to a function of the module and what it is called
-            with, that returns the call's `Layout`, or None for a call that is no product with a kernel; e.g.
+        config: which layers are adapted, and how. ``target_modules`` are matched against module paths joined by dots;
+            the axis of a scanned stack doesn't appear in them.
+        layers: for layer types that aren't Flax's: maps a type to a function that gets the module and the arguments of
+            its call and returns the call's `Layout`, or None if the call isn't a product with a kernel; e.g.
             ``{Einsum: lambda module, equation, x: einsum_layout(equation, kernel="w")}``.
 
     Returns:
-        `Road`: ``init``, ``apply``, ``merge`` and ``unmerge``.
+        A `Road` with ``init``, ``apply``, ``merge`` and ``unmerge``.
 
     Raises:
-        AdapterError: the model is no Linen module, or the config no `RoadConfig`.
+        AdapterError: the model isn't a Linen module, or the config isn't a `RoadConfig`.
 
     Example:
         >>> import jax, jax.numpy as jnp, road_jax
@@ -549,18 +553,18 @@ def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = 
 
 
 def _join_last(array: jax.Array, axis: int) -> jax.Array:
-    """Joins the last axis to another, within which it counts fastest."""
+    """Joins the last axis to another one, within which it varies fastest."""
     near = jnp.moveaxis(array, -1, axis + 1)
     return near.reshape(*near.shape[:axis], near.shape[axis] * near.shape[axis + 1], *near.shape[axis + 2 :])
 
 
 def _layout(context: nn.module.InterceptorContext, layers: Layouts, args: Any, kwargs: Any) -> Layout | None:
-    """How a linear layer's call lies; None for what isn't one."""
+    """Returns the layout of a linear layer's call, or None for any other call."""
     if context.method_name != "__call__":
         return None
     for known in (layers, _FLAX):
         for kind, layout in known.items():
-            # A subclass that calls its parent is met twice: the parent's own method is the product.
+            # A subclass that calls its parent is intercepted twice; only the parent's own method is the product.
             if isinstance(context.module, kind) and inspect.unwrap(context.orig_method.func) is inspect.unwrap(
                 kind.__call__
             ):
@@ -589,12 +593,12 @@ def _as_tuple(features: int | Collection[int]) -> tuple[int, ...]:
 
 
 def is_array(leaf: Any) -> bool:
-    """True for what is traced as an array: it has a shape and a dtype."""
+    """True for a leaf that is traced as an array, because it has a shape and a dtype."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def trace(function: Callable, rng: jax.Array | None, args: Any, kwargs: Any) -> Any:
-    """Like ``jax.eval_shape``, with inputs that aren't arrays (flags, names) left as they are."""
+    """Like ``jax.eval_shape``, but leaves inputs that aren't arrays (flags, names) as they are."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     traced = [is_array(leaf) for leaf in leaves]
     arrays = [leaf for leaf, yes in zip(leaves, traced, strict=True) if yes]
@@ -612,7 +616,7 @@ def trace(function: Callable, rng: jax.Array | None, args: Any, kwargs: Any) -> 
 def _fill(start: float, rng: jax.Array, path: str, shape: tuple[int, ...], init_weights: bool) -> jax.Array:
     if init_weights:
         return jnp.full(shape, start, jnp.float32)
-    # The path, not the order of layers, decides the values.
+    # The values depend on the layer's path, not on the order of layers.
     key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
     return start + 0.5 * jax.random.normal(key, shape, jnp.float32)
 

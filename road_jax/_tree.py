@@ -1,4 +1,4 @@
-"""Nested dicts of arrays: how an adapter lies over params."""
+"""Nested dicts of arrays, and how an adapter is laid over params."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -30,7 +30,7 @@ def flatten(tree: Mapping[str, Any], what: str = "adapter") -> dict[Path, Any]:
     """Returns ``{path: leaf}``.
 
     Raises:
-        AdapterError: ``what``, as the error calls the tree, is no nested dict, or one with quantised kernels in pieces.
+        AdapterError: the tree, called ``what`` in the error, isn't a nested dict or has a quantised kernel in pieces.
     """
     if not isinstance(tree, Mapping):
         raise AdapterError(f"{what}: expected a nested dict of arrays, found {type(tree).__name__}")
@@ -45,7 +45,7 @@ def flatten(tree: Mapping[str, Any], what: str = "adapter") -> dict[Path, Any]:
 
 
 def params_of(variables: Mapping[str, Any], what: str = "variables") -> Mapping[str, Any]:
-    """Returns the params among a model's variables.
+    """Returns the params of a model's variables.
 
     Raises:
         AdapterError: there are none.
@@ -64,7 +64,7 @@ def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
 
 
 def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[Path, Any], path: Path = ()) -> Any:
-    """Returns a tree of the same structure, with a FrozenDict where one was, and other leaves at the given paths."""
+    """Returns a tree of the same structure, FrozenDicts included, with other leaves at the given paths."""
     items = {
         name: replace_leaves(node, leaves, (*path, name))
         if isinstance(node, Mapping)
@@ -75,11 +75,11 @@ def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[Path, Any], path: Pa
 
 
 def adapted_paths(adapter: Mapping[str, Any]) -> list[Path]:
-    """Returns the paths of the modules that carry θ and α.
+    """Returns the paths of the modules that have θ and α.
 
     Raises:
-        AdapterError: a name is no string, or one of the two is missing, is no array of floating-point numbers or has
-            another shape than the other.
+        AdapterError: a name isn't a string, or one of the two is missing, isn't a floating-point array, or differs in
+            shape from the other.
     """
     leaves = flatten(adapter)
     found = {path[:-1] for path in leaves if path[-1] in ROAD_LEAVES}
@@ -101,10 +101,10 @@ def adapted_paths(adapter: Mapping[str, Any]) -> list[Path]:
 
 
 def check_floating(path: Path, leaf: Any) -> None:
-    """Refuses a θ or α that can't be computed with; shapes of them are enough.
+    """Refuses a θ or α that can't be computed with; a ``jax.ShapeDtypeStruct`` is accepted too.
 
     Raises:
-        AdapterError: it is no array, or one of other numbers.
+        AdapterError: it isn't an array, or its dtype isn't floating-point.
     """
     dtype = getattr(unbox(leaf), "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -114,16 +114,16 @@ def check_floating(path: Path, leaf: Any) -> None:
 
 
 def overlay(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Lays an adapter over params: θ and α beside their kernels, saved modules in place of the base's, boxed as those.
+    """Lays an adapter over params: θ and α beside their kernels, saved modules in place of the base's and in its boxes.
 
     Raises:
-        AdapterError: the adapter has a module that params hasn't; both sides' difference is listed.
+        AdapterError: the adapter has a module that params lack; the error lists what only one of the two has.
     """
     base, leaves = flatten(params), flatten(adapter)
     folders = {path[:n] for path in base for n in range(len(path))}
     lost = sorted(
         {
-            # An entry at the top stands in no module.
+            # A top-level entry is in no module.
             dotted(path[:-1] or path)
             for path in leaves
             if (path[:-1] not in folders if path[-1] in ROAD_LEAVES else path not in base)
@@ -144,14 +144,14 @@ def overlay(params: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, 
 
 
 def as_params(adapter: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the adapter with paths as params have them: from a file, a name with a dot in it comes as two."""
+    """Returns the adapter with its paths split as in params; read from a file, a name with a dot is split in two."""
     folders = {dotted(path[:n]): path[:n] for path in flatten(params) for n in range(len(path))}
     leaves = flatten(adapter).items()
     return unflatten({(*folders.get(dotted(path[:-1]), path[:-1]), path[-1]): leaf for path, leaf in leaves})
 
 
 def unbox(tree: Tree) -> Tree:
-    """Returns the tree without Flax's boxes. No sharding is constrained: the boxes may hold shapes alone."""
+    """Returns the tree without Flax's boxes. Applies no sharding constraint, because the boxes may hold only shapes."""
 
     def content(leaf: Any) -> Any:
         if isinstance(leaf, nn.Partitioned):
@@ -162,12 +162,12 @@ def unbox(tree: Tree) -> Tree:
 
 
 def under(path: Path, names: Iterable[str]) -> bool:
-    """True for a param of a module whose dotted path ends with one of the names, as PEFT's ``modules_to_save`` do."""
+    """True for params of modules whose dotted paths end with one of the names, as PEFT matches ``modules_to_save``."""
     return any(dotted(path[:n]).endswith(name) for n in range(1, len(path)) for name in names)
 
 
 def is_cut(spec: PartitionSpec) -> bool:
-    """True if an array whose type has this spec lies in shards on a mesh with explicit axes."""
+    """True if an array whose type has this spec is sharded on a mesh with explicit axes."""
     return any(axis is not None for axis in spec)
 
 
