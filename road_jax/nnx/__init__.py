@@ -1,4 +1,4 @@
-"""RoAd on Flax NNX models: `wrap` puts the rotation on their linear layers, `intervene` on their blocks."""
+"""RoAd on Flax NNX models: `wrap` rotates the outputs of their linear layers, `intervene` those of their blocks."""
 
 from road_jax.nnx._intervene import Intervened as Intervened
 from road_jax.nnx._intervene import RoadBlock as RoadBlock

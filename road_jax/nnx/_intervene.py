@@ -22,14 +22,14 @@ class RoadBlock(Rotated):
         base: the block, which keeps its own Variables.
         road_theta: float32 ``[parameter_size]``, or ``[blocks, parameter_size]`` for a stack.
         road_alpha: of the same shape.
-        config: where `intervene` acts, and how.
-        start: index of the first of its blocks.
-        stack: how many they are; None for a block on its own.
+        config: which blocks `intervene` rotates, at which tokens, and how.
+        start: the index of its first block.
+        stack: the number of blocks in a stack; None for a single block.
         name: the block's path in the model.
-        road_ids: which intervention each row gets, while `apply` calls the model.
-        road_chosen: bool ``[blocks]``: which of a stack are rotated and trained, while the model is called.
+        road_ids: the intervention of each row, while `apply` calls the model.
+        road_chosen: bool ``[blocks]``: which blocks of a stack are rotated and trained, while the model is called.
         road_prompt: the prompt mask, while the model is called with one.
-        road_call: while the model is called, what the prompt is: "mask", "all" or "none".
+        road_call: what counts as the prompt, while the model is called: "mask", "all" or "none".
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RoadBlock(Rotated):
         return () if self.stack is None else (self.stack,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the block and rotates its hidden states at the chosen tokens; the dtype stays."""
+        """Calls the block and rotates its hidden states at the chosen tokens; keeps their dtype."""
         result = self.base(*args, **kwargs)
         if self.road_call is None:
             raise AdapterError(f"{self.name}: expected a call of the model that intervene gave, found one of the block")
@@ -70,7 +70,7 @@ class RoadBlock(Rotated):
         return rotate(h, theta, alpha, self.road_ids, how.variant, how.group_size, how.subspace)
 
     def inputs(self, prompt: jax.Array | int | None) -> dict[str, Any]:
-        """What it needs for a call with this prompt, as `prompt_of` tells it."""
+        """Returns the attributes that a call with this prompt needs; ``prompt`` is as returned by `prompt_of`."""
         if prompt is None or isinstance(prompt, int):
             values: dict[str, Any] = {"road_call": "none" if prompt is None else "all"}
         else:
@@ -86,7 +86,7 @@ class Intervened(Around):
     """A model whose blocks' hidden states are rotated; made by `intervene`.
 
     Attributes:
-        base: the model, its chosen blocks in `RoadBlock`.
+        base: the model, with its chosen blocks inside of `RoadBlock`.
         config: which blocks, at which tokens, and how.
     """
 
@@ -95,7 +95,7 @@ class Intervened(Around):
         self.base = base
 
     def __call__(self, *args: Any, prompt_mask: jax.Array | None = None, **kwargs: Any) -> Any:
-        """Calls the model; ``prompt_mask`` is that of ``apply`` of `road_jax.intervene`."""
+        """Calls the model; ``prompt_mask`` is as for ``apply`` of `road_jax.intervene`."""
         prompt = prompt_of(self.base, prompt_mask, args, kwargs)
         blocks = [node for _, node in nnx.iter_graph(self.base) if isinstance(node, RoadBlock)]
         with during_call([(block, block.inputs(prompt)) for block in blocks]):
@@ -103,7 +103,7 @@ class Intervened(Around):
 
 
 class _Probe(Around):
-    """Tells what a block gives while the model is traced."""
+    """Reports what a block returns while the model is traced."""
 
     def __init__(self, base: nnx.Module, seen: Callable[[nnx.Module, Any], None]) -> None:
         self.seen = seen
@@ -122,23 +122,24 @@ def intervene(
     blocks: type[nnx.Module] | Callable[[nnx.Module], bool],
     **kwargs: Any,
 ) -> Intervened:
-    """Returns a model whose blocks' outputs are rotated at chosen tokens; the given one stays as it is.
+    """Returns a model whose blocks' outputs are rotated at chosen tokens; the given model isn't changed.
 
     The counterpart of `road_jax.intervene`: θ and α are `RoadParam`, and the two models share the base's Variables.
-    Blocks may stand one by one or in stacks of ``nnx.vmap`` that ``nnx.scan`` runs (stack axes first, θ and α scanned
-    with the kernels); for those of a stack that aren't chosen the gradient is exactly 0. `unwrap` gives the model back,
-    `apply` runs several interventions in one batch. Paper: section 4.3.
+    Blocks may be single ones or in stacks made by ``nnx.vmap`` and run by ``nnx.scan`` (stack axes first, θ and α
+    scanned with the kernels); for blocks of a stack that aren't chosen, the gradient is exactly 0. `unwrap` returns the
+    original model, `apply` runs several interventions in one batch. Paper: section 4.3.
 
     Args:
         model: any NNX module.
         config: which blocks, counted in the order in which they run, at which tokens, and how.
-        *args: sample inputs of the model, which is only traced with them; shapes and dtypes are all that counts.
-        blocks: the class of the blocks, or a function that tells of a module whether it is one. A block gives hidden
+        *args: sample inputs of the model, which is only traced with them; only shapes and dtypes matter.
+        blocks: the blocks' class, or a function that returns True for modules that are blocks. A block returns hidden
             states ``[batch, length, hidden]``, alone or first in a tuple.
-        **kwargs: more sample inputs.
+        **kwargs: further sample inputs.
 
     Raises:
-        AdapterError: the model has no such blocks or other interventions, or the group size doesn't divide the outputs.
+        AdapterError: the model has no such blocks, or interventions already, or the group size doesn't divide the
+            outputs.
 
     Example:
         >>> import jax.numpy as jnp
@@ -160,14 +161,14 @@ def intervene(
         raise AdapterError(
             f"intervene: expected a model without interventions, found one at {adapted[0]} (unwrap first)"
         )
-    # A layer that wrap rotates is one module, with what it stands around.
+    # A layer that wrap rotates counts as one module, together with what is inside.
     inside = {id(node) for _, layer in modules if isinstance(layer, RoadLayer) for _, node in modules_of(layer)}
     found = {
         name: node
         for name, node in modules
         if id(node) not in inside and is_block(node.base if isinstance(node, RoadLayer) else node)
     }
-    # By whichever of its names a block is met, it is one block.
+    # A block with several names is one block.
     first = {id(node): name for name, node in reversed(found.items())}
     names = {name: first[id(node)] for name, node in found.items()}
     seen: dict[str, tuple[int, int | None]] = {}
@@ -208,7 +209,7 @@ def _shapes(node: nnx.Module) -> list[tuple[int, ...]]:
 
 
 def _stack_size(name: str, whole: list[tuple[int, ...]], inside: list[tuple[int, ...]]) -> int | None:
-    """How many blocks a module holds whose Variables have one shape in the model and another where it is called."""
+    """Returns how many blocks a module holds, by its Variables' shapes in the model and where the module is called."""
     stacked = [(a, b) for a, b in zip(whole, inside, strict=True) if a != b]
     sizes = {a[0] for a, b in stacked if a[1:] == b}
     if stacked and (len(sizes) > 1 or any(a[1:] != b for a, b in stacked)):
@@ -220,7 +221,7 @@ def get_intervention(model: nnx.Module) -> Tree:
     """Returns an intervened model's θ and α in the form that `road_jax.save_intervention` and `stack_adapters` take.
 
     Returns:
-        ``{"layers": {"<index>": {"road_theta": …, "road_alpha": …}}}`` with the config's blocks, as Linen has it.
+        ``{"layers": {"<index>": {"road_theta": …, "road_alpha": …}}}`` with the config's blocks, as in Linen.
     """
     layers = {}
     for i, block in _blocks(model).items():
@@ -230,15 +231,15 @@ def get_intervention(model: nnx.Module) -> Tree:
 
 
 def set_intervention(model: nnx.Module, intervention: Tree) -> None:
-    """Lays an intervention into an intervened model, in place.
+    """Puts an intervention into an intervened model, in place.
 
     Args:
-        model: as `intervene` gives it.
-        intervention: as `get_intervention` gives it or `road_jax.load_intervention` read it; or several of them, from
+        model: as returned by `intervene`.
+        intervention: as returned by `get_intervention` or `road_jax.load_intervention`; or several of them from
             `road_jax.stack_adapters`, for `apply`.
 
     Raises:
-        AdapterError: it isn't one of the model's config and hidden size. Nothing is changed then.
+        AdapterError: it doesn't fit the model's config and hidden size. Nothing is changed then.
     """
     held = _blocks(model)
     block = next(iter(held.values()))
@@ -256,7 +257,7 @@ def set_intervention(model: nnx.Module, intervention: Tree) -> None:
 
 
 def _blocks(model: nnx.Module) -> dict[int, RoadBlock]:
-    """An intervened model's blocks by the config's indices; a stack stands at each of its own."""
+    """Returns an intervened model's blocks by the config's indices; a stack appears at each of its indices."""
     found = {id(module): module for _, module in modules_of(model) if isinstance(module, RoadBlock)}
     blocks = {
         i: block

@@ -1,4 +1,4 @@
-"""`wrap`: the rotation on the linear layers of an NNX model."""
+"""`wrap`: rotates the outputs of the linear layers of an NNX model."""
 
 import contextlib
 import math
@@ -29,10 +29,10 @@ from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, un
 
 
 class RoadParam(nnx.Variable):
-    """θ or α: what is trained.
+    """θ or α, the variables that are trained.
 
-    No ``nnx.Param``, so that a filter for ``nnx.Param`` means the base alone and one for ``RoadParam`` the adapter
-    alone: ``nnx.value_and_grad(loss, argnums=nnx.DiffState(0, RoadParam))`` and
+    Not an ``nnx.Param``, so that a filter for ``nnx.Param`` selects the base alone and one for ``RoadParam`` the
+    adapter alone: ``nnx.value_and_grad(loss, argnums=nnx.DiffState(0, RoadParam))`` and
     ``nnx.Optimizer(model, tx, wrt=RoadParam)``.
     """
 
@@ -42,22 +42,22 @@ class SavedParam(RoadParam):
 
 
 class CallInput(RoadParam):
-    """What one call brings for its rows, laid beside θ so that every transform of the model passes it on.
+    """An input for the rows of one call, laid beside θ so that every transform of the model passes it on.
 
-    It is a `RoadParam` and has θ's stack axes, so that it goes wherever a model's scan takes θ.
+    It is a `RoadParam` with θ's stack axes, so that it goes wherever a model's scan takes θ.
     """
 
 
 @contextlib.contextmanager
 def during_call(inputs: Sequence[tuple[nnx.Module, dict[str, Any]]]) -> Iterator[None]:
-    """Sets attributes of modules for the time of a call; before it and behind it they are None.
+    """Sets attributes of modules during a call; before and after it they are None.
 
     Raises:
-        AdapterError: another call has set them, which only a second thread can do.
+        AdapterError: they are set by another call, which only a second thread can do.
     """
     if any(vars(module)[name] is not None for module, values in inputs for name in values):
         raise AdapterError("model: expected one call at a time outside of nnx.jit, found another one under way")
-    # Around nnx's setattr, which refuses a model that stands outside of the function being traced.
+    # Bypasses nnx's setattr, which refuses a model from outside of the function being traced.
     try:
         for module, values in inputs:
             vars(module).update(values)
@@ -68,9 +68,9 @@ def during_call(inputs: Sequence[tuple[nnx.Module, dict[str, Any]]]) -> Iterator
 
 
 class Around(nnx.Module):
-    """Stands in the place of a module, whose attributes it has too: a model may ask its layer for in_features.
+    """Takes a module's place and has its attributes too: a model may ask its layer for in_features.
 
-    What a subclass sets before its ``base`` is its own; what else the base has is set and deleted there.
+    Attributes that a subclass sets before ``base`` are its own; others that the base has are set and deleted there.
     """
 
     base: nnx.Module
@@ -98,7 +98,7 @@ class Around(nnx.Module):
 
 
 class Rotated(Around):
-    """What `apply` tells the rows' ids: a layer or a block."""
+    """A layer or block to which `apply` passes the rows' ids."""
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -115,10 +115,10 @@ class RoadLayer(Rotated):
         road_alpha: of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides the layer's outputs.
-        layout: where the base's outputs stand.
-        subspace: which of the layer's blocks are rotated and trained; None is all of them.
-        merged: True while the rotation is in the base's kernel; see `merge`.
-        road_ids: which adapter each row gets, while `apply` calls the model.
+        layout: which axes of the base's result, kernel and bias are outputs.
+        subspace: which of the layer's blocks are rotated and trained; None means all.
+        merged: True while the rotation is merged into the base's kernel; see `merge`.
+        road_ids: the adapter of each row, while `apply` calls the model.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class RoadLayer(Rotated):
         return _one_shape(self)[:-1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        """Calls the base and rotates its output, flattened over its output axes; the dtype stays."""
+        """Calls the base and rotates its output, flattened over its output axes; keeps its dtype."""
         y = self.base(*args, **kwargs)
         return y if self.merged else along(y, self.layout.result, self._rotate)
 
@@ -165,7 +165,7 @@ def rotate(
     group_size: int,
     subspace: tuple[float, float] | None,
 ) -> jax.Array:
-    """Rotates ``[..., out]`` by θ and α ``[size]``, or ``[size, adapters]`` by the rows' ids."""
+    """Rotates ``[..., out]`` by θ and α ``[size]``, or ``[size, adapters]`` chosen by the rows' ids."""
     size = parameter_size(variant, y.shape[-1])
     axes = 1 if row_ids is None else 2
     if theta.ndim > axes and theta.shape[-axes] == size != theta.shape[0]:
@@ -201,24 +201,25 @@ def rotate(
 
 
 def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None, layers: Layouts | None = None) -> Any:
-    """Returns a model whose targeted layers are rotated; the given one stays as it is.
+    """Returns a model whose targeted layers are rotated; the given model isn't changed.
 
-    The two share the base's Variables, but for those of ``config.modules_to_save``, of which it gets copies that are
-    trained whole (`SavedParam`). Layers that stand in several places stay one layer. Layers built by
-    ``nnx.vmap`` (a leading axis on their kernels) get θ and α with the same leading axes.
+    The two share the base's Variables, except for those of ``config.modules_to_save``: of these the new model gets
+    copies, which are trained whole (`SavedParam`). A layer that is used in several places stays one layer. Layers built
+    by ``nnx.vmap`` (a leading axis on their kernels) get θ and α with the same leading axes.
 
     Args:
-        model: any NNX module with ``nnx.Linear``, ``nnx.LinearGeneral`` or ``nnx.Einsum`` in it.
-        config: which of them; paths are attribute names and list indices joined by dots.
-        rngs: needed where ``config.init_weights`` is False.
-        layers: for layer types that aren't Flax's: from the type to a function of the layer that returns its
-            `road_jax.Layout`; e.g. ``{Einsum: lambda layer: einsum_layout(layer.einsum_str, kernel="w")}``. It goes
-            before Flax's own types, and for a subclass of one whose ``__call__`` isn't its parent's.
+        model: any NNX module that contains ``nnx.Linear``, ``nnx.LinearGeneral`` or ``nnx.Einsum``.
+        config: which of these layers are rotated, and how; paths are attribute names and list indices joined by dots.
+        rngs: needed if ``config.init_weights`` is False.
+        layers: for layer types that aren't Flax's: maps a type to a function that gets the layer and returns its
+            `road_jax.Layout`; e.g. ``{Einsum: lambda layer: einsum_layout(layer.einsum_str, kernel="w")}``. Takes
+            precedence over Flax's own types, and is also needed for a subclass of one whose ``__call__`` isn't its
+            parent's.
 
     Raises:
-        AdapterError: no layer matches, a match is no linear layer or stands in ``nnx.WeightNorm`` or
-            ``nnx.SpectralNorm``, the group size doesn't divide its outputs, the model is adapted already or no NNX
-            module, or the config no `RoadConfig`.
+        AdapterError: no layer matches, a match isn't a linear layer or is in ``nnx.WeightNorm`` or
+            ``nnx.SpectralNorm``, the group size doesn't divide its outputs, the model is adapted already or isn't an
+            NNX module, or the config isn't a `RoadConfig`.
 
     Example:
         >>> from flax import nnx
@@ -243,7 +244,7 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
             )
     modules = dict(modules_of(model))
     if isinstance(model, nnx.Module) and _layout(model, layers or {}) is not None:
-        # Linear by itself, its name is empty.
+        # The model itself is a linear layer; its name is empty.
         modules[""] = model
     known = {name: layout for name, node in modules.items() if (layout := _layout(node, layers or {})) is not None}
     linear = list(known)
@@ -270,11 +271,11 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
     if not config.init_weights and rngs is None:
         raise AdapterError("wrap: expected rngs beside init_weights=False, found none")
     key = None if config.init_weights or rngs is None else rngs.params()
-    # A layer that stands in two places has two names, and is met by one of them; the first chosen is its own.
+    # A layer in two places has two names and is visited by one of them; the first that is chosen is its own.
     first = {id(modules[name]): name for name in reversed(chosen)}
     names = {name: first[id(node)] for name, node in modules.items() if id(node) in first}
     saved = _saved(modules, config)
-    # It passes over what is no nnx.Param.
+    # nnx.SpectralNorm skips whatever isn't an nnx.Param.
     if any(normed.get(variable) == "nnx.SpectralNorm" for variable in saved):
         raise AdapterError(
             f"RoadConfig.modules_to_save: expected modules without nnx.SpectralNorm, found {config.modules_to_save} "
@@ -294,9 +295,9 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
 def unwrap(model: nnx.Module) -> Any:
     """Returns the model without the rotation: the layers that `wrap` was given, merged if they are.
 
-    What `intervene` put around blocks goes too.
+    What `intervene` put around blocks is removed too.
 
-    Modules that were trained whole (``config.modules_to_save``) stay as they were trained.
+    Modules that were trained whole (``config.modules_to_save``) keep their trained values.
     """
 
     def strip(_: tuple, node: Any) -> Any:
@@ -309,23 +310,24 @@ def unwrap(model: nnx.Module) -> Any:
 def apply(model: nnx.Module, *args: Any, adapter_ids: jax.Array | None = None, **kwargs: Any) -> Any:
     """Calls a wrapped or intervened model that holds several adapters, each row of the batch with its own.
 
-    Call it inside ``nnx.jit`` with the ids as an argument: any mix is the same program. The ids stand in the rotated
-    layers while the call runs, so that the model's own ``nnx.jit``, ``nnx.remat``, ``nnx.scan`` and stacks pass them
-    on; a ``nnx.vmap`` over the batch itself doesn't.
+    Call it inside ``nnx.jit`` with the ids as an argument: any mix of ids runs the same program. During the call the
+    ids are stored in the rotated layers, so that the model's own ``nnx.jit``, ``nnx.remat``, ``nnx.scan`` and stacks
+    pass them on; an ``nnx.vmap`` over the batch itself doesn't.
 
     Args:
-        model: as `wrap` gives it, with adapters that `set_adapter` laid in from `road_jax.stack_adapters`; or as
-            `intervene` does, with `set_intervention`.
+        model: as returned by `wrap`, with adapters from `road_jax.stack_adapters` put in by `set_adapter`; or as
+            returned by `intervene`, with `set_intervention`.
         *args: the model's inputs.
-        adapter_ids: int32 ``[batch]``, which adapter each row gets, counted from 1; 0 for none.
+        adapter_ids: int32 ``[batch]``, the adapter of each row, counted from 1; 0 means none.
         **kwargs: passed to the model.
 
     Returns:
         What the model returns.
 
     Raises:
-        AdapterError: a layer's outputs don't have the batch's rows first, the model holds one adapter, an id is beyond
-            them (under ``jit`` its row is the base's instead), or another thread calls the same model.
+        AdapterError: a layer's outputs don't have the batch's rows first, the model holds only one adapter, an id is
+            above their number (under ``jit`` such a row gets the base's output instead), or another thread is calling
+            the same model.
     """
     if adapter_ids is None:
         return model(*args, **kwargs)
@@ -334,7 +336,7 @@ def apply(model: nnx.Module, *args: Any, adapter_ids: jax.Array | None = None, *
     if not rotated:
         raise AdapterError("adapter_ids: expected a model that wrap or intervene gave, found one without adapters")
     for node in rotated:
-        # One adapter alone is refused in the call.
+        # A single adapter is refused during the call.
         if len(several := node.road_theta.shape[len(node.lead) :]) == 2:
             check_ids(given, several[-1] - 1)
     ids = jnp.asarray(given)
@@ -347,28 +349,28 @@ def get_adapter(model: nnx.Module) -> Tree:
     """Returns a wrapped model's adapter in the form that `road_jax.save_adapter` and `stack_adapters` take.
 
     Returns:
-        A nested dict by attribute names and list indices, with ``road_theta`` and ``road_alpha`` where a rotated layer
-        stands, and the params of modules that were trained whole.
+        A nested dict by attribute names and list indices, with ``road_theta`` and ``road_alpha`` for each rotated
+        layer, and the params of modules that were trained whole.
     """
     return unflatten({path: variable[...] for path, variable in _trained(model).items()})
 
 
 def set_adapter(model: nnx.Module, adapter: Tree) -> None:
-    """Lays an adapter into a wrapped model, in place.
+    """Puts an adapter into a wrapped model, in place.
 
     Args:
-        model: as `wrap` gives it.
-        adapter: as `get_adapter` gives it or `road_jax.load_adapter` read it; or several of them, from
+        model: as returned by `wrap`.
+        adapter: as returned by `get_adapter` or `road_jax.load_adapter`; or several of them from
             `road_jax.stack_adapters`, for `apply`.
 
     Raises:
-        AdapterError: the two don't have the same modules or shapes, θ or α is of no floating dtype, or the model is
-            merged.
+        AdapterError: the two don't have the same modules or shapes, θ or α doesn't have a floating dtype, or the model
+            is merged.
     """
     layers = _layers(model)
     _expect_unmerged(layers)
     held = _trained(model)
-    # From a file, a name with a dot in it comes as two.
+    # Read from a file, a name with a dot is split in two.
     paths = {dotted(path): path for path in held}
     given = {paths.get(dotted(path), path): leaf for path, leaf in flatten(adapter).items()}
     adapted_paths(adapter)
@@ -378,7 +380,7 @@ def set_adapter(model: nnx.Module, adapter: Tree) -> None:
             f"set_adapter: expected the model's modules, found no {', '.join(lacking[:3]) or '—'} "
             f"but {', '.join(spare[:3]) or 'nothing'} besides"
         )
-    # One axis more, the last, where adapters are stacked. The model may hold some already.
+    # Stacked adapters have one more axis, the last. The model may already hold some.
     for path, leaf in given.items():
         expected = _one_shape(layers[path[:-1]]) if path[-1] in ROAD_LEAVES else held[path].shape
         if leaf.shape != expected and (path[-1] not in ROAD_LEAVES or leaf.shape[:-1] != expected):
@@ -390,12 +392,13 @@ def set_adapter(model: nnx.Module, adapter: Tree) -> None:
 def merge(model: nnx.Module) -> None:
     """Rotates the kernels and biases of a wrapped model themselves, in place, so that its layers need no rotation.
 
-    Closed form, in float32, rounded once to each kernel's dtype. θ and α stay for `unmerge`; `unwrap` then gives the
-    plain merged model. Whatever shares the base's Variables, such as the model that `wrap` was given, is merged too.
+    In closed form, in float32, rounded once to each kernel's dtype. θ and α are kept for `unmerge`; `unwrap` then
+    returns the plain merged model. Whatever shares the base's Variables, such as the model that was given to `wrap`, is
+    merged too.
 
     Raises:
-        AdapterError: the model is merged or holds several adapters, a kernel is quantised, or one is also used by
-            something else, which would turn with it. Nothing is changed then.
+        AdapterError: the model is merged already or holds several adapters, a kernel is quantised, or a kernel or bias
+            is also used elsewhere, where it would be rotated too. Nothing is changed then.
     """
     _merge_in_place(model, invert=False)
 
@@ -457,12 +460,12 @@ def _config(layer: RoadLayer) -> RoadConfig:
 
 
 def _stack(theta: jax.Array) -> list[tuple[int, int]]:
-    """A stack's axes, which stand first in every array."""
+    """Returns a stack's axes, which come first in every array."""
     return [(axis, axis) for axis in range(theta.ndim - 1)]
 
 
 def _arrays(layer: RoadLayer) -> list[tuple[nnx.Variable, tuple[int, ...]]]:
-    """A layer's kernel and bias, and which of their axes are its outputs."""
+    """Returns a layer's kernel and bias, each with the axes that are its outputs."""
     layout = layer.layout
     bias = getattr(layer.base, layout.bias, None)
     arrays = [(getattr(layer.base, layout.kernel), layout.kernel_axes)]
@@ -470,14 +473,14 @@ def _arrays(layer: RoadLayer) -> list[tuple[nnx.Variable, tuple[int, ...]]]:
 
 
 def _one_shape(layer: RoadLayer) -> tuple[int, ...]:
-    """Of θ of one adapter."""
+    """Returns the shape of one adapter's θ."""
     kernel = getattr(layer.base, layer.layout.kernel)
     out = math.prod(kernel.shape[axis] for axis in layer.layout.kernel_axes)
     return (*kernel.shape[: len(kernel.shape) - layer.layout.ndim], parameter_size(layer.variant, out))
 
 
 def _layers(model: nnx.Module) -> dict[tuple[str, ...], RoadLayer]:
-    """A wrapped model's rotated layers, each by its first name."""
+    """Returns a wrapped model's rotated layers, each by its first name."""
     found = {path: node for path, node in nodes_of(model) if isinstance(node, RoadLayer)}
     if not found:
         raise AdapterError("model: expected layers that wrap has adapted, found none")
@@ -485,7 +488,7 @@ def _layers(model: nnx.Module) -> dict[tuple[str, ...], RoadLayer]:
 
 
 def _trained(model: nnx.Module) -> dict[tuple[str, ...], nnx.Variable]:
-    """θ, α and saved params by their paths, each once."""
+    """Returns θ, α and saved params by their paths, each once."""
     found: dict[tuple[str, ...], nnx.Variable] = {}
     for path, layer in _layers(model).items():
         found |= {(*path, name): getattr(layer, name) for name in ROAD_LEAVES}
@@ -493,7 +496,7 @@ def _trained(model: nnx.Module) -> dict[tuple[str, ...], nnx.Variable]:
 
 
 def _saved(modules: dict[str, nnx.Module], config: RoadConfig) -> dict[int, SavedParam]:
-    """Copies of the params of ``modules_to_save``, by the ids of what they are copies of."""
+    """Returns copies of the params of ``modules_to_save``, by the ids of the originals."""
     copies: dict[int, SavedParam] = {}
     for wanted in config.modules_to_save or ():
         chosen = [module for name, module in modules.items() if name.endswith(wanted)]
@@ -506,7 +509,7 @@ def _saved(modules: dict[str, nnx.Module], config: RoadConfig) -> dict[int, Save
 
 
 def _replace_params(node: Any, function: Callable[[nnx.Variable], nnx.Variable]) -> None:
-    """Exchanges a module's own Variables, which ``nnx.recursive_map`` would overwrite instead."""
+    """Replaces a module's own Variables, which ``nnx.recursive_map`` would overwrite instead."""
     for name, variable in list(vars(node).items()) if isinstance(node, nnx.Module) else ():
         if isinstance(variable, nnx.Variable) and (new := function(variable)) is not variable:
             setattr(node, name, new)
@@ -540,16 +543,16 @@ def _adapted(node: Any, name: str, layout: Layout, config: RoadConfig, key: jax.
 
 
 def _normed(model: nnx.Module) -> dict[int, str]:
-    """What stands in norms that change their layers' kernels from outside, by id, and such a norm's name."""
+    """Returns the names of norms that change their layers' kernels from outside, by the ids of all that is in them."""
     norms = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.WeightNorm | nnx.SpectralNorm)]
     return {id(node): f"nnx.{type(norm).__name__}" for norm in norms for _, node in nnx.iter_graph(norm.layer_instance)}
 
 
 def _layout(node: nnx.Module, layers: Layouts) -> Layout | None:
-    """How a linear layer's arrays lie; None for what isn't one."""
+    """Returns the layout of a linear layer's arrays, or None for other modules."""
     for known in (layers, _FLAX):
         for kind, layout in known.items():
-            # What a subclass's own call does is not known.
+            # What a subclass's own call does isn't known.
             if isinstance(node, kind) and type(node).__call__ is kind.__call__:
                 return layout(node)
     return None
