@@ -180,9 +180,9 @@ def encode(name: str, weight: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.nd
         weight: in any floating dtype; for nf4 it may be only some of the columns, in whole blocks.
         kind: the kind of codes.
 
-        Raises:
-            AdapterError: a value isn't finite (for int8 in float16, from which bitsandbytes quantises), or blocks don't
-                divide the inputs.
+    Raises:
+        AdapterError: a value isn't finite (for int8 in float16, from which bitsandbytes quantises), or blocks don't
+            divide the inputs.
     """
     out, inputs = weight.shape
     if kind == "nf4" and inputs % BLOCK:
