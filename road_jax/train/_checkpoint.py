@@ -1,4 +1,4 @@
-"""Checkpoints of a run: adapter, optimiser, place in the data. orbax writes them."""
+"""A run's checkpoints, written by orbax: adapter, optimiser state and position in the data."""
 
 import functools
 import logging
@@ -15,16 +15,16 @@ import orbax.checkpoint as ocp
 from road_core import AdapterError
 from road_jax.train._step import State
 
-# orbax tells of every file at INFO, of its own defaults at WARNING, and of what it raises as well at ERROR.
+# orbax logs every file at INFO, its own defaults at WARNING, and at ERROR what it also raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
-    """The last few checkpoints of a run, each written whole before it counts.
+    """The last few checkpoints of a run; each counts only once it is written completely.
 
     Args:
-        directory: the run's folder; they go to ``checkpoints`` in it.
-        keep: how many stay.
+        directory: the run's folder; checkpoints go to ``checkpoints`` in it.
+        keep: how many checkpoints are kept.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2) -> None:
@@ -33,7 +33,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
-        """Writes a host-side state after ``step`` steps, with JSON beside it.
+        """Writes a state, which must be on the host, after ``step`` steps, with JSON beside it.
 
         Raises:
             AdapterError: it can't be written.
@@ -53,10 +53,10 @@ class Checkpoints:
         sys.unraisablehook = hook
 
     def restore(self, like: State) -> tuple[int, State, dict[str, Any]] | None:
-        """Returns the last checkpoint: its step, state and JSON; None if there is none yet.
+        """Returns the last checkpoint's step, state and JSON, or None if there is none yet.
 
         Raises:
-            AdapterError: it doesn't hold what ``like`` looks like.
+            AdapterError: it doesn't match ``like``.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -80,13 +80,13 @@ class Checkpoints:
 
 
 def _unraisable(hook: Callable[[Any], object], found: Any) -> None:
-    """Says nothing of writes that fail behind the one that is told of: they find orbax's event loop closed."""
+    """Ignores writes that fail after the one that is reported: they find orbax's event loop closed."""
     if str(found.exc_value) != "Event loop is closed":
         hook(found)
 
 
 def _reason(error: Exception) -> str:
-    """What the system said, where that can be told; else the beginning of a long text."""
+    """Returns the system's message if the error has a code, otherwise the beginning of the error's text."""
     text = " ".join(str(error).split())
     code = re.search(r"os_error_code='(\d+)'", text)
     return os.strerror(int(code[1])) if code else text[:200]

@@ -1,4 +1,4 @@
-"""From JSONL lines to packed batches: chat template, loss on completions only, one shape."""
+"""From JSONL lines to packed batches: chat template, loss on completions only, one batch shape."""
 
 import dataclasses
 import json
@@ -18,10 +18,10 @@ from road_jax.train import _processes
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One line, tokenised, or one of its turns.
+    """A tokenised line, or one of its turns.
 
     Attributes:
-        line: its number in the file, from 1.
+        line: the line's number in the file, from 1.
         input_ids: int32 ``[length]``.
         is_target: int32 ``[length]``, 1 where a token belongs to a completion and is learned.
     """
@@ -40,7 +40,7 @@ class Batch:
         segments: int32 ``[rows, length]``.
         logits_at: int32 ``[rows, n]``, the positions whose next token is learned.
         targets: int32 ``[rows, n]``, those next tokens.
-        weights: float32 ``[rows, n]``, 1 for a target and 0 for filling.
+        weights: float32 ``[rows, n]``, 1 for a target and 0 for padding.
     """
 
     input_ids: np.ndarray
@@ -51,22 +51,22 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that are no padding."""
+        """The number of tokens that aren't padding."""
         return int((self.segments > 0).sum())
 
 
 def read_lines(path: str | os.PathLike, share: tuple[int, int] = (0, 1)) -> list[tuple[int, list[dict[str, str]]]]:
-    """Reads ``{"prompt", "completion"}`` or ``{"messages"}`` lines as conversations; empty lines are passed over.
+    """Reads ``{"prompt", "completion"}`` or ``{"messages"}`` lines as conversations; empty lines are skipped.
 
     Args:
-        path: of the file.
-        share: ``(k, n)``: each n-th line only, from the k-th on.
+        path: the file.
+        share: ``(k, n)``: read only every n-th line, beginning with line k (counted from 0).
 
     Returns:
-        ``(line number, messages)``, each conversation ending with the assistant.
+        ``(line number, messages)`` pairs; each conversation ends with the assistant.
 
     Raises:
-        AdapterError: the file can't be read or holds no lines, or a line isn't of these forms (by its number).
+        AdapterError: the file can't be read or has no lines, or a line has another form (the error gives its number).
     """
     lines = read_json_lines(path, share)
     return [(number, _conversation(fields, f"{path}, line {number}")) for number, fields in lines]
@@ -95,12 +95,12 @@ def _conversation(fields: Any, where: str) -> list[dict[str, str]]:
 
 
 def tokenize(lines: Sequence[tuple[int, list[dict[str, str]]]], tokenizer: Tokenizer, where: str) -> list[Example]:
-    """Tokenises conversations through the model's own chat template, as they are when the model generates.
+    """Tokenises conversations with the model's own chat template, as when the model generates.
 
     Every turn of the assistant is learned, up to and including its end token. A conversation is one example, or several
-    where the template shows a turn otherwise once another one follows (without its thoughts, say): a turn is learned
-    behind the history that the model will see. A tokenizer without a chat template gets the contents one after the
-    other, its beginning of text before them and its end of text after each of the assistant's.
+    if the template renders a turn differently once another one follows (without its thoughts, say): each turn is
+    learned after the history that the model will see. If the tokenizer has no chat template, the contents are joined,
+    with the beginning-of-text token before them and the end-of-text token after each turn of the assistant.
 
     Raises:
         AdapterError: the template refuses a conversation, or doesn't extend its own prompt.
@@ -110,7 +110,7 @@ def tokenize(lines: Sequence[tuple[int, list[dict[str, str]]]], tokenizer: Token
 
 
 def _examples(number: int, messages: list[dict[str, str]], chat: Chat, where: str) -> list[Example]:
-    # Of each example its ids, and from where to where it is learned.
+    # Each example's ids, and the spans in them that are learned.
     found: list[tuple[list[int], list[tuple[int, int]]]] = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -120,7 +120,7 @@ def _examples(number: int, messages: list[dict[str, str]], chat: Chat, where: st
         if not after.startswith(before):
             raise AdapterError(f"{where}: expected a chat template that extends its own prompt, found one that doesn't")
         ids, start = chat.continued(before, after)
-        # What a template puts after the end token (a newline) isn't the model's to say.
+        # What a template puts after the end token (a newline) isn't for the model to write.
         ends = [i for i in range(start, len(ids)) if ids[i] == chat.end]
         spans = [(start, ends[-1] + 1 if ends else len(ids))]
         if found:
@@ -141,10 +141,10 @@ def _example(number: int, ids: list[int], spans: list[tuple[int, int]]) -> Examp
 
 
 def check_ids(examples: Sequence[Example], vocab_size: int, tokenizer: Tokenizer, where: str) -> None:
-    """Refuses tokens that the model's embedding has no row for.
+    """Refuses tokens for which the model's embedding has no row.
 
     Raises:
-        AdapterError: there is one (by its line).
+        AdapterError: there is one (the error gives its line).
     """
     for example in examples:
         token = int(example.input_ids.max(initial=0))
@@ -171,12 +171,12 @@ def gather(examples: Sequence[Example]) -> list[Example]:
         ends = np.cumsum(lengths, dtype=np.int64)[:-1]
         parts = zip(lines.tolist(), np.split(ids, ends), np.split(is_target, ends), strict=False)
         found += [Example(*part) for part in parts]
-    # Stable: a line's examples stand together in one process.
+    # The sort is stable, and a line's examples are next to each other in one process.
     return sorted(found, key=lambda example: example.line)
 
 
 def check_lengths(examples: list[Example], max_length: int, where: str, *, skip_long: bool) -> list[Example]:
-    """Refuses, or with ``skip_long`` leaves out, lines of more than ``max_length`` tokens.
+    """Refuses lines of more than ``max_length`` tokens, or leaves them out with ``skip_long``.
 
     Raises:
         AdapterError: a line is too long, or none is left.
@@ -194,12 +194,12 @@ def check_lengths(examples: list[Example], max_length: int, where: str, *, skip_
 
 
 def check_learned(examples: Sequence[Example], where: str) -> None:
-    """Refuses lines of which nothing is learned.
+    """Refuses lines from which nothing is learned.
 
     Raises:
-        AdapterError: there are some (by the number of the first).
+        AdapterError: there are such lines (the error gives the number of the first).
     """
-    # Nothing stands before the first token that could predict it.
+    # The first token can't be predicted, since no token comes before it.
     learned = {example.line for example in examples if example.is_target[1:].any()}
     if empty := sorted({example.line for example in examples} - learned):
         lines = f"{where}, line {empty[0]}" + (f" and {len(empty) - 1} more" if len(empty) > 1 else "")
@@ -215,12 +215,12 @@ def packed(
         examples: none longer than ``length``.
         rows: rows in a batch.
         length: tokens in a row.
-        seed: of the shuffle, another order in each epoch; None keeps the order.
-        epochs: how often the examples are gone through; None for ever.
+        seed: the shuffle's seed, for a different order in each epoch; None keeps the order.
+        epochs: the number of passes over the examples; None for endless ones.
 
     Returns:
-        An iterator whose ``get_state`` and ``set_state`` hold its place. With ``epochs`` the last batch may have fewer
-        rows. Turn what it gives into a `Batch` with `to_batch`.
+        An iterator whose ``get_state`` and ``set_state`` get and set its position. With ``epochs`` the last batch may
+        have fewer rows. `to_batch` turns its elements into a `Batch`.
     """
     elements = [
         {
@@ -233,7 +233,7 @@ def packed(
     data = grain.MapDataset.source(elements)
     if seed is not None:
         data = data.seed(seed).shuffle()
-    # The more rows are open, the fuller they get; with no more than an epoch fills, epochs hardly mix.
+    # The more rows are open, the fuller they get; with no more of them than an epoch fills, epochs hardly mix.
     filled = sum(len(example.input_ids) for example in examples) // length
     open_rows = max(rows, min(64, filled))
     rows_of = grain.experimental.FirstFitPackIterDataset(
@@ -247,12 +247,12 @@ def packed(
 
 
 def to_batch(element: dict[str, np.ndarray], rows: int) -> Batch:
-    """Makes a `Batch` of a packed element, filled up to ``rows`` rows."""
+    """Makes a `Batch` from a packed element, padded to ``rows`` rows."""
     fill = rows - len(element["input_ids"])
     ids, targets, segments = (
         np.pad(element[name], ((0, fill), (0, 0))) for name in ("input_ids", "is_target", "input_ids_segment_ids")
     )
-    # A token is predicted one place before it stands; a segment's first token is no target of the one before.
+    # A token is predicted at the place before its own; a segment's first token isn't a target of the segment before.
     learned = (targets[:, 1:] == 1) & (segments[:, 1:] == segments[:, :-1])
     # A power of two keeps the number of compiled shapes small.
     n = max(16, 1 << int(learned.sum(axis=1).max() - 1).bit_length())
@@ -266,11 +266,11 @@ def to_batch(element: dict[str, np.ndarray], rows: int) -> Batch:
 
 
 def examples_at(element: dict[str, np.ndarray], batch: Batch) -> np.ndarray:
-    """Returns which example each of a batch's targets belongs to, ``[rows, n]``."""
+    """Returns the example to which each of a batch's targets belongs, ``[rows, n]``."""
     examples = np.pad(element["example"], ((0, len(batch.input_ids) - len(element["example"])), (0, 0)))
     return np.take_along_axis(examples, batch.logits_at, axis=1)
 
 
 def count(iterator: Iterator) -> int:
-    """Returns how many batches a finite iterator gives."""
+    """Returns the number of batches that a finite iterator yields."""
     return sum(1 for _ in iterator)

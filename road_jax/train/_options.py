@@ -1,4 +1,4 @@
-"""What a training run is told, and the checks of it: `TrainOptions`."""
+"""`TrainOptions`, the options of a training run, and their checks."""
 
 import dataclasses
 import hashlib
@@ -32,82 +32,82 @@ class TrainOptions:
     out: Path
     """New folder for the adapter, metrics, pictures and checkpoints."""
     eval_data: Path | None = None
-    """JSONL of held-out lines. Without it, --eval-lines are taken from the data."""
+    """JSONL with held-out lines. Without it, --eval-lines lines are held out of the data."""
     eval_lines: int = 64
-    """How many lines of the data are held out when there is no --eval-data; 0 for none."""
+    """Number of lines that are held out of the data if there is no --eval-data; 0 for none."""
     eval_every: int | None = None
-    """Evaluate every so many steps, besides before the first and after the last."""
+    """Evaluate after every so many steps, as well as before the first step and after the last."""
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
-    """Parameters for a pair of outputs: one θ and α, two, or four."""
+    """Parameters per pair of outputs: one θ and one α, two of each, or four of each."""
     group_size: int = 64
-    """Outputs are paired within groups of this many."""
+    """Outputs are paired within groups of this size."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Names of layers, or all-linear."""
     subspace: tuple[float, float] | None = None
-    """START STOP: train only this part of each layer's 2x2 blocks, as fractions. Adapters on parts that don't overlap
-    compose exactly."""
+    """START STOP: train only this part of each layer's 2x2 blocks, given as fractions. Adapters on parts that don't
+    overlap compose exactly."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules that are trained whole beside θ and α, and kept in the adapter; lm_head for one."""
+    """Modules that are trained whole beside θ and α and saved in the adapter, such as lm_head."""
     steps: int | None = None
-    """Optimiser steps. Without it, --epochs decide."""
+    """Number of optimiser steps. Without it, --epochs decides."""
     epochs: int = 3
-    """How often the data is gone through, when there are no --steps."""
+    """Number of passes over the data if --steps isn't given."""
     batch_size: int = 8
     """Rows in a batch. Lines are packed into rows."""
     accumulate: int = 1
-    """Parts that a device's rows of a batch are taken in, one after the other, for one step: less memory."""
+    """Split each device's rows of a batch into this many parts, computed one after the other, to save memory."""
     max_length: int = 512
     """Tokens in a row; no line may be longer."""
     skip_long: bool = False
-    """Leave lines out that are longer than --max-length, instead of refusing them."""
+    """Leave out lines that are longer than --max-length instead of refusing them."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     warmup: float = 0.1
-    """Fraction of the steps in which the learning rate rises."""
+    """Fraction of the steps over which the learning rate rises."""
     weight_decay: float = 0.0
     """AdamW's weight decay on θ and α."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the base and its activations. θ, α and the optimiser are float32."""
+    """Dtype of the base and its activations. θ, α and the optimiser's state are float32."""
     parallel: Literal["jit", "pmap"] = "jit"
     """How the devices share a batch."""
     mesh: str | None = None
-    """How the devices are laid out, as data=2,fsdp=2,tensor=2: data deals a batch's rows, fsdp does too and stores the
-    base in shares, tensor computes heads, MLP and vocabulary in shares. Without it all devices are data."""
+    """Device mesh, e.g. data=2,fsdp=2,tensor=2. data and fsdp split a batch's rows, fsdp also keeps the base in shares,
+    tensor computes heads, MLP and vocabulary in shares. By default all devices are on the data axis."""
     scan: bool = True
-    """Compile one layer and scan it; --no-scan unrolls (slower to compile, another adapter layout)."""
+    """Compile one layer and scan over the layers; --no-scan unrolls them (slow to compile, another adapter layout)."""
     remat: Literal["none", "linears", "full"] = "linears"
-    """What of a layer's activations is kept for the backward pass: all, what its linear layers gave, or nothing but its
-    input; the rest is computed anew."""
+    """Which of a layer's activations are kept for the backward pass: with none all of them, with linears the outputs of
+    its linear layers, with full only its input. The rest is recomputed."""
     seed: int = 0
-    """Of the order of the data."""
+    """Seed for the order of the data and the choice of held-out lines."""
     quantize: Literal["nf4", "int8", "none"] = "none"
-    """The base's weights while training: 4 bits, 8 bits, or as they are. θ and α stay float32."""
+    """Precision of the base's weights during training: 4 bits, 8 bits, or unchanged. θ and α stay float32."""
     checkpoint_every: int = 50
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, for a run of several processes (hosts); auto where the cluster tells."""
+    """HOST:PORT of process 0, for a run with several processes (hosts); auto if the cluster provides it."""
     processes: int | None = None
-    """How many processes the run has."""
+    """Number of processes in the run."""
     process: int | None = None
-    """This process's number, from 0. Process 0 writes."""
+    """This process's number, from 0. Process 0 writes the files."""
     compile_cache: Path | None = None
-    """Folder where compiled programs are kept for the next run."""
+    """Folder in which compiled programs are kept for the next run."""
     profile_steps: int = 0
-    """Trace so many steps, after the first, with jax.profiler; the trace goes to --out/profile."""
+    """Trace this many steps, after the first, with jax.profiler; the trace is written to --out/profile."""
     resume: bool = False
-    """Go on from the last checkpoint in --out, as if the run had not been stopped."""
+    """Continue from the last checkpoint in --out, as if the run hadn't been stopped."""
 
 
-# What may differ between a run and its resumption.
+# Options that may differ between a run and its resumption.
 _FREE = (
     *("out", "resume", "checkpoint_every", "compile_cache", "profile_steps"),
     *("coordinator", "processes", "process"),
 )
 
-# In options.json: of the base, and of the tokens that the data came to.
+# Keys in options.json for the digests of the base and of the data's tokens.
 BASE, TOKENS = "base_sha256", "tokens_sha256"
 
-# Bytes of each of the base's tensors that its digest sees.
+# How many bytes of each of the base's tensors go into its digest.
 _SAMPLE = 1 << 12
 
 
@@ -152,9 +152,9 @@ def check(options: TrainOptions) -> Mesh:
 
 
 def check_begun(options: TrainOptions, now: dict[str, Any]) -> None:
-    """Refuses to resume a run that was begun with other options or data; other tokens too, where they are known."""
+    """Refuses to resume a run that began with other options or data, or with other tokens if these are known yet."""
     begun = read_json(options.out / "options.json")
-    # Tokens aren't known at first; that of the base wasn't written by earlier versions.
+    # The tokens aren't known at first, and earlier versions didn't write the base's digest.
     for name in (TOKENS, BASE):
         if name not in now or name not in begun:
             begun.pop(name, None)
@@ -169,7 +169,7 @@ def check_begun(options: TrainOptions, now: dict[str, Any]) -> None:
 
 
 def _sizes(mesh: str) -> dict[str, int]:
-    """Reads ``data=2,fsdp=4``."""
+    """Parses ``data=2,fsdp=4``."""
     sizes = {}
     for part in mesh.split(","):
         name, _, size = part.strip().partition("=")
@@ -180,7 +180,7 @@ def _sizes(mesh: str) -> dict[str, int]:
 
 
 def fingerprint(options: TrainOptions) -> dict[str, Any]:
-    """The options that decide a run's result, and the data's digests; that of its tokens is added once it is known."""
+    """Returns the options that decide a run's result, and the data's digests; the tokens' digest is added later."""
     fields = {name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE}
     fields = json.loads(json.dumps(fields, default=str))
     for name in ("data", "eval_data"):
@@ -191,13 +191,13 @@ def fingerprint(options: TrainOptions) -> dict[str, Any]:
 
 
 def shared_fields(options: TrainOptions, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """What the processes of a run must be given alike; each may have its files elsewhere."""
+    """Returns what must be the same in all processes of a run; each may have its files elsewhere."""
     fields = fingerprint | {name: getattr(options, name) for name in ("resume", "checkpoint_every")}
     return {name: value for name, value in fields.items() if name not in ("base", "data", "eval_data")}
 
 
 def digest_base(base: Path) -> str:
-    """Of the config, and of what every tensor is and how it begins: a whole base takes long to read."""
+    """Returns a digest of the config and of each tensor's type and beginning, because reading a whole base is slow."""
     digest = hashlib.sha256(inside(base, "config.json").read_bytes())
     for header, _ in read_shards(base)[0].values():
         for name, entry in sorted(header.items()):

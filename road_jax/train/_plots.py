@@ -8,11 +8,11 @@ import numpy as np
 
 
 def draw_loss(records: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
-    """Draws the lines of ``metrics.jsonl``: training loss by step, its moving mean, and held-out loss.
+    """Draws ``metrics.jsonl``: the training loss by step, its moving mean, and the held-out loss.
 
     Args:
-        records: with ``step`` and ``loss``, or ``step`` and ``eval_loss``.
-        path: of the PNG.
+        records: dicts with ``step`` and ``loss``, or with ``step`` and ``eval_loss``.
+        path: the PNG file.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Several processes as one run: who they are, what they agree on, and arrays that span them."""
+"""Several processes as one run: joining them, agreeing, and arrays that span them."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,21 +15,21 @@ from road_jax.models._mesh import placed
 
 T = TypeVar("T")
 
-# Elements that are gathered at a time.
+# How many elements are gathered at a time.
 _PIECE = 1 << 22
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Joins the other processes of a run; call it before anything else asks JAX for a device.
+    """Joins the other processes of a run; must be called before anything else asks JAX for a device.
 
     Args:
-        coordinator: ``HOST:PORT`` of process 0, or ``"auto"`` where the cluster tells (TPU pods, SLURM, …); None for a
-            run of one process.
-        processes: how many there are.
-        process: this one's number, from 0.
+        coordinator: ``HOST:PORT`` of process 0, or ``"auto"`` if the cluster provides it (TPU pods, SLURM, …); None for
+            a run of one process.
+        processes: the number of processes.
+        process: this process's number, from 0.
 
     Raises:
-        AdapterError: numbers that contradict each other, or the others can't be reached.
+        AdapterError: the numbers contradict each other, or the other processes can't be reached.
     """
     if coordinator is None:
         if processes is not None or process is not None:
@@ -48,32 +48,32 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 
 
 def is_first() -> bool:
-    """True for the one process that writes."""
+    """True for the process that writes the files."""
     return jax.process_index() == 0
 
 
 def wait(name: str) -> None:
-    """Returns when every process has come to this point."""
+    """Returns once every process has reached this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def any_of(flag: bool) -> bool:
-    """True in every process if it is in one."""
+    """Returns True in every process if the flag is True in any of them."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """Returns what this process's work gives; what one process fails of ends all of them."""
+    """Returns the result of this process's work; if it fails in one process, all of them raise an error."""
     found, failure = None, None
     try:
         found = work()
-    except Exception as error:  # the others would wait for ever
+    except Exception as error:  # otherwise the other processes would wait forever
         failure = error
     said = "" if failure is None else str(failure) or type(failure).__name__
-    # Names of files may be no text.
+    # File names in the message may not be valid text.
     messages = gather(np.frombuffer(said.encode(errors="surrogateescape"), np.uint8))
     if failure is not None:
         raise failure
@@ -84,10 +84,10 @@ def agreed(work: Callable[[], T]) -> T:
 
 
 def check_same(fields: Mapping[str, Any], what: str) -> None:
-    """Refuses a run whose processes were given different values, in all of them.
+    """Refuses, in all processes, a run whose processes were given different values.
 
     Raises:
-        AdapterError: there are some.
+        AdapterError: some values differ.
     """
     every = [json.loads(each.tobytes()) for each in gather(np.frombuffer(dump_json(fields), np.uint8))]
     for process, other in enumerate(every):
@@ -100,12 +100,12 @@ def check_same(fields: Mapping[str, Any], what: str) -> None:
 
 
 def gather(array: np.ndarray) -> list[np.ndarray]:
-    """Returns every process's array, in their order: one axis and a dtype that JAX has, of any lengths."""
+    """Returns the arrays of all processes, in order; they have one axis, any lengths and a dtype that JAX has."""
     if jax.process_count() == 1:
         return [array]
     sizes = multihost_utils.process_allgather(np.int32(len(array)))
     longest = int(sizes.max())
-    # In pieces, for what is gathered lies whole on each device.
+    # In pieces, because each device holds all that is gathered.
     piece = min(longest, _PIECE)
     pieces = []
     for start in range(0, longest, _PIECE):
@@ -116,11 +116,11 @@ def gather(array: np.ndarray) -> list[np.ndarray]:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Places what every process holds alike on the devices, without asking the others.
+    """Places values that every process has alike on the devices, without communication.
 
     Args:
-        tree: of arrays.
-        shardings: one for all of them, or a tree of them laid out like ``tree``.
+        tree: a tree of arrays.
+        shardings: one sharding for all arrays, or a tree of shardings laid out like ``tree``.
     """
     if isinstance(shardings, NamedSharding):
         one = shardings

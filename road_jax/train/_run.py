@@ -1,4 +1,4 @@
-"""A training run from options to files: `train`."""
+"""`train`: a training run, from options to files."""
 
 import contextlib
 import dataclasses
@@ -37,15 +37,15 @@ from road_jax.train._plots import draw_loss
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run ended with.
+    """The outcome of a run.
 
     Attributes:
-        out: the folder.
-        steps: optimiser steps taken in all.
-        parameters: trained parameters.
-        seconds: time spent training, over all resumes; compilation included.
-        tokens: tokens seen, padding not counted.
-        before: evaluation of the base, empty without held-out lines; see `train`.
+        out: the run's folder.
+        steps: the total number of optimiser steps.
+        parameters: the number of trained parameters.
+        seconds: time spent training, over all resumptions, including compilation.
+        tokens: the number of tokens seen, without padding.
+        before: evaluation of the base; empty without held-out lines, see `train`.
         after: evaluation of the adapter.
     """
 
@@ -61,28 +61,28 @@ class TrainResult:
 def train(options: TrainOptions, *, console: Console | None = None) -> TrainResult:
     """Runs or resumes a training run.
 
-    Writes to ``options.out``: ``road_adapter.safetensors`` and ``road_config.json``, ``metrics.jsonl`` (a line a step:
-    ``step, loss, learning_rate, gradient_norm, tokens, seconds``; a line an evaluation: ``step, eval_loss,
-    eval_token_accuracy, eval_exact, eval_lines``), ``loss.png``, ``rotations.png``, ``options.json`` and
-    ``checkpoints``. ``eval_exact`` is the share of held-out lines whose every completion token is the model's first
-    choice given those before, so that greedy generation gives the line.
+    Writes to ``options.out``: ``road_adapter.safetensors`` and ``road_config.json``, ``metrics.jsonl`` (one line per
+    step: ``step, loss, learning_rate, gradient_norm, tokens, seconds``; one line per evaluation:
+    ``step, eval_loss, eval_token_accuracy, eval_exact, eval_lines``), ``loss.png``, ``rotations.png``, ``options.json``
+    and ``checkpoints``. ``eval_exact`` is the share of held-out lines in which every completion token is the model's
+    first choice given the tokens before it, so that greedy generation reproduces the line.
 
-    An interrupt (SIGINT or SIGTERM) ends the run after the step under way, with a checkpoint; before the first step
-    without one.
+    An interrupt (SIGINT or SIGTERM) ends the run after the current step, with a checkpoint, or without one before the
+    first step.
 
-    With a ``coordinator`` several processes are one run: each calls this with the same options but its ``process``, on
-    a folder that all of them see, and gives its devices their share of every batch. The result is that of one process
-    with as many devices.
+    With a ``coordinator``, several processes form one run: each calls this with the same options except ``process``, on
+    a folder that all of them see, and computes its share of every batch. The result is that of one process with as many
+    devices.
 
     Args:
         options: see `TrainOptions`.
         console: for the progress bar; stderr by default.
 
     Raises:
-        AdapterError: bad input, found before anything is written; or a loss that isn't finite.
+        AdapterError: the input is bad (found before anything is written), or a loss isn't finite.
         KeyboardInterrupt: the run was interrupted.
     """
-    # Before the watch: it has a handler of its own.
+    # Before the signals are watched, because it installs a handler of its own.
     _processes.join(options.coordinator, options.processes, options.process)
     with _interruptible() as interrupted:
         return _train(options, console, interrupted)
@@ -114,7 +114,7 @@ def _train(options: TrainOptions, console: Console | None, interrupted: "_Interr
         config = config_of_run(dataclasses.asdict(options))
         road = transform(module, config)
         sample = jnp.zeros((1, 8), jnp.int32)
-        # Whole modules too are trained in float32; their layers compute in the base's dtype all the same.
+        # Modules that are trained whole are float32 too; their layers still compute in the base's dtype.
         adapter = jax.tree.map(jnp.float32, road.init(jax.random.key(options.seed), variables, sample))
         _check_targets(road)
         tx, schedule = _step.optimizer(
@@ -184,7 +184,7 @@ def _train(options: TrainOptions, console: Console | None, interrupted: "_Interr
                 evaluate(total)
         record = to_record(program.fetch(state).adapter, config)
         if _processes.is_first():
-            # Weight decay may have moved what is outside of a subspace and means nothing.
+            # Weight decay may have changed values outside of the subspace, which have no effect.
             write_flax(options.out, record.cleared(), overwrite=True)
             draw_loss(run.records, options.out / "loss.png")
             draw_rotations(record, options.out / "rotations.png")
@@ -193,7 +193,7 @@ def _train(options: TrainOptions, console: Console | None, interrupted: "_Interr
 
 
 def _trained(record: Adapter) -> int:
-    """How many parameters a run trained: θ and α within the subspace, and modules that were trained whole."""
+    """Returns the number of trained parameters: θ and α within the subspace, and modules that were trained whole."""
     config, count = record.config, sum(array.size for array in record.modules_to_save.values())
     for theta, alpha in record.modules.values():
         size = theta.shape[-1]
@@ -204,7 +204,7 @@ def _trained(record: Adapter) -> int:
 
 
 def _check_no_head(options: TrainOptions) -> None:
-    """Refuses to train the head of a model whose head is tied."""
+    """Refuses to train the head of a model that ties it to the embedding."""
     for name in ("target_modules", "modules_to_save"):
         if HEAD in getattr(options, name):
             raise AdapterError(
@@ -214,7 +214,7 @@ def _check_no_head(options: TrainOptions) -> None:
 
 
 def _check_targets(road: Road) -> None:
-    """Refuses a name that no layer has; PEFT's rule, by which some may have no match, would hide a mistake."""
+    """Refuses a target that no layer matches; PEFT's rule, that not every name needs a match, would hide a mistake."""
     names = [dotted(path) for path in road._seen]
     targets = road.config.target_modules
     for target in targets if isinstance(targets, list) else ():
@@ -229,27 +229,27 @@ def _load(options: TrainOptions, mesh: Mesh) -> tuple[models.Decoder, dict[str, 
             dtype=jnp.dtype(options.dtype),
             scan=options.scan,
             remat=options.remat,
-            # pmap copies whole params.
+            # pmap replicates whole params.
             mesh=mesh if options.parallel == "jit" else None,
             quantize=None if options.quantize == "none" else options.quantize,
             exclude=(HEAD, *options.modules_to_save),
         )
     except AdapterError as error:
-        # What is to be trained whole is what the loader is to exclude.
+        # Modules that are to be trained whole are what the loader excludes.
         raise AdapterError(re.sub("^exclude:", "modules_to_save:", str(error))) from None
 
 
 def load_tokenizer(base: Path) -> Any:
-    """Loads a checkpoint's tokenizer from its folder alone.
+    """Loads a checkpoint's tokenizer from its folder only.
 
     Raises:
-        AdapterError: there is no folder, no tokenizer in it, or a model that isn't known.
+        AdapterError: the folder or its tokenizer is missing, or the model type is unknown.
     """
     if not base.is_dir():
         raise AdapterError(
             f"{base}: expected a folder with a checkpoint, found {'a file' if base.exists() else 'nothing'}"
         )
-    # transformers would speak of an unknown model type on stderr.
+    # Otherwise transformers would complain about an unknown model type on stderr.
     models.read_config(base)
     from transformers import AutoTokenizer
 
@@ -268,7 +268,7 @@ class _Profile:
         self._running = False
 
     def at(self, step: int) -> None:
-        """Starts or stops before a step."""
+        """Starts or stops the trace, if it is to start or stop before this step."""
         if step == self._first < self._last:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
@@ -282,7 +282,7 @@ class _Profile:
 
 
 class _Run:
-    """The folder of a run: its log, its place in the data, and what a resumption takes up again."""
+    """The folder of a run: its log, its position in the data, and what a resumption continues from."""
 
     def __init__(
         self, options: TrainOptions, examples: list[_data.Example], total: int, fingerprint: dict[str, Any]
@@ -297,19 +297,19 @@ class _Run:
 
     @contextlib.contextmanager
     def open(self, state: _step.State) -> Iterator[tuple[Checkpoints, _step.State, int]]:
-        """Makes or reopens the folder; yields its checkpoints, the state to go on from and its step."""
+        """Makes or reopens the folder; yields its checkpoints, the state to continue from and that state's step."""
         options = self.options
-        # Every process has looked at the folder before the first one writes to it.
+        # Every process must have checked the folder before the first one writes to it.
         _processes.wait("checked")
         with _processes.agreed(self._begin), Checkpoints(options.out) as checkpoints:
             step = 0
             if options.resume:
-                # A run that was stopped before its first checkpoint begins anew.
+                # A run that was stopped before its first checkpoint starts again.
                 found = checkpoints.restore(state)
                 if found is not None:
                     step, state, meta = found
                     self._batches.set_state(meta["data"])
-                    # What was logged after the checkpoint is done again.
+                    # Steps that were logged after the checkpoint are repeated.
                     self.records = [record for record in _read_log(self._metrics) if record["step"] <= step]
                 _processes.wait("read")
                 if _processes.is_first():
@@ -317,7 +317,7 @@ class _Run:
             yield checkpoints, state, step
 
     def _begin(self) -> contextlib.AbstractContextManager:
-        """Holds the folder, so that no other run writes to it at the same time; process 0 does, for all."""
+        """Locks the folder, so that no other run writes to it at the same time; process 0 does this for all."""
         options = self.options
         if not _processes.is_first():
             return contextlib.nullcontext()
@@ -326,7 +326,7 @@ class _Run:
         if not options.resume:
             if file.read(1):
                 file.close()
-                # Another run began here since this one looked.
+                # Another run has begun here since this one checked.
                 check_free(options.out)
             file.write(dump_json(self._fingerprint))
             file.flush()
@@ -373,7 +373,7 @@ class _Run:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Reads ``metrics.jsonl``; a last line that was cut off is left out, as what it tells is done again."""
+    """Reads ``metrics.jsonl``; leaves out a last line that was cut off, because its step is repeated."""
     whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
     try:
         return [json.loads(line) for line in whole.splitlines()]
@@ -386,7 +386,7 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _digest(examples: list[_data.Example]) -> str:
-    """Of all tokens: a chat template may write today's date."""
+    """Returns a digest of all tokens, which may differ between runs: a chat template may write today's date."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(np.int64(len(example.input_ids)).tobytes())
@@ -395,7 +395,7 @@ def _digest(examples: list[_data.Example]) -> str:
 
 
 def _examples(options: TrainOptions, tokenizer: Any) -> tuple[list[_data.Example], list[_data.Example]]:
-    """Returns what is trained on and what is held out."""
+    """Returns the examples to train on and the held-out ones."""
 
     def share(path: Path) -> list[_data.Example]:
         lines = _data.read_lines(path, (jax.process_index(), jax.process_count()))
@@ -425,7 +425,7 @@ def _examples(options: TrainOptions, tokenizer: Any) -> tuple[list[_data.Example
 
 
 def _by_line(examples: list[_data.Example]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the lines that there are examples of, and each example's place among them."""
+    """Returns the numbers of all lines that have examples, and each example's index among them."""
     return np.unique([example.line for example in examples], return_inverse=True)
 
 
@@ -473,7 +473,7 @@ def _bar(console: Console) -> Progress:
 
 
 class _Interrupted:
-    """What a first SIGINT or SIGTERM does: it raises, or is but seen, so that no step is cut in two."""
+    """Handles a first SIGINT or SIGTERM: raises, or only takes note of it, so that no step is cut in two."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -481,15 +481,16 @@ class _Interrupted:
 
     def __call__(self, number: int, _: Any) -> None:
         self.seen = True
-        # A second one acts at once.
+        # A second signal acts at once.
         signal.signal(number, signal.default_int_handler)
         if self._raises:
-            # Lost where it is raised within a callback, as JAX's of the garbage collector; but it was seen.
+            # The exception is lost if it is raised within a callback, such as JAX's in the garbage collector; ``seen``
+            # isn't.
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def later(self) -> Iterator[None]:
-        """Within, who asks for ``seen`` ends the run; after it a signal raises again."""
+        """Defers signals: in this context whoever reads ``seen`` ends the run; after it a signal raises again."""
         self._raises = False
         try:
             yield
@@ -499,7 +500,7 @@ class _Interrupted:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[_Interrupted]:
-    """Watches for SIGINT and SIGTERM."""
+    """Watches for SIGINT and SIGTERM, if this is the main thread."""
     interrupted = _Interrupted()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted

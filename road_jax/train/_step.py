@@ -26,14 +26,14 @@ AXIS = "data"
 
 
 class State(NamedTuple):
-    """What training changes: the adapter, the optimiser's state, and nothing of the base."""
+    """What training changes: the adapter and the optimiser's state, but nothing of the base."""
 
     adapter: Tree
     opt_state: optax.OptState
 
 
 class Metrics(NamedTuple):
-    """Of one step: mean loss in nats a target token, and the gradient's Euclidean norm."""
+    """A step's mean loss in nats per target token, and the Euclidean norm of its gradient."""
 
     loss: jax.Array | np.ndarray
     gradient_norm: jax.Array | np.ndarray
@@ -42,9 +42,9 @@ class Metrics(NamedTuple):
 def optimizer(
     learning_rate: float, steps: int, *, warmup: float, weight_decay: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW under the paper's schedule: up in a straight line for ``warmup`` of the steps, then down to 0."""
+    """Returns AdamW and the paper's schedule: a linear rise over ``warmup`` of the steps, then a linear fall to 0."""
     up = max(1, round(steps * warmup)) if warmup else 0
-    # join_schedules counts the second from its own start; step 0 already takes a step up.
+    # join_schedules counts the second schedule from its own start; step 0 already has a rate above 0.
     schedule = optax.join_schedules(
         [
             optax.linear_schedule(learning_rate / max(up, 1), learning_rate, max(up - 1, 1)),
@@ -58,9 +58,9 @@ def optimizer(
 def summed_loss(
     road: Road, adapter: Tree, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the summed cross-entropy over a batch's targets (float32), and which were right, ``[rows, n]``.
+    """Returns the summed cross-entropy over a batch's targets (float32), and which were predicted right, ``[rows, n]``.
 
-    Logits are computed at targets only.
+    Logits are computed only at targets.
     """
     logits = road.apply(
         variables,
@@ -104,12 +104,13 @@ def make_program(
 ) -> Program:
     """Compiles the step for all devices: ``"jit"`` with shardings, or ``"pmap"``.
 
-    Both give every device its share of a batch's rows and sum the gradients of θ and α alone. With ``accumulate`` a
-    device takes its rows in so many parts, one after the other, and steps once. ``jit`` keeps and computes the base in
-    shares where the mesh has fsdp and tensor axes, and θ and α along the outputs that they rotate.
+    Both give each device its share of a batch's rows and sum only the gradients of θ and α. With ``accumulate``, a
+    device computes its rows in this many parts, one after the other, in one step. If the mesh has fsdp and tensor axes,
+    ``jit`` stores and computes the base in shares, and places θ and α along the outputs that they rotate.
 
     Raises:
-        AdapterError: shares don't divide a quantised kernel's codes, or a layer's shards would cut a group of outputs.
+        AdapterError: the shares don't divide a quantised kernel's codes, or a layer's shards would cut a group of
+            outputs.
     """
     if parallel == "pmap":
         return _pmap_program(road, tx, accumulate)
@@ -117,15 +118,15 @@ def make_program(
 
 
 def on_mesh(road: Road, mesh: Mesh) -> Road:
-    """Returns the same functions, of a decoder that knows where its params and a batch's rows lie."""
+    """Returns the same functions, but with a decoder that knows how its params and a batch's rows are sharded."""
     return road if mesh.size == 1 else dataclasses.replace(road, model=road.model.clone(mesh=mesh))
 
 
 def check_rows(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Refuses a batch that can't be dealt evenly.
+    """Refuses a batch that can't be divided evenly.
 
     Raises:
-        AdapterError: the devices that share a batch, times the parts of an accumulated step, don't divide the rows.
+        AdapterError: the number of devices that share a batch, times ``accumulate``, doesn't divide the rows.
     """
     count = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (count * accumulate):
@@ -139,7 +140,7 @@ def check_rows(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
 def _summed_gradients(
     road: Road, adapter: Tree, variables: Any, batch: Mapping[str, jax.Array], accumulate: int
 ) -> tuple[jax.Array, Tree]:
-    """Returns the loss summed over a batch's targets and its gradient, in ``accumulate`` parts of its rows."""
+    """Returns the loss summed over a batch's targets and its gradient, computed in ``accumulate`` parts of the rows."""
 
     def part(rows: Mapping[str, jax.Array]) -> tuple[jax.Array, Tree]:
         return jax.value_and_grad(lambda adapter: summed_loss(road, adapter, variables, rows)[0])(adapter)
@@ -150,7 +151,7 @@ def _summed_gradients(
     def add(total: tuple[jax.Array, Tree], rows: Mapping[str, jax.Array]) -> tuple[tuple[jax.Array, Tree], None]:
         return jax.tree.map(jnp.add, total, part(rows)), None
 
-    # Every device's rows are dealt over the parts, so that none of them moves to another device.
+    # Each device's rows are split over the parts, so that no row moves to another device.
     parts = jax.tree.map(lambda v: jnp.moveaxis(v.reshape(-1, accumulate, *v.shape[1:]), 1, 0), dict(batch))
     nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter))
     return jax.lax.scan(add, nothing, parts)[0]
@@ -161,7 +162,7 @@ def _arrays(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def _update(tx: optax.GradientTransformation, state: State, loss: jax.Array, gradients: Tree) -> tuple[State, Metrics]:
-    # optax promotes dtypes, whatever JAX is told to do elsewhere.
+    # optax relies on dtype promotion, even if JAX is configured to refuse it.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = tx.update(gradients, state.opt_state, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
@@ -177,7 +178,7 @@ def train_step(
     *,
     accumulate: int = 1,
 ) -> tuple[State, Metrics]:
-    """Returns the state after one step on a batch that this program has whole, and what it measured."""
+    """Returns the state after one step on a batch that this program holds whole, and the step's metrics."""
     count = jnp.maximum(jnp.sum(batch["weights"]), 1)
     loss, gradients = jax.tree.map(
         lambda v: v / count, _summed_gradients(road, state.adapter, variables, batch, accumulate)
@@ -186,13 +187,13 @@ def train_step(
 
 
 def _share(array: np.ndarray) -> np.ndarray:
-    """This process's rows of a batch that all of them have made alike."""
+    """Returns this process's rows of a batch that every process has made alike."""
     rows = len(array) // jax.process_count()
     return array[jax.process_index() * rows :][:rows]
 
 
 def _first(array: jax.Array) -> np.ndarray:
-    """Of what ``pmap`` gave, the first of this process's devices' share."""
+    """Returns the share of the first of this process's devices, from a result of ``pmap``."""
     return np.asarray(array.addressable_shards[0].data)[0]
 
 
@@ -202,11 +203,11 @@ def _jit_program(
     road = on_mesh(road, mesh)
     everywhere, dealt = NamedSharding(mesh, P()), rows_sharding(mesh)
     base_where = models.shardings(variables, mesh)
-    # Gathered over fsdp before a layer computes with it.
+    # Params are gathered over fsdp before a layer computes with them.
     at_work = models.shardings(variables, mesh, stored=False)
 
     adapter_where = shardings(state.adapter, at_work, config=road.config)
-    # The optimiser's moments lie as what they are moments of.
+    # The optimiser's moments are placed like the params that they belong to.
     opt_where = optax.tree_utils.tree_map_params(
         tx, lambda _, where: where, state.opt_state, adapter_where, transform_non_params=lambda _: everywhere
     )
@@ -231,7 +232,7 @@ def _jit_program(
         return float(total), np.asarray(right)
 
     def fetch(state: State) -> State:
-        # A process can't see what stands on another one's devices.
+        # A process can't read what is on another one's devices.
         return jax.device_get(state if jax.process_count() == 1 else replicate(state))
 
     return Program(
@@ -267,7 +268,7 @@ def _pmap_program(road: Road, tx: optax.GradientTransformation, accumulate: int)
 
     def run_evaluate(adapter: Tree, variables: Any, batch: Batch) -> tuple[float, np.ndarray]:
         total, right = evaluate_pmap(adapter, variables, deal(batch))
-        # Every device has the answer for all rows.
+        # Every device has the result for all rows.
         return _first(total).item(), _first(right).reshape(batch.targets.shape)
 
     return Program(
