@@ -1,4 +1,4 @@
-"""Kernels in 4 or 8 bits out of a checkpoint, share by share: as it stores them, or quantised while they are read."""
+"""Reads kernels in 4 or 8 bits from a checkpoint, share by share: as it stores them, or quantised while reading."""
 
 import dataclasses
 import functools
@@ -24,18 +24,18 @@ def read_codes(
     dtype: Any,
     shardings: Callable[[QuantizedKernel], QuantizedKernel] | None,
 ) -> QuantizedKernel:
-    """Returns one layer's kernel, or a stack's.
+    """Returns the kernel of one layer or of a stack.
 
-    No more is read, encoded or held on the host than this process's devices have of the kernel, and of a weight that is
-    yet to be quantised one layer at a time.
+    No more is read, encoded or held on the host than the part of the kernel that is on this process's devices. Weights
+    that are still to be quantised are read one layer at a time.
 
     Args:
-        names: of the weights.
-        weights: ``[out, in]``, mapped; all of them as bitsandbytes stores them in ``kind``, or none.
-        kind: of the codes.
-        stacked: whether there is a stack's axis.
-        dtype: that the kernel is computed with. Plain weights are rounded to it before they are quantised.
-        shardings: gives codes' and scales' from their shapes; None puts both on the default device.
+        names: the weights' names.
+        weights: ``[out, in]``, memory-mapped; either all as bitsandbytes stores them in ``kind``, or all plain.
+        kind: the kind of codes.
+        stacked: whether the kernel has a stack axis.
+        dtype: the dtype that the kernel is computed with. Plain weights are rounded to it before they are quantised.
+        shardings: returns the shardings of codes and scales, given their shapes; None puts both on the default device.
 
     Raises:
         AdapterError: see `encode`.
@@ -44,7 +44,7 @@ def read_codes(
     stack = (len(weights),) if stacked else ()
     shapes = quantized_shapes(kind, stack, (inputs, out), dtype)
     count, blocks = shapes.scales.shape[-2:]
-    # Numbers of the weight in a byte of codes, in a row, and under one scale.
+    # How many numbers of the weight are in a byte of codes, in a row, and under one scale.
     packed = 2 if kind == "nf4" else 1
     row = shapes.codes.shape[-1] * packed
     block = -(-row // blocks)
@@ -56,10 +56,10 @@ def read_codes(
         scales = weight.scales().reshape(count, -1)
         return codes[rows, first // packed : -(-last // packed)], scales[rows, first // block : -(-last // block)]
 
-    # Codes, scales and devices that hold the same ask one after the other.
+    # Cached, because codes, scales and devices that hold the same part ask for it one after the other.
     @functools.cache
     def region(start: int, stop: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and scales of rows from start to stop, and of the numbers in them from first to last: whole blocks."""
+        """Returns codes and scales of rows start to stop, and of numbers first to last in them: whole blocks."""
         size = len(weights), stop - start
         codes = np.empty((*size, -(-(last - first) // packed)), shapes.codes.dtype)
         scales = np.empty((*size, -(-(last - first) // block)), np.float32)

@@ -1,4 +1,4 @@
-"""`DecoderConfig`: what of a Hugging Face ``config.json`` decides a decoder's function."""
+"""`DecoderConfig`: the parts of a Hugging Face ``config.json`` that decide a decoder's function."""
 
 import dataclasses
 import math
@@ -15,9 +15,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder of the Llama family; names as in Hugging Face's configs.
+    """A decoder of the Llama family; fields are named as in Hugging Face's configs.
 
-    Hashable, so that it may be a static argument of jitted functions.
+    Hashable, so that it can be a static argument of jitted functions.
     """
 
     model_type: str
@@ -31,12 +31,12 @@ class DecoderConfig:
     hidden_act: str
     rms_norm_eps: float
     tie_word_embeddings: bool
-    # Angle of a rotary pair per position, one for each of head_dim / 2 pairs.
+    # The angle per position of each of the head_dim / 2 rotary pairs.
     inverse_frequencies: tuple[float, ...]
-    # Which layers see only so many positions back, themselves included.
+    # Windowed layers see only this many positions back, including a token's own.
     sliding_window: int | None
     windowed_layers: tuple[bool, ...]
-    # Which layers have biases: those of q, k and v, that of o, those of the MLP.
+    # Whether layers have biases in q, k and v, in o, and in the MLP.
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -45,7 +45,7 @@ class DecoderConfig:
 
     @classmethod
     def from_hugging_face(cls, fields: Mapping[str, Any], where: str) -> "DecoderConfig":
-        """Reads the fields of a ``config.json``; ``where`` names it in errors.
+        """Reads the fields of a ``config.json``, which is called ``where`` in errors.
 
         Raises:
             AdapterError: an unknown model type, a missing or impossible value, or a feature that isn't covered.
@@ -55,7 +55,7 @@ class DecoderConfig:
         hidden, heads, layers = (
             read.count(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
         )
-        # transformers' own defaults stand where a file leaves a field out.
+        # Where a file leaves out a field, transformers' own default applies.
         head_dim = read.count("head_dim", 128 if kind == "qwen3" else hidden // heads)
         window, windowed = _windows(read, kind, layers)
         attention_bias = read.flag("attention_bias", default=False) if kind in ("llama", "qwen3") else False
@@ -91,7 +91,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """A JSON object, and how its values are checked."""
+    """A JSON object, with checks of its values."""
 
     fields: Mapping[str, Any]
     where: str
@@ -128,7 +128,7 @@ class _Reader:
 
 
 def _windows(read: _Reader, kind: str, layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """Returns the sliding window, None if no layer has one, and which layers have it."""
+    """Returns the sliding window (None if no layer has one), and which layers have it."""
     none = None, (False,) * layers
     if kind == "llama" or (kind == "mistral" and read.fields.get("sliding_window", 4096) is None):
         return none
@@ -158,8 +158,8 @@ def _windows(read: _Reader, kind: str, layers: int) -> tuple[int | None, tuple[b
 
 
 def _inverse_frequencies(read: _Reader, head_dim: int) -> np.ndarray:
-    """Rotary frequencies, float64 ``[head_dim / 2]``: plain, or scaled as Llama 3 and linear scaling do it."""
-    # transformers 5 writes rope_parameters; before it, rope_theta stood beside rope_scaling, which goes first.
+    """Returns the rotary frequencies, float64 ``[head_dim / 2]``: plain, or scaled linearly or as in Llama 3."""
+    # transformers 5 writes rope_parameters. Before, rope_theta was beside rope_scaling, which takes precedence.
     name = "rope_scaling" if read.fields.get("rope_scaling") else "rope_parameters"
     fields = read.fields.get(name) or {}
     if not isinstance(fields, Mapping):

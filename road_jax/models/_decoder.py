@@ -1,4 +1,4 @@
-"""A decoder of the Llama family in Linen: Llama, Mistral, Qwen2, Qwen3. Names and maths follow Hugging Face's models.
+"""A decoder of the Llama family in Linen: Llama, Mistral, Qwen2, Qwen3. Names and maths are those of Hugging Face.
 
 Shapes: ``batch``, ``length`` (new tokens), ``places`` (of a cache), ``heads``, ``kv_heads``, ``head_dim``.
 """
@@ -24,12 +24,12 @@ _ACTIVATIONS = {
 }
 
 
-# "none" recomputes nothing, and gathers anew what fsdp stores in shares. "linears" keeps what a product with a kernel
-# gave, so that rotations, norms, activations and attention, a few per cent of the arithmetic, are done twice for a
-# third of the memory.
+# "none" recomputes nothing, but repeats the gathers of what fsdp stores in shares. "linears" keeps the results of
+# products with kernels; rotations, norms, activations and attention, a few per cent of the arithmetic, are computed
+# twice, and memory falls to a third.
 Remat = Literal["none", "linears", "full"]
 _POLICIES = {
-    # What fsdp gathers is pinned by such a constraint, behind such a barrier.
+    # A gather over fsdp is pinned by these two operations, see `_mesh.gathered`.
     "none": lambda primitive, *_, **__: primitive.name not in ("sharding_constraint", "optimization_barrier"),
     "linears": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -37,10 +37,10 @@ _POLICIES = {
 
 
 def check_remat(remat: str) -> None:
-    """Refuses a choice that isn't known.
+    """Refuses an unknown choice.
 
     Raises:
-        AdapterError: it isn't.
+        AdapterError: it is unknown.
     """
     if remat not in get_args(Remat):
         raise AdapterError(f"remat: expected one of {', '.join(get_args(Remat))}, found {remat!r}")
@@ -52,8 +52,8 @@ class Cache(NamedTuple):
     Attributes:
         keys: ``[layers, batch, places, kv_heads, head_dim]``.
         values: the same.
-        positions: int32 ``[batch, places]``, a token's position in its row; -1 where there is none.
-        used: int32, how many places are taken; the same in every row, padding counts.
+        positions: int32 ``[batch, places]``, a token's position in its row; -1 where there is no token.
+        used: int32, the number of places taken; it is the same in every row, because padding counts.
     """
 
     keys: jax.Array
@@ -63,19 +63,19 @@ class Cache(NamedTuple):
 
 
 class _Context(NamedTuple):
-    """What all layers share in one call."""
+    """Values that all layers share in one call."""
 
     # float32 [batch, length, 1, head_dim / 2]
     cosines: jax.Array
     sines: jax.Array
-    # bool [batch, length, places + length]: what a token sees, of the cache and then of the new ones.
+    # bool [batch, length, places + length]: what a token sees of the cache, followed by the new tokens.
     mask: jax.Array
-    # The same in layers with a sliding window; None if the model has none.
+    # The same for layers with a sliding window; None if the model has none.
     windowed_mask: jax.Array | None
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) · weight``, the quotient in float32."""
+    """``x / rms(x) · weight``; the quotient is computed in float32."""
 
     eps: float
     dtype: Any
@@ -110,13 +110,13 @@ class Attention(nn.Module):
 
         query = _turn(heads("q", c.num_attention_heads), context)
         key, value = _turn(heads("k", c.num_key_value_heads), context), heads("v", c.num_key_value_heads)
-        # [batch, kv_heads, tokens of the heads that share one, head_dim]: scores come in the order in which they are
-        # masked and summed, so that only small arrays are laid out anew.
+        # [batch, kv_heads, tokens of the heads that share a key head, head_dim]: scores come in the order in which they
+        # are masked and summed, so that only small arrays are transposed.
         query = query.swapaxes(1, 2)
         by_head, grouped = query.shape[:3], (len(x), c.num_key_value_heads, -1)
         query = query.reshape(*grouped, c.head_dim)
         keys, values = ((past[0], key), (past[1], value)) if past else ((key,), (value,))
-        # One product a part saves copying the cache together with the new tokens.
+        # A separate product for each part avoids copying the cache together with the new tokens.
         scores = [jnp.einsum("bkmd,bskd->bkms", query, k, preferred_element_type=jnp.float32) for k in keys]
         mask = context.mask
         if context.windowed_mask is not None:
@@ -153,12 +153,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each normalised before and added to what came in."""
+    """One layer: attention and MLP, each with a norm before it and its input added to the result."""
 
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
-    # Whether keys and values are given back for a cache.
+    # Whether keys and values are returned for a cache.
     keep: bool
     mesh: Mesh | None
 
@@ -179,7 +179,7 @@ class Block(nn.Module):
 
 
 class Unrolled(nn.Module):
-    """Layers by their numbers, each compiled on its own; called as the scanned stack is."""
+    """Numbered layers, each compiled on its own; called like the scanned stack."""
 
     block: type[nn.Module]
     config: DecoderConfig
@@ -224,7 +224,7 @@ class Trunk(nn.Module):
         if self.mesh is not None:
             block = _gathering(block, self.mesh)
         if self.remat != "none" or self.mesh is not None:
-            # Under scan, common subexpressions of the forward and the backward pass can't meet anyway.
+            # Under scan, XLA can't merge common subexpressions of the forward and the backward pass anyway.
             block = nn.remat(block, prevent_cse=not self.scan, policy=_POLICIES[self.remat])
         if self.scan:
             stack = nn.scan(
@@ -250,14 +250,15 @@ class Decoder(nn.Module):
 
     Attributes:
         config: sizes and variants.
-        dtype: of the computation.
-        param_dtype: of the params.
-        scan: layers stacked under ``params/model/layers`` and compiled once, or numbered ones
+        dtype: the dtype of the computation.
+        param_dtype: the dtype of the params.
+        scan: True for layers stacked under ``params/model/layers`` and compiled once, False for numbered ones
             (``params/model/layers/0``), each compiled on its own.
-        remat: what of a layer's activations is kept for the backward pass, the rest being computed anew: ``"none"``
-            keeps all, ``"linears"`` what its linear layers gave, ``"full"`` nothing but what came in.
-        mesh: of the axes data, fsdp and tensor, for params that lie as `road_jax.models.shardings` says: rows of the
-            batch stay dealt over data and fsdp, and each layer's params are gathered over fsdp when it begins.
+        remat: which of a layer's activations are kept for the backward pass: ``"none"`` keeps all, ``"linears"`` the
+            outputs of its linear layers, ``"full"`` only its input. The rest is recomputed.
+        mesh: a mesh with the axes data, fsdp and tensor, for params that are sharded as `road_jax.models.shardings`
+            says: rows of the batch stay split over data and fsdp, and each layer's params are gathered over fsdp when
+            it begins.
     """
 
     config: DecoderConfig
@@ -277,22 +278,22 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         cache_size: int | None = None,
     ) -> Any:
-        """Returns logits; with a cache, also the cache with the new tokens in it.
+        """Returns logits; with a cache, also the cache with the new tokens added.
 
         Args:
             input_ids: int32 ``[batch, length]``.
             attention_mask: int32 ``[batch, length]``, or one row for all: 0 for padding on either side, 1 for tokens.
-                Rows that hold several texts number them 1, 2, …; a text sees itself only, and its positions begin
+                Rows that contain several texts number them 1, 2, …; each text sees only itself, and its positions begin
                 with 0.
-            logits_at: int32 ``[batch, n]``: places whose logits are wanted; all of them if not given.
-            cache: of the tokens before. New tokens go to its next places, of which it must have enough.
-            cache_size: makes a cache of so many places, to begin one.
+            logits_at: int32 ``[batch, n]``, the places whose logits are wanted; by default all of them.
+            cache: the cache of the tokens before. New tokens go to its next places, of which it must have enough.
+            cache_size: starts a new cache with this many places.
 
         Returns:
             Logits ``[batch, length or n, vocab]`` in ``dtype``, or ``(logits, cache)``.
 
         Raises:
-            AdapterError: ``input_ids`` or ``attention_mask`` aren't such arrays, or an attribute can't be used.
+            AdapterError: ``input_ids`` or ``attention_mask`` has another type or shape, or an attribute can't be used.
         """
         expect("Decoder.config", self.config, DecoderConfig)
         check_remat(self.remat)
@@ -303,7 +304,7 @@ class Decoder(nn.Module):
         segments = jnp.broadcast_to(segments, input_ids.shape)
 
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        # Fresh params lie nowhere yet.
+        # Params that are just being made aren't sharded yet.
         mesh = None if self.is_initializing() else self.mesh
         trunk = Trunk(c, **types, scan=self.scan, remat=self.remat, mesh=mesh, name="model")
         x, embed, kept = trunk(input_ids, segments, cache, cache_size)
@@ -322,21 +323,21 @@ def _check_inputs(input_ids: jax.Array, attention_mask: jax.Array | None) -> Non
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or len(shape) != 2:
         found = type(input_ids).__name__ if dtype is None else f"{dtype} {list(shape)}"
         raise AdapterError(f"input_ids: expected an array of whole numbers [batch, length], found {found}")
-    # One row may stand for all.
+    # One row may be given for all.
     if attention_mask is not None and getattr(attention_mask, "shape", None) not in (shape, (1, *shape[1:])):
         given = list(attention_mask.shape) if hasattr(attention_mask, "shape") else type(attention_mask).__name__
         raise AdapterError(f"attention_mask: expected an array {list(shape)}, as input_ids, found {given}")
 
 
 def _gathering(module: type[nn.Module], mesh: Mesh, *under: str) -> Any:
-    """A module type that gathers its params over fsdp when it is called."""
+    """Returns a module type that gathers its params over fsdp when it is called."""
     return nn.map_variables(
         module, "params", trans_in_fn=lambda found: {"params": _mesh.gathered(found["params"], mesh, under=under)}
     )
 
 
 def _context(config: DecoderConfig, segments: jax.Array, cache: Cache | None) -> tuple[_Context, jax.Array]:
-    """Returns what layers share, and the new tokens' positions ``[batch, length]``, -1 for padding."""
+    """Returns what all layers share, and the new tokens' positions ``[batch, length]``, -1 for padding."""
     length = segments.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)[None]
     begins = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
@@ -362,7 +363,7 @@ def _context(config: DecoderConfig, segments: jax.Array, cache: Cache | None) ->
 
 
 def _turn(x: jax.Array, context: _Context) -> jax.Array:
-    """Rotary positions on ``[batch, length, heads, head_dim]``: element i is paired with i + head_dim / 2."""
+    """Applies rotary positions to ``[batch, length, heads, head_dim]``; element i is paired with i + head_dim / 2."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [a * context.cosines - b * context.sines, b * context.cosines + a * context.sines]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -371,7 +372,7 @@ def _turn(x: jax.Array, context: _Context) -> jax.Array:
 def _extend(
     cache: Cache | None, keys: jax.Array, values: jax.Array, positions: jax.Array, cache_size: int | None
 ) -> Cache:
-    """Puts new tokens into the next places of a cache, or of a new one."""
+    """Puts new tokens into the next places of a cache, which is made if there is none."""
     if cache is None:
         shape = (*keys.shape[:2], cache_size, *keys.shape[3:])
         empty = jnp.full((positions.shape[0], cache_size or 0), -1, jnp.int32)

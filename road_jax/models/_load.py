@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a Linen module and its variables, without torch."""
+"""Loads a Linen module and its variables from a Hugging Face folder, without torch."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ from road_jax.models._config import DecoderConfig
 from road_jax.models._decoder import Decoder, Remat, check_remat
 from road_jax.models._mesh import check_mesh, shardings
 
-# Flax's leaf -> PyTorch's. A kernel is a weight transposed.
+# Flax's leaf names and PyTorch's. A kernel is a transposed weight.
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
 
 _NAMES = {stored: name for name, stored in FLOATS.items()}
 
-# Buffers that old checkpoints hold and that follow from the config.
+# Buffers in old checkpoints that follow from the config.
 _DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
@@ -47,29 +47,29 @@ def load(
 ) -> tuple[Decoder, dict[str, Tree]]:
     """Loads a decoder of the Llama family from ``config.json`` and safetensors, one file or an index of several.
 
-    A checkpoint that bitsandbytes quantised (nf4, with or without double quantisation, or int8) is taken as it stands:
-    its kernels become `road_jax.QuantizedKernel`, with which ``Road.apply`` computes, also with an empty adapter.
+    A checkpoint that bitsandbytes quantised (nf4, with or without double quantisation, or int8) is used as it is: its
+    kernels become `road_jax.QuantizedKernel`, with which ``Road.apply`` computes, also with an empty adapter.
 
     Args:
         directory: a Hugging Face folder.
-        dtype: of params and computation; None keeps the checkpoint's (its first floating tensor's, bit for bit).
-        scan: layers stacked and compiled once, or numbered and unrolled.
-        remat: what of a layer's activations is kept for the backward pass: ``"none"`` keeps all, ``"linears"`` what its
-            linear layers gave, ``"full"`` nothing but what came in; the rest is computed anew.
-        mesh: with the axes data, fsdp and tensor (`make_mesh`): each param is placed as `shardings` says, and a device
-            gets its own share only. None puts all params on the default device.
-        quantize: ``"nf4"`` or ``"int8"``: as `road_jax.quantize`, bit for bit, while they are read. No plain kernel
-            is ever whole on a device, and on the host one layer's at a time.
-        exclude: with ``quantize``, modules whose kernels stay, by the end of their dotted paths.
+        dtype: the dtype of params and computation; None keeps the checkpoint's (its embedding's, bit for bit).
+        scan: True for layers that are stacked and compiled once, False for numbered, unrolled ones.
+        remat: which of a layer's activations are kept for the backward pass: ``"none"`` keeps all, ``"linears"`` the
+            outputs of its linear layers, ``"full"`` only its input. The rest is recomputed.
+        mesh: a mesh with the axes data, fsdp and tensor (`make_mesh`): params are placed as `shardings` says, and each
+            device gets only its own share. None puts all params on the default device.
+        quantize: ``"nf4"`` or ``"int8"``: quantises kernels while they are read, bit for bit as `road_jax.quantize`
+            does. No device ever holds a whole plain kernel, and the host holds one layer's at a time.
+        exclude: with ``quantize``, modules whose kernels are left as they are, given by the ends of their dotted paths.
 
     Returns:
-        ``(module, variables)``: ``module.apply(variables, input_ids, attention_mask=…)`` gives logits.
+        ``(module, variables)``: ``module.apply(variables, input_ids, attention_mask=…)`` returns logits.
 
     Raises:
-        AdapterError: the folder lacks something, a file is broken, the model type is unknown, or tensors are missing,
-            left over or of another shape than the config says; all of those are listed. Or the mesh lacks an axis or
-            cuts where the model can't be cut, the dtype is no floating one, or there is nothing to quantise, or what
-            can't be (`road_jax.quantize`).
+        AdapterError: a file is missing or broken, the model type is unknown, or tensors are missing, left over or of
+            another shape than the config says (all such tensors are listed). Or the mesh lacks an axis or would cut the
+            model where it can't be cut, the dtype isn't a floating one, or there is nothing to quantise or something
+            that can't be (`road_jax.quantize`).
 
     Example:
         >>> from road_jax import models
@@ -124,7 +124,7 @@ def read_config(directory: str | os.PathLike) -> DecoderConfig:
     """Reads a Hugging Face folder's ``config.json``.
 
     Raises:
-        AdapterError: there is none, or it describes another model than the decoders here.
+        AdapterError: there is none, or it describes a model other than the decoders here.
     """
     path = inside(directory, "config.json")
     return DecoderConfig.from_hugging_face(read_json(path), str(path))
@@ -143,7 +143,7 @@ def _floating(dtype: Any) -> np.dtype:
 
 
 def _dtype(entries: Mapping[str, Entry], directory: str | os.PathLike) -> str:
-    """The embedding's: no kind of quantisation touches it."""
+    """Returns the embedding's dtype: no kind of quantisation changes it."""
     name = "model.embed_tokens.weight"
     found = entries[name].dtype if name in entries else "none"
     if found not in _NAMES:
@@ -152,7 +152,7 @@ def _dtype(entries: Mapping[str, Entry], directory: str | os.PathLike) -> str:
 
 
 def _sources(path: TreePath, layers: int | None) -> list[str]:
-    """Returns the names of the tensors that make a param: one, or one for each layer of a stack."""
+    """Returns the names of the tensors that make up a param: one, or one for each layer of a stack."""
     *names, leaf = path
     *names, leaf = [*names, _LEAVES[leaf]]
     if layers is None or "layers" not in names:
@@ -169,7 +169,7 @@ def _check(
     *,
     scan: bool,
 ) -> None:
-    """Every param has its tensors, of the right shape and a floating dtype, and every tensor its param."""
+    """Checks that every param has its tensor, of the right shape and a floating dtype, and every tensor its param."""
     layers = config.num_hidden_layers if scan else None
     missing, wrong, expected = [], [], set()
     for path, leaf in wanted.items():
@@ -210,7 +210,7 @@ def _kinds(
     wish: Kind | None,
     exclude: Collection[str],
 ) -> dict[TreePath, Kind]:
-    """Returns of each quantised kernel how it is: as it is stored, else as is wished."""
+    """Returns the kind of each quantised kernel: the stored one, or else the one that is wished for."""
     stay = excluded(sources, exclude)
     found = {}
     plain = 0
@@ -241,7 +241,7 @@ def _array(tensor: Entry) -> np.ndarray:
 
 
 def _read(arrays: list[np.ndarray], leaf: Any, *, stacked: bool, where: NamedSharding | None) -> jax.Array:
-    """Returns one param in its dtype; a stack is filled layer by layer."""
+    """Returns a param in its dtype; a stack is filled layer by layer."""
     whole = (slice(None),) * leaf.ndim
     if where is None:
         return jnp.asarray(_share(arrays, leaf, whole, stacked=stacked))
@@ -251,7 +251,7 @@ def _read(arrays: list[np.ndarray], leaf: Any, *, stacked: bool, where: NamedSha
 
 
 def _share(arrays: list[np.ndarray], leaf: Any, index: tuple[slice, ...], *, stacked: bool) -> np.ndarray:
-    """Reads what one device holds of a param; no more of the mapped files."""
+    """Reads one device's share of a param, and no more of the mapped files."""
     if not stacked:
         return np.array(arrays[0][index], leaf.dtype)
     return np.stack([array[index[1:]] for array in arrays[index[0]]], dtype=leaf.dtype, casting="unsafe")

@@ -1,4 +1,4 @@
-"""Where a decoder's params stand on a mesh of data, fsdp and tensor axes."""
+"""Where a decoder's params are placed on a mesh with the axes data, fsdp and tensor."""
 
 import math
 from collections.abc import Mapping
@@ -14,11 +14,12 @@ from road_jax._quantize import QuantizedKernel, quantized_shardings
 from road_jax._tree import Path, Tree, dotted, flatten, params_of, unflatten
 from road_jax.models._config import DecoderConfig
 
-# Rows of a batch are dealt over the first two; the second also keeps a share of each weight, the third computes one.
+# Rows of a batch are split over the first two; the second also stores a share of each weight, the third computes one.
 AXES = ("data", "fsdp", "tensor")
 
-# By a layer's name, how the last axes of its params lie. Heads, the MLP's width and the vocabulary are computed in
-# shares (Megatron-LM, arXiv 1909.08053); the hidden size is what is left to store in shares (ZeRO, arXiv 1910.02054).
+# How the last axes of a layer's params are sharded, by the layer's name. Heads, the MLP's width and the vocabulary are
+# computed in shares (Megatron-LM, arXiv 1909.08053); the hidden size remains to be stored in shares (ZeRO, arXiv
+# 1910.02054).
 _COLUMNS = {"kernel": P("fsdp", "tensor"), "bias": P("tensor")}
 _ROWS = {"kernel": P("tensor", "fsdp"), "bias": P()}
 _RULES = {
@@ -38,10 +39,10 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     """Returns a mesh of all devices with the axes data, fsdp and tensor.
 
     Args:
-        sizes: of the axes; those not named are 1. Without it all devices are on the data axis.
+        sizes: the axes' sizes; axes that aren't named have size 1. By default all devices are on the data axis.
 
     Raises:
-        AdapterError: an axis isn't known, a size is no whole number, or the sizes don't multiply to the number of
+        AdapterError: an axis is unknown, a size isn't a whole number, or the product of the sizes isn't the number of
             devices.
     """
     count = jax.device_count()
@@ -60,7 +61,7 @@ def check_axes(mesh: Mesh) -> None:
     """Refuses a mesh that lacks one of the axes.
 
     Raises:
-        AdapterError: it does.
+        AdapterError: one is missing.
     """
     names = getattr(mesh, "axis_names", None)
     if names is None or any(name not in names for name in AXES):
@@ -69,11 +70,11 @@ def check_axes(mesh: Mesh) -> None:
 
 
 def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
-    """Refuses a mesh that lacks an axis or cuts a model where it can't be cut.
+    """Refuses a mesh that lacks an axis or would cut a model where it can't be cut.
 
     Raises:
         AdapterError: there is no axis data, fsdp or tensor, the tensor axis doesn't divide the heads, the MLP's width
-            or the vocabulary, or the fsdp axis the hidden size.
+            or the vocabulary, or the fsdp axis doesn't divide the hidden size.
     """
     check_axes(mesh)
     for name, axis in (
@@ -91,15 +92,15 @@ def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns where ``[batch, …]`` lies: its rows are dealt over data and fsdp."""
+    """Returns the sharding of ``[batch, …]``: its rows are split over data and fsdp."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Keeps ``[batch, …]`` where the batch's rows are dealt to: left to XLA, it might follow a weight's shares."""
+    """Keeps ``[batch, …]`` sharded by the batch's rows; left to XLA, it might follow a weight's shards."""
     if mesh is None:
         return x
-    # Unequal shares are known to compiled programs alone: outside of one this makes its own.
+    # Only compiled programs can have unequal shards, so outside of one this compiles its own.
     uneven = len(x) % (mesh.shape["data"] * mesh.shape["fsdp"])
     return (_compiled_by_rows if uneven else _by_rows)(x, mesh)
 
@@ -112,14 +113,14 @@ _compiled_by_rows = jax.jit(_by_rows, static_argnums=1)
 
 
 def gathered(params: Tree, mesh: Mesh, *, under: tuple[str, ...] = ()) -> Tree:
-    """Returns params as they are computed with: what fsdp stores in shares, codes of quantised kernels too, is whole.
+    """Returns params as they are computed with: what fsdp stores in shares is whole, also codes of quantised kernels.
 
-    θ and α, which may stand among them, lie as they are given.
+    θ and α, which may be among them, stay where they are.
 
     Args:
-        params: of a module, within a compiled program.
+        params: a module's params, within a compiled program.
         mesh: with the axes data, fsdp and tensor.
-        under: the path of the module, as far as the rules look at it.
+        under: the module's path, as far as the rules need it.
     """
 
     def pinned(path: Path, leaf: Any) -> Any:
@@ -127,7 +128,7 @@ def gathered(params: Tree, mesh: Mesh, *, under: tuple[str, ...] = ()) -> Tree:
         if where is None:
             return leaf
         if mesh.shape["fsdp"] > 1:
-            # XLA would otherwise lay out all layers for this gather before the loop over them: a second copy.
+            # Otherwise XLA would lay out all layers for this gather before the loop over them, in a second copy.
             leaf = jax.lax.optimization_barrier(leaf)
         return jax.lax.with_sharding_constraint(leaf, where)
 
@@ -138,14 +139,14 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) 
     """Returns shardings for a decoder's variables, laid out like them.
 
     Args:
-        variables: of `road_jax.models.load`; shapes are enough.
+        variables: as returned by `road_jax.models.load`; shapes are enough.
         mesh: with the axes data, fsdp and tensor (`make_mesh`).
-        stored: how params are kept. False gives how they are computed with: what fsdp shares is gathered first, so
-            that an adapter that lies along a kernel's outputs (`road_jax.shardings`) follows the tensor axis alone.
+        stored: True for how params are stored. False for how they are computed with: gathered over fsdp, so that an
+            adapter along a kernel's outputs (`road_jax.shardings`) is sharded only over the tensor axis.
 
     Returns:
         A tree of ``NamedSharding``; norms, and whatever no rule names, are replicated. Codes and scales of a quantised
-        kernel lie as the kernel would.
+        kernel are sharded as the kernel would be.
 
     Raises:
         AdapterError: the mesh lacks one of the axes, or they don't divide a quantised kernel's codes.
@@ -158,19 +159,19 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) 
 
 
 def placed(array: Any, where: NamedSharding) -> jax.Array:
-    """Places an array that every process holds whole, each on its own devices, without asking the others."""
+    """Places an array that every process holds whole; each places its own devices' part, without communication."""
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def _where(path: Path, leaf: Any, mesh: Mesh, *, stored: bool) -> Any:
-    """Returns a leaf's sharding, for a quantised kernel that of its codes and scales; None if no rule names it."""
+    """Returns the sharding of a leaf, or of a quantised kernel's codes and scales; None if no rule names it."""
     spec = _RULES.get(path[-2], {}).get(path[-1]) if len(path) > 1 else None
     if spec is None:
         return None
     kept = [axis if stored or axis != "fsdp" else None for axis in spec]
     quantized = isinstance(leaf, QuantizedKernel)
     axes = len((leaf.codes if quantized else leaf).shape)
-    # A stack's axis stands first and is never cut.
+    # Stack axes come first and are never cut.
     where = NamedSharding(mesh, P(*[None] * (axes - len(kept)), *kept) if any(kept) else P())
     return quantized_shardings(dotted(path), leaf, where) if quantized else where
