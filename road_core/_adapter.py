@@ -21,18 +21,18 @@ bfloat16 = np.dtype([("bfloat16", "<u2")])
 
 def is_bfloat16(dtype: np.dtype) -> bool:
     """True for this module's record and for ``ml_dtypes.bfloat16``, without importing the latter."""
-    # Most arrays are float32, and a dtype's name takes long to form.
+    # Most arrays are float32, and forming a dtype's name is slow.
     return dtype.itemsize == 2 and (dtype == bfloat16 or dtype.name == "bfloat16")
 
 
 @functools.cache
 def dtype_name(dtype: np.dtype) -> str:
-    """Returns ``"float32"`` and the like, ``"bfloat16"`` for both that `is_bfloat16` knows."""
+    """Returns a dtype's name, such as ``"float32"``; ``"bfloat16"`` for both types that `is_bfloat16` accepts."""
     return "bfloat16" if is_bfloat16(dtype) else dtype.name
 
 
 def to_float32(array: Array) -> NDArray[np.float32]:
-    """Widens bfloat16 or float16 exactly to float32; float32 is passed on, float64 is rounded."""
+    """Widens bfloat16 or float16 exactly to float32; float32 is returned as it is, float64 is rounded."""
     if is_bfloat16(array.dtype):
         bits = np.ascontiguousarray(array).view(np.uint16).astype(np.uint32)
         return (bits << 16).view(np.float32)
@@ -40,12 +40,12 @@ def to_float32(array: Array) -> NDArray[np.float32]:
 
 
 def from_float32(array: NDArray[np.float32], dtype: np.dtype) -> Array:
-    """Rounds to a floating dtype, to the nearest and ties to even; bfloat16 by its bits. Too large becomes infinite."""
+    """Rounds to a floating dtype, to nearest with ties to even; bfloat16 by its bits. Overflow gives infinity."""
     if not is_bfloat16(dtype):
         with np.errstate(over="ignore"):
             return array.astype(dtype, copy=False)
     bits = np.ascontiguousarray(array).view(np.uint32)
-    # A NaN would carry into its sign; it keeps its upper half, quiet.
+    # Rounding could carry a NaN into its sign bit, so a NaN keeps its upper half and is made quiet.
     rounded = np.where(np.isnan(array), (bits >> 16) | 0x40, (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16)
     return rounded.astype(np.uint16).view(dtype).reshape(array.shape)
 
@@ -54,20 +54,21 @@ def from_float32(array: NDArray[np.float32], dtype: np.dtype) -> Array:
 class Adapter:
     """One adapter: its config, θ and α of each module, and the modules that were trained whole.
 
-    It checks itself when built, so whoever holds one holds finite arrays of shapes that fit each other.
+    It checks itself when it is built, so an instance always holds finite arrays with matching shapes.
 
     Attributes:
         config: how θ and α are read.
-        modules: ``{module path: (theta, alpha)}``. In PyTorch both are 1-D of `parameter_size`; in Flax a stacked
-            layer's have its stack axes too. Any floating dtype.
+        modules: ``{module path: (theta, alpha)}``. In PyTorch both are 1-D of `parameter_size`; in Flax those of a
+            stacked layer also have its stack axes. Any floating dtype.
         modules_to_save: ``{tensor path: tensor}``, e.g. ``"lm_head.weight"`` (Flax: ``"lm_head.kernel"``).
-            Floating, integer or bool.
-        metadata: text that the file carries besides; not part of the function.
-        base_weights: ``{tensor path: tensor}`` of the base's embeddings and head, which PEFT saves along where one of
-            them is targeted or the vocabulary was resized. They are the base's, not the adapter's.
+            Floating-point, integer or bool.
+        metadata: other text in the file's metadata; not part of the function.
+        base_weights: ``{tensor path: tensor}`` of the base's embeddings and head, which PEFT saves too if one of them
+            is targeted or the vocabulary was resized. They belong to the base, not to the adapter.
 
     Raises:
-        AdapterError: no modules, or a tensor that is misshapen, of no such dtype or not finite (named by its path).
+        AdapterError: there are no modules, or a tensor has a wrong shape or dtype or isn't finite (the error gives its
+            path).
     """
 
     config: RoadConfig
@@ -87,12 +88,12 @@ class Adapter:
                     f"{path}: expected road_theta and road_alpha of one shape, "
                     f"found {list(theta.shape)} and {list(alpha.shape)}"
                 )
-            # Which axis of a stacked layer is the output's isn't known here: one of them must fit.
+            # Which axis of a stacked layer is the output's isn't known here, so it is enough if one of them fits.
             outs = [output_size(self.config.variant, size) for size in theta.shape]
             if not any(out and out % self.config.group_size == 0 for out in outs):
                 check_group_size(outs[-1] or 1, self.config.group_size, path)
         for path, array in self.modules_to_save.items():
-            # BatchNorm counts its batches, and some modules keep positions or masks.
+            # Integers are allowed: BatchNorm counts its batches, and some modules keep positions or masks.
             if array.dtype.kind not in "iub":
                 _check_tensor(path, array)
         for path, array in self.base_weights.items():
@@ -106,17 +107,17 @@ class Adapter:
         return {**tensors, **self.modules_to_save, **{self._key(path): a for path, a in self.base_weights.items()}}
 
     def _key(self, path: str) -> str:
-        """Returns the key of a base weight: what an adapter wraps, PEFT holds one level below."""
+        """Returns a base weight's key: for a module that an adapter wraps, PEFT stores it one level below."""
         module, _, leaf = path.rpartition(".")
         if module in self.modules:
             return f"{module}.base_layer.{leaf}"
         return f"{module}.original_module.{leaf}" if path in self.modules_to_save else path
 
     def check_no_base_weights(self, what: str) -> None:
-        """Refuses an adapter with which weights of the base came.
+        """Refuses an adapter that contains weights of the base.
 
         Raises:
-            AdapterError: there are some.
+            AdapterError: it does.
         """
         if self.base_weights:
             raise AdapterError(
@@ -125,10 +126,10 @@ class Adapter:
             )
 
     def cleared(self) -> "Adapter":
-        """Returns the same function with θ = 0 and α = 1 outside of the config's subspace; the last axis is cleared.
+        """Returns the same function with θ = 0 and α = 1 outside of the config's subspace, along the last axis.
 
         Raises:
-            AdapterError: the group size doesn't divide a layer's outputs, or the subspace holds no block of it.
+            AdapterError: the group size doesn't divide a layer's outputs, or the subspace contains no block of it.
         """
         if self.config.subspace is None:
             return self

@@ -1,4 +1,4 @@
-"""Weights as bitsandbytes keeps them in a checkpoint, in 4 or 8 bits, and what they stand for, in NumPy."""
+"""Weights that bitsandbytes stores in a checkpoint in 4 or 8 bits, and their values, in NumPy."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from road_core._adapter import Array, from_float32, to_float32
 from road_core._errors import AdapterError
 from road_core._safetensors import DTYPES, Entry
 
-# bitsandbytes' own tables; it doesn't look at the one that lies in the file.
+# bitsandbytes' own tables; it doesn't use the one in the file.
 NF4 = np.array(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -25,27 +25,27 @@ NF4 = np.array(
 _FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 _TABLES = {"nf4": NF4, "fp4": np.concatenate([_FP4, -_FP4])}
 
-# The names that configs and bitsandbytes give to the dtypes of weights.
+# The names of the dtypes of weights in configs and in bitsandbytes, and safetensors' names for them.
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 _STATE = ".quant_state.bitsandbytes__"
 
-# A state is a line of JSON.
+# A state is one line of JSON; a larger one is refused.
 _LARGEST_STATE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A weight ``[out, in]`` in 4 or 8 bits; it stands where a plain tensor's `Entry` would.
+    """A weight ``[out, in]`` in 4 or 8 bits; used in place of a plain tensor's `Entry`.
 
     Attributes:
         kind: ``"nf4"``, ``"fp4"`` or ``"int8"``.
-        shape: the weight's.
-        dtype: safetensors' name of what it is dequantised to.
-        block: how many neighbours share a scale; int8: a row.
-        codes: ``out · in / 2`` bytes, two codes in each, the first one high; int8: ``[out, in]``.
-        absmax: a block's greatest magnitude, or with ``nested`` its code.
-        nested: table and scales of those codes, how many share a scale, and what is added.
+        shape: the weight's shape.
+        dtype: safetensors' name of the dtype to which it is dequantised.
+        block: how many neighbours share a scale; for int8 a row.
+        codes: ``out · in / 2`` bytes, two codes in each, the first one in the high bits; int8: ``[out, in]``.
+        absmax: each block's greatest magnitude, or with ``nested`` its code.
+        nested: the table and the scales of these codes, how many of them share a scale, and the offset that is added.
     """
 
     kind: str
@@ -58,11 +58,11 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """Bytes once dequantised."""
+        """The size in bytes once dequantised."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def scales(self, blocks: NDArray[np.intp] | slice = slice(None)) -> NDArray[np.float32]:
-        """Returns the absmax of blocks in float32, in the roundings of bitsandbytes."""
+        """Returns the absmax of blocks in float32, rounded as bitsandbytes does it."""
         absmax = self.absmax.map().reshape(-1)
         if self.nested is None:
             return to_float32(absmax[blocks])
@@ -71,7 +71,7 @@ class Quantized:
         return table.map().reshape(-1)[absmax[blocks]] * outer.map().reshape(-1)[blocks // size] + offset
 
     def __getitem__(self, rows: NDArray[np.intp] | slice) -> Array:
-        """Returns rows bit for bit as bitsandbytes dequantises them: 4 bits in ``dtype``, int8 in float32."""
+        """Returns rows bit for bit as bitsandbytes dequantises them: 4-bit weights in ``dtype``, int8 in float32."""
         out, inputs = self.shape
         index = np.arange(out)[rows]
         unit = math.gcd(inputs, self.block)
@@ -82,19 +82,19 @@ class Quantized:
         else:
             values = _TABLES[self.kind][np.stack([codes >> 4, codes & 15], axis=-1)]
         wide = (values.reshape(len(index), -1, unit) * scales[..., None]).reshape(len(index), inputs)
-        # int8: in bitsandbytes' order, for the sake of the last bit.
+        # int8: multiplied in bitsandbytes' order, so that the last bit agrees.
         return wide * np.float32(1 / 127) if self.kind == "int8" else from_float32(wide, DTYPES[self.dtype])
 
 
 def fold(entries: Mapping[str, Entry], dtype: str) -> dict[str, Entry | Quantized]:
-    """Returns a checkpoint's tensors with each quantised weight as one, without what belongs to it.
+    """Returns a checkpoint's tensors, with one entry for each quantised weight and none for the tensors it consists of.
 
     Args:
         entries: the tensors of all shards.
-        dtype: what int8 weights are dequantised to, by safetensors' name; the others know their own.
+        dtype: safetensors' name of the dtype to which int8 weights are dequantised; the others store their own.
 
     Raises:
-        AdapterError: a quantised weight lacks a part, or its parts don't fit each other.
+        AdapterError: a quantised weight lacks a part, or its parts don't match.
     """
     folded: dict[str, Entry | Quantized] = dict(entries)
     for name, entry in entries.items():
@@ -142,7 +142,7 @@ def _eight_bits(entries: Mapping[str, Entry], name: str, scales: Entry, dtype: s
         if len(codes.shape) != 2:
             raise ValueError(f"codes of shape {list(codes.shape)}")
         _check_side(scales, codes.shape[0], "F32")
-        # 0 stands for rows as they are; the others were layouts of old GPUs.
+        # 0 stands for plain rows; other values were layouts for old GPUs.
         if form is not None and (form.nbytes > 8 or any(form.map().tobytes())):
             raise ValueError("a weight_format other than rows")
     except ValueError as error:

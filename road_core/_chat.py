@@ -1,4 +1,4 @@
-"""Conversations as token ids, the same ones for the model that is trained and for the model that is asked."""
+"""Conversations as token ids, tokenised in the same way for training and for generation."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -7,7 +7,7 @@ from road_core._errors import AdapterError
 
 
 class Tokenizer(Protocol):
-    """What is asked of a Hugging Face tokenizer."""
+    """The parts of a Hugging Face tokenizer that are used here."""
 
     chat_template: Any
     eos_token_id: int | None
@@ -29,23 +29,23 @@ class Chat:
     """A tokenizer with its chat template, if it has one.
 
     Args:
-        tokenizer: a Hugging Face one.
+        tokenizer: a Hugging Face tokenizer.
 
     Attributes:
-        end: the token that ends an answer: the first special one that the template puts behind it, else the tokenizer's
-            end of text; None if there is neither.
+        end: the token that ends an answer: the first special token that the template puts after it, else the
+            tokenizer's end-of-text token; None if there is neither.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # A template writes the beginning of the text itself.
+        # A template writes the beginning-of-text token itself.
         self._begin = [] if tokenizer.chat_template else _begin(tokenizer)
         self.end = self._end()
 
     def render(self, messages: Sequence[dict[str, str]], where: str, *, prompt: bool) -> str:
-        """Returns a conversation as text, with ``prompt`` up to where the assistant answers.
+        """Returns a conversation as text; with ``prompt``, up to where the assistant answers.
 
-        Without a template that is the contents one after the other, and the end of text after each of the assistant's.
+        Without a template, the contents are joined, with the end-of-text token after each turn of the assistant.
 
         Raises:
             AdapterError: the template refuses the conversation.
@@ -66,14 +66,14 @@ class Chat:
         return [*self._begin, *_plain(self._tokenizer, text)]
 
     def continued(self, prompt: str, whole: str) -> tuple[list[int], int]:
-        """Returns the ids of a text that goes on from a prompt, and how many of them are the prompt's.
+        """Returns the ids of a text that continues a prompt, and how many of them are the prompt's.
 
-        Those are what `ids` gives for the prompt. Where a token of the whole text would straddle the border, the rest
-        is tokenised apart.
+        The prompt's ids are the same as `ids` returns. If a token of the whole text would straddle the border, the rest
+        is tokenised separately.
         """
         first, all_ids = self.ids(prompt), self.ids(whole)
         if all_ids[: len(first)] != first:
-            # Behind a line break, since some tokenizers put a space before whatever begins a text.
+            # Tokenised after a line break, because some tokenizers put a space before the beginning of a text.
             rest, anchor = whole[len(prompt) :], _plain(self._tokenizer, "\n")
             behind = _plain(self._tokenizer, "\n" + rest)
             apart = behind[: len(anchor)] == anchor
@@ -86,7 +86,7 @@ class Chat:
             messages = [{"role": "user", "content": "six"}, {"role": "assistant", "content": answer}]
             try:
                 _, found, behind = self.render(messages, "", prompt=False).rpartition(answer)
-            except AdapterError:  # one that wants other conversations
+            except AdapterError:  # the template accepts other conversations only
                 found = behind = ""
             added = tokenizer.added_tokens_decoder
             special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
@@ -101,6 +101,6 @@ def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _begin(tokenizer: Tokenizer) -> list[int]:
-    """What a tokenizer puts before a text by itself; an end of text that it may put behind has no place in a prompt."""
+    """Returns what a tokenizer itself puts before a text; an end of text that it may add doesn't belong in a prompt."""
     plain, whole = _plain(tokenizer, "a"), list(tokenizer("a", add_special_tokens=True)["input_ids"])
     return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])

@@ -1,4 +1,4 @@
-"""How a command ends: one line for bad input, never a traceback."""
+"""Runs commands so that bad input ends with one line, never with a traceback."""
 
 import io
 import signal
@@ -9,14 +9,14 @@ from road_core._errors import AdapterError
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command, which imports what it needs itself.
+    """Runs a command, which does its own imports.
 
-    Bad input, a package that isn't installed, or a file that the system refuses, becomes one line on stderr and exit
-    code 2; an interrupt exit code 130.
+    Bad input, a package that isn't installed, or a file that can't be read or written ends with one line on stderr and
+    exit code 2; an interrupt ends with exit code 130.
     """
-    # What would stop the process halfway is an interrupt like Ctrl-C, so that drafts are removed.
+    # SIGTERM acts as an interrupt like Ctrl-C, so that drafts are removed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Text that the terminal's encoding lacks is no reason to lose the rest.
+    # Characters that the terminal's encoding lacks must not prevent the rest from being printed.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -1,7 +1,8 @@
-"""Several adapters as one: powers of their rotations, one after the other, in NumPy float64 and rounded once.
+"""Several adapters as one: powers of their rotations, multiplied in NumPy float64 and rounded once.
 
-A pair of outputs is turned by a 2x2 block. One of road_1 is a complex number α e^{iθ}: numbers commute and have powers
-in closed form. Blocks of road_2 and road_4 are any real matrices, for which order counts. Paper: section 4.3.
+Each pair of outputs is transformed by a 2x2 block. A block of road_1 is a complex number α e^{iθ}; such numbers commute
+and have powers in closed form. Blocks of road_2 and road_4 are any real matrices, whose order matters. Paper: section
+4.3.
 """
 
 import dataclasses
@@ -27,13 +28,13 @@ from road_core._reference import (
 
 
 class Part(NamedTuple):
-    """What one adapter does to a module, and how often.
+    """One adapter's θ and α for a module, and the power to which its rotation is raised.
 
     Attributes:
         theta: ``[..., parameter_size]``, any real dtype.
         alpha: of the same shape.
-        config: how they are read: variant, group size, subspace.
-        weight: the power that is taken; -1 undoes the adapter.
+        config: how θ and α are read: variant, group size, subspace.
+        weight: the power; -1 undoes the adapter.
     """
 
     theta: ArrayLike
@@ -45,30 +46,30 @@ class Part(NamedTuple):
 def compose(
     adapters: Sequence[Adapter], weights: Sequence[float] | None = None, *, names: Sequence[str] | None = None
 ) -> Adapter:
-    """Returns the adapter that does what others do one after the other: ``R_n^w_n ⋯ R_1^w_1``, the first one first.
+    """Returns one adapter that applies others one after the other: ``R_n^w_n ⋯ R_1^w_1``, the first one first.
 
-    Only adapters of road_1: ``α = Π α_i^w_i`` and ``θ = Σ w_i θ_i``, with angles as they were trained, not modulo 2π,
-    so that a weight of 0.5 goes half of the way; order doesn't matter. Otherwise each pair's 2x2 blocks are multiplied
-    and the result has the greatest of the variants: road_2 as angle and length, road_4 as its coefficients themselves.
-    A pair that all but one adapter leave alone keeps the bits of θ and α, so adapters on disjoint subspaces compose
-    exactly, in any order. A module that an adapter lacks is one that it leaves alone.
+    If all adapters are road_1, ``α = Π α_i^w_i`` and ``θ = Σ w_i θ_i``, with angles as they were trained, not modulo
+    2π, so that a weight of 0.5 goes half of the way; the order doesn't matter. Otherwise each pair's 2x2 blocks are
+    multiplied, and the result has the largest of the variants: road_2 as angle and length, road_4 as its coefficients
+    themselves. A pair that only one adapter changes keeps the bits of that adapter's θ and α, so adapters on disjoint
+    subspaces compose exactly, in any order. A module that an adapter lacks is left unchanged by it.
 
     Args:
         adapters: of one group size, for one model and in one layout; the last axis of θ is the layer's own.
-        weights: one for each, 1 if not given. Any real number where the power exists: whole numbers always do, but
-            negative ones of singular blocks; others of road_1 where α > 0, of road_2 and road_4 where no eigenvalue of
-            the block is real and not positive (the principal power).
-        names: what errors call the adapters.
+        weights: one per adapter, 1 by default; any real number for which the power exists. Whole numbers are always
+            possible, except for negative ones of singular blocks. Others are possible for road_1 where α > 0, and for
+            road_2 and road_4 where no eigenvalue of the block is real and not positive (the principal power is taken).
+        names: the adapters' names in errors.
 
     Returns:
-        An adapter in float32, or float64 where one of them is, that selects the modules of all. Its subspace is the
-        least that holds theirs; fields and metadata that are not about the function are the first's, metadata only
-        where all agree.
+        An adapter that selects the modules of all adapters, in float32, or float64 if one of them is. Its subspace is
+        the smallest that contains theirs. Config fields that don't affect the function are the first adapter's;
+        metadata are kept only where all agree.
 
     Raises:
-        AdapterError: no adapters, another number of weights, one that isn't finite, group sizes or shapes differ, a
-            power that doesn't exist (named by its module), more than one with modules saved whole, or one of them with
-            a weight other than 1, or one with weights of its base.
+        AdapterError: there are no adapters, the number of weights differs, a weight isn't finite, group sizes or shapes
+            differ, a power doesn't exist (the error names the module), more than one adapter has modules saved whole,
+            such an adapter has a weight other than 1, or an adapter contains weights of its base.
 
     Example:
         >>> half_turn = Adapter(RoadConfig(group_size=2), {"q": (np.full(4, np.pi), np.full(4, 4.0))})
@@ -105,15 +106,15 @@ def compose(
     return Adapter(compose_configs(configs, list(modules), variant), modules, saved, dict(sorted(agreed)))
 
 
-# What is too large for a float becomes infinite, which whoever takes the result refuses.
+# Values that are too large for a float become infinite, which every user of the result refuses.
 @np.errstate(over="ignore", invalid="ignore")
 def compose_module(parts: Sequence[Part], variant: str, where: str) -> tuple[Float64, Float64]:
     """Composes what adapters do to one module; see `compose`.
 
     Args:
-        parts: of one group size and for one layer.
-        variant: of the result; none of the parts' may be greater.
-        where: the module, for errors.
+        parts: all of one group size and for one layer.
+        variant: the result's variant; no part may have a larger one.
+        where: the module's name, for errors.
 
     Returns:
         θ and α of the result, each float64.
@@ -144,7 +145,7 @@ def compose_module(parts: Sequence[Part], variant: str, where: str) -> tuple[Flo
     for next_theta, next_alpha in powers:
         blocks = _blocks(next_theta, next_alpha, variant, group_size)
         product = blocks @ product
-        # Whether this adapter turns the pair at all, laid out as θ is.
+        # Whether this adapter changes the pair at all, laid out like θ.
         turns = (blocks != np.eye(2)).any((-1, -2))
         turns = np.broadcast_to(
             turns[..., None, :], (*turns.shape[:-1], 2 if variant == "road_2" else 4, turns.shape[-1])
@@ -160,7 +161,7 @@ def compose_module(parts: Sequence[Part], variant: str, where: str) -> tuple[Flo
 def compose_configs(configs: Sequence[RoadConfig], paths: Sequence[str], variant: str) -> RoadConfig:
     """Returns the config of a composition that has these modules.
 
-    Its choice of modules is the configs' own where they agree, their lists laid together, or else the paths.
+    It selects modules as the configs do if they agree, else by their combined lists, or else by the paths.
     """
     spaces = [config.subspace for config in configs]
     subspace = None
@@ -197,10 +198,10 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def check_group_sizes(configs: Sequence[RoadConfig], names: Sequence[str]) -> None:
-    """Refuses adapters that pair outputs in different ways.
+    """Refuses adapters that pair outputs differently.
 
     Raises:
-        AdapterError: two group sizes, named with their adapters.
+        AdapterError: two group sizes differ; the error names their adapters.
     """
     for config, name in zip(configs, names, strict=True):
         if config.group_size != configs[0].group_size:
@@ -234,7 +235,7 @@ def _choice(configs: Sequence[RoadConfig], paths: Sequence[str]) -> dict[str, An
     targets = [choice.pop("target_modules") for choice in choices]
     if all(isinstance(target, list) for target in targets) and all(choice == choices[0] for choice in choices):
         return {**choices[0], "target_modules": list(dict.fromkeys(name for target in targets for name in target))}
-    # Whole paths as a pattern, for in a list each would match the ends of longer ones too.
+    # Whole paths as a pattern, because in a list each would also match the ends of longer ones.
     return {**dict.fromkeys(TARGETS), "target_modules": "|".join(map(re.escape, paths))}
 
 
@@ -247,7 +248,7 @@ def _to_float(array: Array) -> Array:
 
 
 def _promote(theta: Float64, alpha: Float64, old: str, new: str, group_size: int) -> tuple[Float64, Float64]:
-    """Lays out the θ and α of a smaller variant as those of a greater one: the same numbers, repeated."""
+    """Lays out θ and α of a smaller variant for a larger one: the same numbers, repeated."""
     if old == new:
         return theta, alpha
     out = output_size(old, theta.shape[-1])
@@ -264,13 +265,13 @@ def _blocks(theta: Float64, alpha: Float64, variant: str, group_size: int) -> Fl
     """Returns each pair's matrix, ``[..., groups, half, 2, 2]``."""
     first, second = coefficients(theta, alpha, variant=variant, group_size=group_size)
     f, s = (v.reshape(*v.shape[:-1], -1, 2, group_size // 2) for v in (first, second))
-    # -0 would be another number than the identity's 0 to arctan2.
+    # Not -s: arctan2 would treat -0 differently from the identity's 0.
     rows = [[f[..., 0, :], 0 - s[..., 0, :]], [s[..., 1, :], f[..., 1, :]]]
     return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
 
 
 def _from_blocks(blocks: Float64, variant: str) -> tuple[Float64, Float64]:
-    """Inverts `_blocks`: any real matrices as road_2 or road_4."""
+    """Inverts `_blocks` for any real matrices, as road_2 or road_4."""
     first = np.stack([blocks[..., 0, 0], blocks[..., 1, 1]], axis=-2)
     second = np.stack([0 - blocks[..., 0, 1], blocks[..., 1, 0]], axis=-2)
     lead = first.shape[:-3]
@@ -293,7 +294,7 @@ def _scale_power(alpha: Float64, weight: float, where: str) -> Float64:
 
 
 def _block_power(blocks: Float64, weight: float, where: str) -> Float64:
-    """The principal power ``M^w`` of 2x2 matrices; whole ones by multiplication.
+    """Returns the principal power ``M^w`` of 2x2 matrices; whole powers are computed by multiplication.
 
     With ``r = √det M`` and eigenvalues ``r e^{±φ}`` (φ real or imaginary):
     ``M^w = r^w (sinh wφ / sinh φ · M/r − sinh (w−1)φ / sinh φ · I)``.
@@ -306,7 +307,7 @@ def _block_power(blocks: Float64, weight: float, where: str) -> Float64:
             )
         return np.linalg.matrix_power(blocks, int(weight))
     mean = (blocks[..., 0, 0] + blocks[..., 1, 1]) / 2
-    # ((a − d)/2)² + bc is (trace/2)² − det without its cancellation.
+    # ((a − d)/2)² + bc equals (trace/2)² − det, without its cancellation.
     spread = ((blocks[..., 0, 0] - blocks[..., 1, 1]) / 2) ** 2 + blocks[..., 0, 1] * blocks[..., 1, 0]
     real, width = spread >= 0, np.sqrt(np.abs(spread))
     if (bad := real & ((mean <= width) | (determinant <= 0))).any():

@@ -1,4 +1,4 @@
-"""`RoadConfig`: what an adapter is, in PEFT's words."""
+"""`RoadConfig`: the config of an adapter, with PEFT's field names."""
 
 import dataclasses
 import json
@@ -12,16 +12,16 @@ VARIANTS = ("road_1", "road_2", "road_4")
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
-# What chooses layers and PEFT's own RoadConfig lacks.
+# Fields that choose layers and that PEFT's own RoadConfig lacks.
 NOT_IN_PEFT = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
-# All that chooses them.
+# All fields that choose layers.
 TARGETS = ("target_modules", *NOT_IN_PEFT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoadConfig:
-    """What a RoAd adapter is: the variant of the rotation and the layers that carry it.
+    """The config of a RoAd adapter: the variant of the rotation and the layers that it is applied to.
 
     Field names, defaults and meaning are those of PEFT's ``RoadConfig`` and of the target rules that PEFT's tuners
     share. A config checks itself when it is built.
@@ -34,32 +34,34 @@ class RoadConfig:
         ['q_proj', 'v_proj']
     """
 
-    # road_1 shares θ and α in a pair, road_2 has one of each an element, road_4 two of each.
+    # road_1 shares θ and α within a pair, road_2 has one of each per element, road_4 two of each.
     variant: str = "road_1"
-    # Outputs are taken in groups of this many; element i is paired with i + group_size / 2. 2 is the paper's pairing.
+    # Outputs are divided into groups of this size; element i is paired with i + group_size / 2. 2 is the paper's
+    # pairing.
     group_size: int = 64
     # True starts at the identity (θ = 0, α = 1); False draws θ ~ N(0, 0.5), α ~ N(1, 0.5), for tests.
     init_weights: bool = True
-    # A list matches the ends of module paths, a string is a regular expression over whole paths, "all-linear" takes
-    # every linear layer but the output head, None asks the table of model types.
+    # A list matches the ends of module paths, a string is a regular expression for whole paths, "all-linear" takes
+    # every linear layer except the output head, None uses the table of model types.
     target_modules: str | list[str] | None = None
-    # Taken out again, by the same rules.
+    # Modules that are taken out again, by the same rules.
     exclude_modules: str | list[str] | None = None
     # Modules that are trained whole and saved with the adapter.
     modules_to_save: list[str] | None = None
     # Only the layers with these indices; needs target_modules as a list.
     layers_to_transform: int | list[int] | None = None
-    # The name that stands before a layer's index, where it isn't the first numbered one.
+    # The name before a layer's index, needed if the index isn't the first number in a path.
     layers_pattern: str | list[str] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     task_type: str | None = None
     inference_mode: bool = False
     auto_mapping: dict[str, Any] | None = None
-    # The fractions (start, stop) of each layer's 2x2 blocks between which the adapter acts, and is trained; None is all
-    # of them. Outside, it is the identity whatever θ and α hold. PEFT doesn't know it, so its files hold θ = 0, α = 1.
+    # The fractions (start, stop) of each layer's 2x2 blocks between which the adapter acts and is trained; None means
+    # all blocks. Outside of them it is the identity, whatever θ and α are. PEFT doesn't know this field, so its files
+    # contain θ = 0, α = 1 there.
     subspace: tuple[float, float] | None = None
-    # Fields of a file that PEFT knows and this project does not: carried through a round trip.
+    # Fields of a file that PEFT knows and this project doesn't; kept through a round trip.
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class RoadConfig:
             if not isinstance(getattr(self, name), str | None):
                 raise AdapterError(f"RoadConfig.{name}: expected text or nothing, found {getattr(self, name)!r}")
         if self.task_type is not None:
-            # PEFT's TaskType is an enum of strings; its plain value is what stands in files.
+            # PEFT's TaskType is an enum of strings; files contain its plain value.
             task = getattr(self.task_type, "value", self.task_type)
             if task not in TASK_TYPES:
                 raise AdapterError(f"RoadConfig.task_type: expected one of {', '.join(TASK_TYPES)}, found {task!r}")
@@ -101,11 +103,11 @@ class RoadConfig:
             raise AdapterError(f"RoadConfig.extra: expected names that are no fields, found {', '.join(clash)}")
 
     def __hash__(self) -> int:
-        # Fields may be lists, so the generated hash would fail; a config is a static argument of jitted functions.
+        # Fields may be lists, for which the generated hash fails; but configs are static arguments of jitted functions.
         return hash(json.dumps(self.to_dict(), default=str))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as PEFT's ``adapter_config.json`` holds them, ``peft_type`` included."""
+        """Returns the fields as in PEFT's ``adapter_config.json``, including ``peft_type``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "extra"}
         # Written only when set, so that PEFT reads a plain file without a warning.
         for name in (*NOT_IN_PEFT, "subspace"):
@@ -115,10 +117,10 @@ class RoadConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "RoadConfig":
-        """Builds a config from what stands in a file; fields it doesn't know go to ``extra``.
+        """Builds a config from the fields of a file; unknown fields go to ``extra``.
 
         Raises:
-            AdapterError: ``peft_type`` is there and isn't ``"ROAD"``, or a field is wrong.
+            AdapterError: ``peft_type`` is given and isn't ``"ROAD"``, or a field is wrong.
         """
         if not isinstance(fields, Mapping):
             raise AdapterError(f"RoadConfig: expected a JSON object, found {type(fields).__name__}")
@@ -134,7 +136,7 @@ def config_of_run(options: Mapping[str, Any]) -> RoadConfig:
     """Returns the config of the adapter that a run of road-train trains.
 
     Args:
-        options: the fields of ``road_jax.train.TrainOptions``, also as they stand in a run's ``options.json``.
+        options: the fields of ``road_jax.train.TrainOptions``, also as stored in a run's ``options.json``.
 
     Raises:
         AdapterError: a field is wrong.
@@ -152,7 +154,7 @@ def config_of_run(options: Mapping[str, Any]) -> RoadConfig:
 
 
 def _names(field: str, value: object) -> str | list[str] | None:
-    """Text and None as they are; any other collection of text as a list, a set in sorted order."""
+    """Returns text and None as they are, and any other collection of text as a list (a set in sorted order)."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, Iterable) and not isinstance(value, Mapping | bytes):

@@ -1,4 +1,4 @@
-"""The one error that bad input raises, and how it lists names."""
+"""The error that all bad input raises, and how it lists names."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,15 @@ class AdapterError(ValueError):
 
 
 def expect(where: str, value: object, kind: type) -> None:
-    """Refuses what is of another type.
+    """Refuses a value of another type.
 
     Raises:
-        AdapterError: it is.
+        AdapterError: the value isn't a ``kind``.
     """
     if not isinstance(value, kind):
         raise AdapterError(f"{where}: expected {kind.__name__}, found {type(value).__name__}")
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """Returns the first names as text, and how many more there are."""
+    """Returns the first names as text, with the number of further ones."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

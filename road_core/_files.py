@@ -17,17 +17,17 @@ except ImportError:  # Windows
 
 from road_core._errors import AdapterError
 
-# No config or index comes near this.
+# Far more than any config or index has.
 _LARGEST_JSON = 1 << 27
 
 
 def inside(directory: str | os.PathLike, name: str) -> Path:
     """Returns the path of a file that must exist within a folder.
 
-    A link may leave the folder only as the Hugging Face cache makes it, from ``snapshots/*/`` to its own ``blobs/``.
+    Links may leave the folder only as in the Hugging Face cache, from ``snapshots/*/`` to its own ``blobs/``.
 
     Raises:
-        AdapterError: the folder or the file isn't there, or the name leads out of the folder.
+        AdapterError: the folder or the file doesn't exist, or the name or a link leads out of the folder.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -37,7 +37,7 @@ def inside(directory: str | os.PathLike, name: str) -> Path:
     path = folder / name
     try:
         there = path.is_file()
-    except (OSError, ValueError):  # too long a name, or one with a zero byte
+    except (OSError, ValueError):  # the name is too long or has a zero byte
         there = False
     if not there:
         raise AdapterError(f"{folder}: expected a file {name!s:.200}, found none")
@@ -52,7 +52,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        AdapterError: the file can't be read or holds something else.
+        AdapterError: the file can't be read or contains something else.
     """
     try:
         if (size := Path(path).stat().st_size) > _LARGEST_JSON:
@@ -68,14 +68,14 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_json_lines(path: str | os.PathLike, share: tuple[int, int] = (0, 1)) -> list[tuple[int, Any]]:
-    """Returns ``(line number, value)`` for each line of JSON; empty lines are passed over.
+    """Returns ``(line number, value)`` for each line of JSON; empty lines are skipped.
 
     Args:
-        path: of the file.
-        share: ``(k, n)``: of the lines that aren't empty only each n-th is parsed, from the k-th on.
+        path: the file.
+        share: ``(k, n)``: parse only every n-th of the lines that aren't empty, beginning with line k (counted from 0).
 
     Raises:
-        AdapterError: the file can't be read or holds no lines, or a line isn't JSON (by its number).
+        AdapterError: the file can't be read or has no lines, or a line isn't JSON (the error gives its number).
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -94,7 +94,7 @@ def read_json_lines(path: str | os.PathLike, share: tuple[int, int] = (0, 1)) ->
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON, but takes no name twice in an object and no text that UTF-8 hasn't."""
+    """Parses JSON, but refuses an object that has a name twice, and text that UTF-8 can't encode."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -105,14 +105,14 @@ def parse_json(text: str) -> Any:
         return fields
 
     fields = json.loads(text, object_pairs_hook=once)
-    # Half of a surrogate pair can be written as an escape only.
+    # Half of a surrogate pair can only be written as an escape.
     if "\\ud" in text.lower():
         json.dumps(fields, ensure_ascii=False).encode()
     return fields
 
 
 def reason(error: Exception) -> str:
-    """Returns the first line of what an error says."""
+    """Returns the first line of an error's message."""
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
@@ -123,12 +123,13 @@ def dump_json(fields: Mapping[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields an empty folder beside ``path`` that takes its place when the block ends, and is gone if it fails.
+    """Yields an empty folder beside ``path`` that replaces it when the block ends, and is removed if the block fails.
 
-    An empty folder that can't be replaced (a mounted one, the current one) gets what is in it instead.
+    If ``path`` is an empty folder that can't be replaced (a mounted one, the current one), the files are moved into it
+    instead.
 
     Raises:
-        AdapterError: ``path`` already holds something, or can't be made or filled.
+        AdapterError: ``path`` already contains something, or can't be made or filled.
     """
     target = check_free(path)
     try:
@@ -146,7 +147,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
                 file.replace(target / file.name)
             draft.rmdir()
             return
-        # mkdtemp makes it private; what is handed over follows the user's umask.
+        # mkdtemp makes it private; the result must follow the user's umask.
         umask = os.umask(0)
         os.umask(umask)
         draft.chmod(0o777 & ~umask)
@@ -159,7 +160,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_free(path: str | os.PathLike) -> Path:
-    """Returns a place for output; of a link the folder at its end, which is what is replaced.
+    """Returns a path for output; for a link, the folder that it leads to, since that is the one to replace.
 
     Raises:
         AdapterError: ``path`` is a file, a link to nothing, or a folder that isn't empty.
@@ -174,7 +175,7 @@ def check_free(path: str | os.PathLike) -> Path:
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file beside its place and renames it, so that a reader sees the old or the new one whole."""
+    """Writes a draft beside the file and renames it, so that a reader sees either the old or the new file whole."""
     target = Path(path)
     handle, draft = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
@@ -191,10 +192,10 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
 
 
 def open_alone(path: str | os.PathLike) -> IO[bytes]:
-    """Opens a file to read and append, new or not, and holds it for this process until it is closed.
+    """Opens a new or existing file to read and append, and locks it for this process until it is closed.
 
     Raises:
-        AdapterError: another process holds it.
+        AdapterError: another process has locked it.
     """
     file = open(path, "a+b")  # noqa: SIM115  # the caller closes it
     try:
@@ -203,9 +204,9 @@ def open_alone(path: str | os.PathLike) -> IO[bytes]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _held(path) from None
-        except OSError:  # a network's file system may know no locks
+        except OSError:  # a network's file system may not support locks
             pass
-        # It may have been removed, by who held it, after it was opened here.
+        # Whoever held the lock may have removed the file after it was opened here.
         if not (os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
             raise _held(path)
     except BaseException:
@@ -220,10 +221,10 @@ def _held(path: str | os.PathLike) -> AdapterError:
 
 
 def write_files(directory: str | os.PathLike, files: Mapping[str, bytes], *, overwrite: bool) -> None:
-    """Writes a folder's files: into a new folder at once, or with ``overwrite`` each in place, others left alone.
+    """Writes a folder's files: all at once into a new folder, or with ``overwrite`` each in place, others left alone.
 
     Raises:
-        AdapterError: the folder already holds something and ``overwrite`` isn't set, or can't be written to.
+        AdapterError: the folder already contains something and ``overwrite`` isn't set, or can't be written to.
     """
     target = Path(directory)
     if overwrite and target.is_dir():

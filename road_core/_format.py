@@ -21,26 +21,26 @@ from road_core._safetensors import dump_tensors, read_tensors
 class _Format:
     config: str
     tensors: str
-    # Stands before every key.
+    # Comes before every key.
     prefix: str
-    # The safetensors metadata's "format", by which other tools know whose layout it is.
+    # The value of "format" in the safetensors metadata, which tells other tools whose layout this is.
     metadata: str
 
 
-# What models call their embeddings and heads, whose weights PEFT may save along.
+# Models' names for their embeddings and heads, whose weights PEFT may save too.
 _EMBEDDINGS = (
     *("embed_tokens", "embed_in", "tok_embeddings", "word_embedding", "word_embeddings", "wte", "shared"),
     *("lm_head", "embed_out", "output_projection", "proj_out", "decoder"),
 )
 
-# Such a tensor below PEFT's wrappers: the base's of a rotated and of a saved module, and the saved one once more, which
-# PEFT passes over when it reads.
+# Keys of such tensors inside of PEFT's wrappers: the base weight of a rotated or a saved module, and a second copy of
+# the saved one, which PEFT ignores when it reads.
 _INNER = re.compile(
     rf"(?P<module>(.+\.)?({'|'.join(_EMBEDDINGS)}))\.(?P<holder>base_layer|original_module|modules_to_save)"
     r"\.(?P<leaf>weight|bias)"
 )
 
-# What `_write` adds to an adapter's metadata.
+# Keys that `_write` adds to an adapter's metadata.
 _OWN_METADATA = ("format", "road_variant", "road_group_size", "road_digest", "road_subspace", "road_targets")
 
 _PEFT = _Format("adapter_config.json", "adapter_model.safetensors", "base_model.model.", "pt")
@@ -54,14 +54,14 @@ def read_peft(directory: str | os.PathLike) -> Adapter:
         The adapter, with PyTorch module paths (``"model.layers.0.self_attn.q_proj"``) and arrays in the file's dtype.
 
     Raises:
-        AdapterError: a file is missing or broken, a key has no partner or isn't the config's, a shape or value is
-            wrong, or the file's metadata contradicts the config.
+        AdapterError: a file is missing or broken, a key has no partner or doesn't belong to the config, a shape or
+            value is wrong, or the file's metadata contradicts the config.
     """
     return _read(directory, _PEFT)
 
 
 def write_peft(directory: str | os.PathLike, adapter: Adapter, *, overwrite: bool = False) -> None:
-    """Writes an adapter so that PEFT loads it. Outside of a subspace the file holds θ = 0 and α = 1.
+    """Writes an adapter so that PEFT can load it. Outside of a subspace the file contains θ = 0 and α = 1.
 
     Args:
         directory: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
@@ -69,7 +69,7 @@ def write_peft(directory: str | os.PathLike, adapter: Adapter, *, overwrite: boo
         overwrite: see ``directory``.
 
     Raises:
-        AdapterError: the folder already holds something, or θ isn't 1-D.
+        AdapterError: the folder already contains something, or θ isn't 1-D.
     """
     for path, (theta, _) in adapter.modules.items():
         if theta.ndim != 1:
@@ -84,13 +84,13 @@ def read_flax(directory: str | os.PathLike) -> Adapter:
         The adapter, with Flax module paths joined by dots; a stacked layer's θ has its stack axes.
 
     Raises:
-        AdapterError: as `read_peft`.
+        AdapterError: as for `read_peft`.
     """
     return _read(directory, _FLAX)
 
 
 def write_flax(directory: str | os.PathLike, adapter: Adapter, *, overwrite: bool = False) -> None:
-    """Writes a Flax adapter folder; arguments and errors as `write_peft`, θ of any number of axes, no base weights."""
+    """Writes a Flax adapter folder; like `write_peft`, but θ may have any axes, and base weights are refused."""
     adapter.check_no_base_weights("Flax's format")
     _write(directory, adapter, _FLAX, overwrite)
 
@@ -106,13 +106,13 @@ def _write(directory: str | os.PathLike, adapter: Adapter, form: _Format, overwr
     }
     fields = adapter.config.to_dict()
     if form is _PEFT and any(name in fields for name in NOT_IN_PEFT) and adapter.modules:
-        # PEFT would warn of fields that it doesn't know, and take more modules: it gets those that there are by name.
+        # PEFT would warn about fields that it doesn't know, and take more modules, so its config names each module.
         metadata["road_targets"] = json.dumps({name: fields.pop(name) for name in TARGETS if name in fields})
         fields["target_modules"] = [*adapter.modules]
     if "subspace" in fields:
         metadata["road_subspace"] = json.dumps(fields["subspace"])
         if form is _PEFT:
-            # PEFT would warn of a field that it doesn't know, and needs none: the tensors say it all.
+            # PEFT would warn about an unknown field and doesn't need it, since the tensors are the identity outside.
             del fields["subspace"]
     files = {form.tensors: dump_tensors(tensors, metadata), form.config: dump_json(fields)}
     write_files(directory, files, overwrite=overwrite)
@@ -153,7 +153,7 @@ def _read(directory: str | os.PathLike, form: _Format) -> Adapter:
 
 
 def _chosen(text: str, adapter: Adapter, path: os.PathLike) -> RoadConfig:
-    """Returns the config with the targets that it was written for, unless the file names other modules by now."""
+    """Returns the config with the targets that it was written for, unless the file has come to name other modules."""
     config = adapter.config
     plain = all(getattr(config, name) is None for name in NOT_IN_PEFT)
     try:
@@ -180,7 +180,7 @@ def _subspace(text: str, path: os.PathLike) -> tuple[float, float] | None:
 def _sort_out(
     tensors: Mapping[str, Array], config: RoadConfig, form: _Format
 ) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array], dict[str, Array]]:
-    """Pairs θ with α, finds saved modules and in PEFT's format the base's weights; every key must be one of them."""
+    """Pairs θ with α, finds saved modules and, in PEFT's format, the base's weights; refuses any other key."""
     modules: dict[str, tuple[Array, Array]] = {}
     saved: dict[str, Array] = {}
     base: dict[str, Array] = {}
@@ -188,7 +188,7 @@ def _sort_out(
     wrong = []
 
     def saved_whole(path: str) -> bool:
-        # As PEFT: a name stands for every module whose path ends with it, "norm" for "input_layernorm" too.
+        # As in PEFT: a name stands for every module whose path ends with it, so "norm" also for "input_layernorm".
         return any(re.search(rf"{re.escape(module)}(\.|$)", path) for module in config.modules_to_save or ())
 
     for key in sorted(tensors):

@@ -1,7 +1,7 @@
-"""Interventions: RoAd on what whole blocks of a model give, at chosen tokens of the prompt.
+"""Interventions: RoAd on the outputs of whole blocks of a model, at chosen tokens of the prompt.
 
-Paper: arXiv 2409.00119, section 4.3. How this is a distributed interchange intervention, and where it isn't, stands in
-docs/interventions.md; the file format in README.md beside this file.
+Paper: arXiv 2409.00119, section 4.3. docs/interventions.md says how this is a distributed interchange intervention, and
+    where it isn't; README.md beside this file specifies the file format.
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ class InterventionConfig:
 
     # Indices of the blocks, counted from 0 in the order in which they run.
     layers: tuple[int, ...]
-    # "all" tokens, also those that are generated; or of the prompt "first:k", "last:k" or both, "first:k+last:k".
-    # "first" and "last" are one token. A prompt that is shorter is touched in all its tokens.
+    # "all" for all tokens, including generated ones; or tokens of the prompt: "first:k", "last:k" or both,
+    # "first:k+last:k". "first" and "last" mean one token. In a shorter prompt all tokens are rotated.
     positions: str = "last"
-    # These three as in `RoadConfig`: how θ and α are read, and which of the hidden vector's 2x2 blocks they act on.
+    # These three are as in `RoadConfig`: how θ and α are read, and on which of the hidden vector's 2x2 blocks they act.
     variant: str = "road_1"
     group_size: int = 64
     subspace: tuple[float, float] | None = None
@@ -60,7 +60,7 @@ class InterventionConfig:
 
     @property
     def road(self) -> RoadConfig:
-        """How θ and α are read."""
+        """The config by which θ and α are read."""
         try:
             return RoadConfig(variant=self.variant, group_size=self.group_size, subspace=self.subspace)
         except AdapterError as error:
@@ -68,7 +68,7 @@ class InterventionConfig:
 
     @property
     def spans(self) -> tuple[int, int] | None:
-        """How many of a prompt's first and of its last tokens are touched; None for all tokens of any kind."""
+        """How many of a prompt's first and of its last tokens are rotated; None for all tokens of any kind."""
         if self.positions == "all":
             return None
         parts = self.positions.split("+") if isinstance(self.positions, str) else []
@@ -82,12 +82,12 @@ class InterventionConfig:
         return counts.get("first", 0), counts.get("last", 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as ``intervention_config.json`` holds them."""
+        """Returns the fields as in ``intervention_config.json``."""
         return {"intervention_type": "ROAD", **dataclasses.asdict(self), "layers": list(self.layers)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "InterventionConfig":
-        """Builds a config from what stands in a file.
+        """Builds a config from the fields of a file.
 
         Raises:
             AdapterError: ``intervention_type`` isn't ``"ROAD"``, or a field is missing, unknown or wrong.
@@ -107,7 +107,7 @@ class InterventionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Intervention:
-    """One trained intervention. It checks itself when built.
+    """One trained intervention. It checks itself when it is built.
 
     Attributes:
         config: where it acts, and how θ and α are read.
@@ -115,7 +115,8 @@ class Intervention:
             dtype.
 
     Raises:
-        AdapterError: the blocks aren't the config's, sizes differ, or a tensor is misshapen or not finite.
+        AdapterError: the blocks aren't those of the config, sizes differ, or a tensor has a wrong shape or isn't
+            finite.
     """
 
     config: InterventionConfig
@@ -130,12 +131,12 @@ class Intervention:
         shapes = {theta.shape for theta, _ in self.layers.values()}
         if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
             raise AdapterError(f"intervention: expected θ of one axis and size, found {sorted(map(list, shapes))}")
-        # Finds what is wrong with values, and a subspace without a 2x2 block.
+        # Checks the values, and that the subspace contains a 2x2 block.
         self._adapter.cleared()
 
     @property
     def hidden_size(self) -> int:
-        """Of the model that it was made for."""
+        """The hidden size of the model that it was made for."""
         return output_size(self.config.variant, next(iter(self.layers.values()))[0].shape[0])
 
     @property
@@ -157,18 +158,18 @@ class Intervention:
 
 
 def position_mask(prompt_mask: ArrayLike, positions: str) -> NDArray[np.bool_]:
-    """Tells which tokens an intervention touches, whatever side the padding is on.
+    """Returns which tokens an intervention rotates, whichever side the padding is on.
 
     Args:
         prompt_mask: int or bool ``[batch, length]``: nonzero at the tokens of the prompt, 0 at padding and at answers.
-            Rows that hold several texts number them 1, 2, …, and each has its own first and last tokens.
+            Rows that contain several texts number them 1, 2, …, and each text has its own first and last tokens.
         positions: see `InterventionConfig`.
 
     Returns:
         bool ``[batch, length]``; for ``"all"`` it is true everywhere.
 
     Raises:
-        AdapterError: ``positions`` can't be read.
+        AdapterError: ``positions`` isn't valid.
 
     Example:
         >>> position_mask([[0, 1, 1, 1], [1, 1, 0, 0]], "last").astype(int).tolist()
@@ -207,16 +208,16 @@ def intervene(
         h: ``[..., length, hidden]``, any real dtype.
         theta: see `coefficients`.
         alpha: see `coefficients`.
-        mask: bool ``[..., length]``, as `position_mask` gives it.
+        mask: bool ``[..., length]``, as returned by `position_mask`.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``hidden``.
         subspace: see `coefficients`.
 
     Returns:
-        float64, of the shape of ``h``.
+        A float64 array with the shape of ``h``.
 
     Raises:
-        AdapterError: the sizes don't fit each other.
+        AdapterError: the sizes don't match.
     """
     h = np.asarray(h, np.float64)
     rotated = rotate(h, theta, alpha, variant=variant, group_size=group_size, subspace=subspace)
@@ -228,11 +229,11 @@ def write_intervention(directory: str | os.PathLike, intervention: Intervention,
 
     Args:
         directory: a new or empty folder; with ``overwrite``, one whose two files are replaced.
-        intervention: what is written, bit for bit.
+        intervention: the intervention, which is written bit for bit.
         overwrite: see ``directory``.
 
     Raises:
-        AdapterError: the folder already holds something.
+        AdapterError: the folder already contains something.
     """
     metadata = {"format": "road-intervention", "road_digest": intervention.digest()}
     files = {
@@ -247,7 +248,7 @@ def read_intervention(directory: str | os.PathLike) -> Intervention:
 
     Raises:
         AdapterError: a file is missing or broken, a field or key isn't one of the format's, a shape or value is wrong,
-            or the digest isn't that of config and tensors.
+            or the digest doesn't match config and tensors.
     """
     config_path, tensors_path = inside(directory, _CONFIG), inside(directory, _TENSORS)
     try:

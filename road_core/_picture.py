@@ -1,4 +1,4 @@
-"""A picture of an adapter. The only file here that needs matplotlib, which it imports when called."""
+"""A picture of an adapter. This is the only file here that needs matplotlib, which it imports when called."""
 
 import os
 import re
@@ -10,14 +10,14 @@ from road_core._reference import coefficients
 
 
 def draw_rotations(adapter: Adapter, path: str | os.PathLike, *, most: int = 12) -> None:
-    """Draws where an adapter sends the unit vector of each output: ``(α cos θ, α sin θ)``, one panel a kind of layer.
+    """Draws where an adapter sends each output's unit vector: ``(α cos θ, α sin θ)``, in one panel per kind of layer.
 
-    The identity is the point (1, 0); a pure rotation stays on the circle. Colour tells the depth of the layer.
+    The identity is the point (1, 0); pure rotations stay on the circle. The colour shows a layer's depth.
 
     Args:
         adapter: with PyTorch or Flax module paths.
-        path: of the PNG.
-        most: how many panels at the most, the first by name.
+        path: the PNG file.
+        most: the greatest number of panels; the first ones by name are drawn.
     """
     from matplotlib.figure import Figure
 

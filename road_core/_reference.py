@@ -16,7 +16,7 @@ Subspace = tuple[float, float] | None
 
 
 def parameter_size(variant: str, out: int) -> int:
-    """Returns how many θ, and as many α, a layer with ``out`` outputs has: out/2, out or 2·out."""
+    """Returns the number of θ, and of α, in a layer with ``out`` outputs: out/2, out or 2·out."""
     if variant not in VARIANTS:
         raise AdapterError(f"variant: expected one of {', '.join(VARIANTS)}, found {variant!r}")
     return {"road_1": out // 2, "road_2": out, "road_4": 2 * out}[variant]
@@ -33,7 +33,7 @@ def check_group_size(out: int, group_size: int, where: str) -> None:
     """Refuses a group size that doesn't divide a layer's outputs; ``where`` names the layer.
 
     Raises:
-        AdapterError: ``out`` is no multiple of ``group_size``, or that isn't even.
+        AdapterError: ``out`` isn't a multiple of ``group_size``, or ``group_size`` isn't even.
     """
     if group_size < 2 or group_size % 2:
         raise AdapterError(f"{where}: expected an even group_size from 2 up, found {group_size}")
@@ -42,16 +42,17 @@ def check_group_size(out: int, group_size: int, where: str) -> None:
 
 
 def subspace_blocks(out: int, subspace: Subspace, where: str = "subspace") -> tuple[int, int]:
-    """Returns the first block of a layer that belongs to a subspace, and the one behind the last.
+    """Returns the index of a layer's first block in a subspace, and the index after the last one.
 
-    Blocks are counted as road_1 counts its θ: pair ``p`` of group ``k`` is block ``k g/2 + p``. Of ``n = out/2`` blocks
-    the subspace ``(start, stop)`` has those from ``round(start n)`` up to, not including, ``round(stop n)``; so
-    (0, 0.5) and (0.5, 1) have no block in common and all of them together. ``None`` is every block.
+    Blocks are counted as road_1 counts its θ: pair ``p`` of group ``k`` is block ``k g/2 + p``. Of ``n = out/2``
+    blocks, the subspace ``(start, stop)`` contains those from ``round(start n)`` up to, but not including,
+    ``round(stop n)``; so (0, 0.5) and (0.5, 1) have no block in common and together contain all. ``None`` means every
+    block.
 
-    Paper: section 4.3, where halves of the blocks are trained apart.
+    Paper: section 4.3, where halves of the blocks are trained separately.
 
     Raises:
-        AdapterError: the layer, named by ``where``, is so small that no block is in the subspace.
+        AdapterError: the layer, called ``where`` in the error, is so small that no block is in the subspace.
     """
     n = out // 2
     start, stop = subspace or (0, 1)
@@ -66,14 +67,14 @@ def subspace_blocks(out: int, subspace: Subspace, where: str = "subspace") -> tu
 def subspace_mask(
     out: int, *, variant: str, group_size: int, subspace: Subspace, where: str = "subspace"
 ) -> NDArray[np.bool_]:
-    """Tells which θ and α of a layer belong to a subspace; see `subspace_blocks`.
+    """Returns which θ and α of a layer belong to a subspace; see `subspace_blocks`.
 
     Args:
-        out: outputs of the layer.
+        out: the layer's number of outputs.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
         subspace: fractions of the blocks, ``0 <= start < stop <= 1``.
-        where: the layer, for errors.
+        where: the layer's name, for errors.
 
     Returns:
         bool ``[parameter_size(variant, out)]``.
@@ -92,20 +93,20 @@ def subspace_mask(
 def coefficients(
     theta: ArrayLike, alpha: ArrayLike, *, variant: str, group_size: int, subspace: Subspace = None
 ) -> tuple[Float64, Float64]:
-    """Forms ``first = α cos θ`` and ``second = α sin θ``, one of each an output.
+    """Computes ``first = α cos θ`` and ``second = α sin θ``, one of each per output.
 
     Args:
         theta: angles in radians, ``[..., out/2]``, ``[..., out]`` or ``[..., 2·out]`` for road_1, road_2, road_4.
         alpha: scales, of the same shape.
         variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
         group_size: even; divides ``out``.
-        subspace: outside of it θ = 0 and α = 1, whatever the arrays hold; see `subspace_mask`.
+        subspace: outside of it θ = 0 and α = 1, whatever the arrays contain; see `subspace_mask`.
 
     Returns:
         ``first`` and ``second``, each float64 ``[..., out]``.
 
     Raises:
-        AdapterError: the shapes differ, ``group_size`` doesn't divide ``out``, or the subspace holds no block.
+        AdapterError: the shapes differ, ``group_size`` doesn't divide ``out``, or the subspace contains no block.
     """
     theta, alpha = np.asarray(theta, np.float64), np.asarray(alpha, np.float64)
     if theta.shape != alpha.shape or theta.ndim == 0:
@@ -147,10 +148,10 @@ def rotate(
         subspace: see `coefficients`.
 
     Returns:
-        float64, of the shape of ``y``.
+        A float64 array with the shape of ``y``.
 
     Raises:
-        AdapterError: the shapes don't fit each other.
+        AdapterError: the shapes don't match.
 
     Example:
         >>> rotate([1.0, 0.0], [np.pi / 2], [2.0], variant="road_1", group_size=2).round(6).tolist()
@@ -166,7 +167,7 @@ def merge(
     """Rotates the rows of a weight ``[out, in]`` (or the entries of a bias ``[out]``), so that ``(R W) x = R (W x)``.
 
     Returns:
-        float64, of the shape of ``weight``.
+        A float64 array with the shape of ``weight``.
     """
     first, second = coefficients(theta, alpha, variant=variant, group_size=group_size, subspace=subspace)
     return np.moveaxis(_apply(np.moveaxis(np.asarray(weight, np.float64), 0, -1), first, second, group_size), -1, 0)
@@ -178,10 +179,10 @@ def unmerge(
     """Undoes `merge` with the inverse of each 2x2 block.
 
     Returns:
-        float64, of the shape of ``weight``.
+        A float64 array with the shape of ``weight``.
 
     Raises:
-        AdapterError: a block is singular (its scale is 0), so that there is no inverse.
+        AdapterError: a block is singular (because a scale is 0, say) and has no inverse.
     """
     first, second = coefficients(theta, alpha, variant=variant, group_size=group_size, subspace=subspace)
     first, second = inverse(first, second, group_size=group_size)
@@ -191,8 +192,8 @@ def unmerge(
 def inverse(first: ArrayLike, second: ArrayLike, *, group_size: int) -> tuple[Float64, Float64]:
     """Returns the coefficients of the inverse rotation, in the same form.
 
-    A block ``[[f0, −s0], [s1, f1]]`` has determinant ``f0 f1 + s0 s1`` and the inverse
-    ``[[f1, s0], [−s1, f0]]`` over it.
+    A block ``[[f0, −s0], [s1, f1]]`` has the determinant ``f0 f1 + s0 s1``, and its inverse is
+    ``[[f1, s0], [−s1, f0]]`` divided by that.
 
     Raises:
         AdapterError: a block is singular.

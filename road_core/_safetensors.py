@@ -1,4 +1,4 @@
-"""Safetensors files and the checkpoints that they make up: exact bytes, read strictly, written the same each time."""
+"""Safetensors files and checkpoints made of them: exact bytes, read strictly, written the same each time."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ DTYPES: dict[str, np.dtype] = {
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# The output head in a checkpoint, and how the names of embeddings end that it may share.
+# The output head in a checkpoint, and the endings of the names of embeddings that it may share.
 HEAD = "lm_head"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
@@ -45,7 +45,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, s
         The tensors by name, and the file's metadata.
 
     Raises:
-        AdapterError: the file is truncated, over-long, inconsistent, or holds a dtype that NumPy can't.
+        AdapterError: the file is truncated, too long or inconsistent, or contains a dtype that NumPy doesn't have.
     """
     entries, metadata = read_header(path)
     for name, entry in entries.items():
@@ -59,14 +59,14 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, s
             own = data[entry.start - start : entry.start - start + entry.nbytes]
             tensor = own.view(DTYPES[entry.dtype]).reshape(entry.shape)
             tensors[name] = tensor if tensor.flags.aligned else tensor.copy()
-    except (OSError, ValueError) as error:  # cut short meanwhile
+    except (OSError, ValueError) as error:  # the file was cut short meanwhile
         raise _broken(path, error) from None
     return tensors, metadata
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor in a safetensors file: what its header says, and where its bytes lie in the file."""
+    """A tensor in a safetensors file: its entry in the header, and where its bytes are in the file."""
 
     path: Path
     dtype: str
@@ -75,7 +75,7 @@ class Entry:
     nbytes: int
 
     def map(self) -> Array:
-        """Maps the tensor into memory, read-only; a dtype that NumPy hasn't is refused before, by its name."""
+        """Maps the tensor into memory, read-only; callers must have refused dtypes that NumPy doesn't have."""
         return self.bytes().view(DTYPES[self.dtype]).reshape(self.shape)
 
     def bytes(self) -> Array:
@@ -85,18 +85,18 @@ class Entry:
         return np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,))
 
 
-# Where each tensor lies, and the file's metadata.
+# Each tensor's entry, and the file's metadata.
 Header = tuple[dict[str, Entry], dict[str, str]]
 
 
 def read_header(path: str | os.PathLike) -> Header:
-    """Reads a safetensors file's header only, in the order of the tensors' bytes.
+    """Reads only the header of a safetensors file, in the order of the tensors' bytes.
 
     Returns:
-        Where each tensor lies, and the file's metadata.
+        Each tensor's entry, and the file's metadata.
 
     Raises:
-        AdapterError: the file is truncated, over-long or inconsistent.
+        AdapterError: the file is truncated, too long or inconsistent.
     """
     path = Path(path)
     try:
@@ -120,10 +120,10 @@ def read_shards(directory: str | os.PathLike) -> tuple[dict[str, Header], dict[s
     """Reads the headers of a checkpoint's ``model.safetensors``, or of the shards that its index names.
 
     Returns:
-        The headers by the files' names, and the index if there is one.
+        The headers by file name, and the index if there is one.
 
     Raises:
-        AdapterError: a file is missing or broken, or the index doesn't fit the shards.
+        AdapterError: a file is missing or broken, or the index doesn't match the shards.
     """
     folder = Path(directory)
     if not (folder / INDEX).is_file() or (folder / SINGLE).is_file():
@@ -141,9 +141,9 @@ def read_shards(directory: str | os.PathLike) -> tuple[dict[str, Header], dict[s
 
 
 def has_own_head(entries: Mapping[str, Entry]) -> bool:
-    """Tells whether a checkpoint holds a head that differs from the embedding.
+    """Tells whether a checkpoint contains a head that differs from the embedding.
 
-    Then they aren't one, whatever the config says: so transformers 5 decides it.
+    If so, the two aren't tied, whatever the config says: transformers 5 decides it in this way.
     """
     head = entries.get(f"{HEAD}.weight")
     embedding = next((entry for name, entry in entries.items() if name.endswith(EMBEDDINGS)), None)
@@ -161,7 +161,7 @@ def _length(entry: Mapping[str, Any]) -> int:
 
 
 def _is_possible(shape: tuple[int, ...]) -> bool:
-    # An axis of 0 leaves no bytes, and so no bound on the others.
+    # An axis of 0 means no bytes, and so no bound on the other axes.
     return len(shape) <= 32 and math.prod(max(size, 1) for size in shape) < 1 << 59
 
 
@@ -170,9 +170,9 @@ def _broken(path: str | os.PathLike, error: Exception) -> AdapterError:
 
 
 def dump_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
-    """Returns a safetensors file: the same tensors and metadata give the same bytes, whatever their order.
+    """Returns the bytes of a safetensors file: the same for the same tensors and metadata, whatever their order.
 
-    (The library's own writer leaves the order of the metadata to chance.)
+    (The library's own writer doesn't keep the metadata in a fixed order.)
 
     Raises:
         AdapterError: a dtype that safetensors doesn't have.
@@ -183,7 +183,7 @@ def dump_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> b
         for name, array in tensors.items()
     }
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    # Wide dtypes first keeps every tensor aligned to its own size.
+    # Putting wide dtypes first keeps every tensor aligned to its own size.
     order = sorted(little, key=lambda name: (-little[name].dtype.itemsize, name))
     end = 0
     for name in order:
@@ -191,7 +191,7 @@ def dump_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> b
         dtype = "BF16" if is_bfloat16(array.dtype) else names.get(array.dtype)
         if dtype is None:
             raise AdapterError(f"{name}: expected a dtype that safetensors has, found {array.dtype}")
-        # ascontiguousarray makes a scalar one-dimensional; the original's shape is what counts.
+        # ascontiguousarray makes a scalar one-dimensional, so the shape is taken from the original.
         shape = list(np.shape(tensors[name]))
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes

@@ -1,4 +1,4 @@
-"""Which modules a config selects: PEFT's rules, over the names of any module tree."""
+"""Which modules a config selects: PEFT's rules, applied to the names of any module tree."""
 
 import difflib
 import functools
@@ -14,13 +14,13 @@ from road_core._errors import AdapterError, listed
 
 ALL_LINEAR = "all-linear"
 
-# Seconds for all patterns of a config on all names, and what a pattern's length and counts may give when multiplied:
-# `regex` writes counted parts out. A pattern of all modules' names is far shorter.
+# The seconds for all patterns of a config on all names, and the greatest product of a pattern's length and its counts,
+# since `regex` writes counted parts out. A pattern of all modules' names is far shorter.
 PATIENCE = 10.0
 _LONGEST = 1 << 20
 
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
-# What `regex` reads and `re`, by which PEFT goes, takes for plain characters: fuzzy matches, POSIX classes.
+# What `regex` interprets, but `re`, which PEFT uses, takes literally: fuzzy matches, POSIX classes.
 _FOREIGN = re.compile(r"\{(?!\d*,?\d*\})|\[:\^?\w+:\]")
 _PATH = re.compile(r"[\w.-]+")
 
@@ -83,19 +83,19 @@ def select_modules(
 
     Args:
         config: its ``target_modules``, ``exclude_modules``, ``modules_to_save``, ``layers_to_transform`` and
-            ``layers_pattern`` decide.
-        names: the paths of all modules, joined by dots. PEFT looks at modules of every kind, so do the same: a
-            match that isn't a linear layer is then the caller's to refuse.
-        linear: those of them that ``"all-linear"`` may take.
-        output_head: those of ``linear`` that ``"all-linear"`` leaves out.
-        model_type: the row of the table that ``target_modules=None`` asks.
+            ``layers_pattern`` are used.
+        names: the paths of all modules, joined by dots. PEFT looks at modules of every kind, so pass all of them; a
+            match that isn't a linear layer is then for the caller to refuse.
+        linear: the modules that ``"all-linear"`` may take.
+        output_head: the modules in ``linear`` that ``"all-linear"`` leaves out.
+        model_type: the row of the table that is used for ``target_modules=None``.
 
     Returns:
         The selected paths, in the order of ``names``.
 
     Raises:
-        AdapterError: nothing matches, the table has no row for ``model_type``, or a pattern isn't one, is too large or
-            takes too long.
+        AdapterError: nothing matches, the table has no row for ``model_type``, or a pattern is invalid, too large or
+            too slow.
     """
     match = _Matcher()
     targets = config.target_modules
@@ -120,7 +120,7 @@ def select_modules(
             "RoadConfig.exclude_modules and modules_to_save: expected to leave some of what target_modules matches, "
             f"found none left of {listed(selected)}"
         )
-    # PEFT asks for layer indices only where the targets are a list, and makes one of "all-linear".
+    # PEFT uses layer indices only if the targets are a list, and turns "all-linear" into one.
     if not all_linear and not isinstance(targets, list):
         return left
     if not (chosen := _in_layers(config, left, match)):
@@ -135,9 +135,9 @@ def select_modules(
 def _nothing(config: RoadConfig, names: Sequence[str]) -> AdapterError:
     wanted = config.target_modules if isinstance(config.target_modules, list) else [str(config.target_modules)]
     near: list[str] = []
-    # Few and short ones: comparing takes long.
+    # Only a few short ones, because comparing is slow.
     for want in (want for want in wanted[:20] if len(want) < 200):
-        # A path is compared whole. The dots of an expression are no path's.
+        # A path is compared whole. The dots of a regular expression don't separate names.
         parts = want.count(".") + 1 if _PATH.fullmatch(want) else 1
         end = want.split(".", want.count(".") + 1 - parts)[-1]
         near += difflib.get_close_matches(end, _ends(names, parts)[:500], n=3, cutoff=0.4)
@@ -148,12 +148,12 @@ def _nothing(config: RoadConfig, names: Sequence[str]) -> AdapterError:
 
 
 def _ends(names: Sequence[str], parts: int) -> list[str]:
-    """The last so many parts of each name, each once."""
+    """Returns the last parts of each name, this many, each result once."""
     return sorted({".".join(name.split(".")[-parts:]) for name in names if name})
 
 
 class _Matcher:
-    """Tries a config's patterns. It may come from anyone: each has a limited size, and all together a limited time."""
+    """Tries a config's patterns, which may be hostile: each has a limited size, and all together a limited time."""
 
     def __init__(self) -> None:
         self._left = PATIENCE
@@ -161,7 +161,7 @@ class _Matcher:
     def __call__(
         self, field: str, pattern: str, names: Sequence[str], *, whole: bool = True
     ) -> dict[str, regex.Match[str]]:
-        """Returns the names that match, in their order, with their matches."""
+        """Returns the names that match, in order, with their matches."""
         compiled = _compiled(field, pattern)
         start = time.thread_time()
         found = {}
@@ -210,7 +210,7 @@ def _matching(field: str, patterns: str | list[str], names: Sequence[str], match
 
 def _not_excluded(config: RoadConfig, names: Sequence[str], match: _Matcher) -> list[str]:
     out = set(_matching("exclude_modules", config.exclude_modules, names, match)) if config.exclude_modules else set()
-    # A module that is saved whole must not be rotated as well.
+    # A module that is saved whole must not be rotated too.
     for module in config.modules_to_save or ():
         left = [name for name in names if name not in out]
         out.update(match("modules_to_save", rf"(.*\.)?{module}(\..*)?", left))
@@ -230,7 +230,7 @@ def _in_layers(config: RoadConfig, names: Sequence[str], match: _Matcher) -> lis
         for name, found in match("layers_pattern", search, left, whole=False).items():
             if found.re.groups != 1:
                 raise AdapterError(f"RoadConfig.layers_pattern: expected a pattern without groups, found {patterns!r}")
-            # Python refuses to read a number of thousands of digits.
+            # Python refuses to parse a number of thousands of digits.
             layers[name] = int(found[1]) if len(found[1]) < 19 else -1
     indices = [wanted] if isinstance(wanted, int) else wanted
     return [name for name in names if name in layers and layers[name] in indices]
