@@ -1,4 +1,4 @@
-"""RoAd adapters from Flax to PyTorch and back, and the proof that both compute the same."""
+"""Converts RoAd adapters between Flax and PyTorch, and checks that both compute the same."""
 
 from convert._compose import compose as compose
 from convert._convert import to_flax as to_flax

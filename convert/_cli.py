@@ -67,11 +67,11 @@ def _to_torch(
         flax_dir: folder of the Flax adapter, or of one of road-train's checkpoints.
         out: new or empty folder.
         family: model family, e.g. llama; by default the first one that knows every module.
-        base: folder of the model, for the sizes of its heads; only where they are needed.
-        rules: a TOML or JSON file with a table of your own.
+        base: folder of the model; needed only where the sizes of its heads, or whether its head is tied, matter.
+        rules: TOML or JSON file with a conversion table of your own.
         overwrite: replace an adapter that is already there.
         dry_run: print the whole mapping and write nothing.
-        every: convert every adapter in the folder, each to a folder of its name in OUT.
+        every: convert every adapter in the folder, each to a folder of the same name in OUT.
     """
     options = dict[str, Any](family=family, base=base, rules=rules, overwrite=overwrite, dry_run=dry_run)
     _convert(to_torch, flax_dir, out, options, every)
@@ -97,15 +97,16 @@ def _to_flax(
         peft_dir: folder of the adapter in PEFT's format.
         out: new or empty folder.
         family: model family, e.g. llama; by default the first one that knows every module.
-        layout: layers stacked, a path a layer, or another library's; by default as the adapter once was in Flax, else
-            stacked.
-        layers: how many layers the model has, where no base says it; only needed to stack an adapter with
+        layout: layers stacked, one path per layer, or another library's layout; by default the adapter's former layout
+            in Flax, or else stacked.
+        layers: number of layers in the model, if no base is given; only needed to stack an adapter with
             layers_to_transform.
-        base: folder of the model, for the sizes of its heads, whether its output head is tied, and its layers.
-        rules: a TOML or JSON file with a table of your own.
+        base: folder of the model, for the sizes of its heads, whether its output head is tied, and its number of
+            layers.
+        rules: TOML or JSON file with a conversion table of your own.
         overwrite: replace an adapter that is already there.
         dry_run: print the whole mapping and write nothing.
-        every: convert every adapter in the folder, each to a folder of its name in OUT.
+        every: convert every adapter in the folder, each to a folder of the same name in OUT.
     """
     options = dict[str, Any](
         family=family, layout=layout, layers=layers, base=base, rules=rules, overwrite=overwrite, dry_run=dry_run
@@ -118,7 +119,7 @@ def _inspect(directory: _Either, /, *, plot: Annotated[Path | None, tyro.conf.ar
 
     Args:
         directory: folder of the adapter.
-        plot: a PNG to draw its rotations to.
+        plot: PNG file to draw its rotations to.
     """
     summary = inspect(directory)
     if plot is not None:
@@ -140,14 +141,14 @@ def _diff(
 ) -> None:
     """Prints how two adapters differ, by module and layer.
 
-    The exit code is 0 where they are the same function and 1 where they aren't.
+    The exit code is 0 if they are the same function and 1 if they aren't.
 
     Args:
         first: folder of an adapter, of either format.
-        second: folder of another.
-        family: model family of the one in Flax, where their formats differ.
-        tolerance: what θ, α and tensors that are saved whole may differ by.
-        plot: a PNG to draw the differences to.
+        second: folder of the other adapter.
+        family: model family of a Flax adapter, if the two formats or layouts differ.
+        tolerance: greatest difference allowed in θ, α and tensors that are saved whole.
+        plot: PNG file to draw the differences to.
     """
     if not tolerance >= 0:
         raise AdapterError(f"tolerance: expected a number from 0 up, found {tolerance}")
@@ -188,13 +189,13 @@ def _verify(
 ) -> None:
     """Runs both adapters on the same tokens, each in its framework, and compares the logits.
 
-    The exit code is 0 within the tolerance and 1 past it.
+    The exit code is 0 within the tolerance and 1 beyond it.
 
     Args:
         flax_dir: folder of the Flax adapter.
         peft_dir: folder of the adapter in PEFT's format.
         base: folder of the Hugging Face checkpoint.
-        tolerance: what may differ, relative to the greatest logit.
+        tolerance: greatest difference allowed, relative to the greatest logit.
         prompt: text to run instead of the built-in prompts; may be given several times.
     """
     result = verify(flax_dir, peft_dir, base, tolerance=tolerance, prompts=prompt or None, console=Console(stderr=True))
@@ -210,11 +211,11 @@ def _compose(
     weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W ...")] = (),
     overwrite: bool = False,
 ) -> None:
-    """Writes the adapter that does what others do one after the other, A first.
+    """Writes one adapter that applies others one after the other, A first.
 
     Args:
-        folders: adapters, all of Flax or all in PEFT's format, and after them a new or empty folder.
-        weights: how often each is applied, by default 1; after the folders. -1 undoes an adapter.
+        folders: adapters, all in Flax's or all in PEFT's format, followed by a new or empty folder.
+        weights: how often each adapter is applied, by default 1; give them after the folders. -1 undoes an adapter.
         overwrite: replace an adapter that is already there.
     """
     if len(folders) < 2:
@@ -234,26 +235,26 @@ def _merge(
 ) -> None:
     """Writes a Hugging Face checkpoint with an adapter merged into it, shard by shard.
 
-    After an interruption the same command goes on behind the last whole shard.
+    After an interruption, the same command continues after the last complete shard.
 
     Args:
-        checkpoint: folder of the Hugging Face checkpoint; what bitsandbytes quantised is written dequantised.
+        checkpoint: folder of the Hugging Face checkpoint; weights that bitsandbytes quantised are written dequantised.
         adapter: folder of the adapter, of either format.
         out: new or empty folder.
-        family: model family of a Flax adapter; by default that of the checkpoint.
+        family: model family of a Flax adapter; by default the checkpoint's.
     """
     merge(checkpoint, adapter, out, family=family, console=Console(stderr=True))
     _say(_console(), f"merged checkpoint: {out}")
 
 
 def _console() -> Console:
-    """Wide enough for a table where nobody looks at a terminal's width."""
+    """Returns a console that is wide enough for tables if the output isn't a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(width=140, highlight=False)
 
 
 def _say(console: Console, text: str) -> None:
-    """Prints a line as it is: unwrapped, without markup, and without the control codes that a file may hold."""
+    """Prints a line unwrapped and without markup; control codes, which a file may contain, are replaced."""
     console.print(
         "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), markup=False, soft_wrap=True
     )
@@ -262,7 +263,7 @@ def _say(console: Console, text: str) -> None:
 def _convert(
     one: Callable[..., list[tuple[str, str]]], src: Path, out: Path, options: dict[str, Any], every: bool
 ) -> None:
-    """Converts one adapter or a folder of them, and says what was written or would be."""
+    """Converts one adapter or a folder of them, and prints what was or would be written."""
     if every:
         names = convert_all(src, out, one, console=Console(stderr=True), **options)
         done = "can be converted" if options["dry_run"] else f"converted: {out}"
@@ -276,7 +277,7 @@ def _convert(
 
 
 def _done(out: Path) -> None:
-    """Says what was written."""
+    """Prints what was written."""
     summary = inspect(out)
     _say(_console(), f"{summary.kind} adapter, {_modules(summary)}: {out}")
 
@@ -310,9 +311,9 @@ def _show(summary: Summary, directory: Path, console: Console) -> None:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Modules in rows, their numbers under ``names``."""
+    """Returns a table with one module per row and its numbers under ``names``."""
     table = Table(box=None, pad_edge=False)
-    # In a narrow terminal the paths give way, not the numbers.
+    # In a narrow terminal, paths are folded and numbers stay whole.
     table.add_column("module", overflow="fold")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)

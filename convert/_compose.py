@@ -1,4 +1,4 @@
-"""Adapter folders composed into one."""
+"""Composes several adapter folders into one."""
 
 import os
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ def compose(
     weights: Sequence[float] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes the adapter that does what others do one after the other, the first one first; see `road_core.compose`.
+    """Writes one adapter that applies others one after the other, the first one first; see `road_core.compose`.
 
     Args:
-        sources: adapter folders, all of Flax or all in PEFT's format, which is the result's.
+        sources: adapter folders, all in Flax's or all in PEFT's format; the result has the same format.
         dst: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
-        weights: how often each is applied, 1 if not given; -1 undoes an adapter.
+        weights: how often each adapter is applied, by default 1; -1 undoes an adapter.
         overwrite: see ``dst``.
 
     Raises:
-        AdapterError: a folder holds no whole adapter, there are folders of both formats, or the adapters don't compose.
+        AdapterError: a folder contains no complete adapter, the formats differ, or the adapters can't be composed.
             Nothing is written then.
 
     Example:

@@ -1,4 +1,4 @@
-"""From an adapter folder of one side to one of the other."""
+"""Converts an adapter folder of one side to one of the other."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -28,30 +28,30 @@ def to_torch(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> list[tuple[str, str]]:
-    """Writes a Flax adapter as one that PEFT and ``road_torch`` load. No bit of a number changes.
+    """Writes a Flax adapter in the format that PEFT and ``road_torch`` load. No bit of a number changes.
 
-    The layout is told by the tensors: θ of a stack (``model.layers.self_attn.q_proj``) has a layer axis in front, that
-    of a numbered layer (``model.layers.0.self_attn.q_proj``) has one axis. The file's metadata keep what PEFT's
-    format can't say, so that `to_flax` gives back the same bytes.
+    The tensors show the layout: θ of a stack (``model.layers.self_attn.q_proj``) has a layer axis in front, θ of a
+    numbered layer (``model.layers.0.self_attn.q_proj``) has one axis. The file's metadata keep what PEFT's format can't
+    express, so that `to_flax` gives back the same bytes.
 
     Args:
         src: a folder that ``road-train`` or ``road_jax.save_adapter`` wrote, or one of ``road-train``'s checkpoints
-            (``RUN/checkpoints/STEP``); of a run that hasn't ended, the last one.
+            (``RUN/checkpoints/STEP``); for a run that hasn't ended, the last checkpoint is taken.
         dst: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
-        family: the model family, e.g. ``"llama"``; None takes the first whose table knows every key.
-        base: the folder of the model, whose ``config.json`` tells sizes of heads, whether the output head shares the
-            embedding and how many layers there are; needed where fused layers are split or fused by heads, for RoPE's
+        family: the model family, e.g. ``"llama"``; None takes the first one whose table knows every key.
+        base: the model's folder, whose ``config.json`` gives the sizes of heads, whether the output head shares the
+            embedding, and the number of layers. It is needed where fused layers are split or fused by heads, for RoPE's
             interleaved order, and for an embedding that was trained whole without the head.
-        rules: a file with a table of your own, see `read_rules`.
+        rules: a file with a conversion table of your own, see `read_rules`.
         overwrite: see ``dst``.
-        dry_run: whether to write nothing.
+        dry_run: write nothing.
 
     Returns:
         The mapping: each key's name before and after.
 
     Raises:
-        AdapterError: ``src`` holds no whole adapter, a key has no partner, a shape doesn't fit, or ``dst`` already
-            holds something. Nothing is written then.
+        AdapterError: ``src`` contains no complete adapter, a key has no partner, a shape doesn't fit, or ``dst``
+            already contains something. Nothing is written then.
 
     Example:
         >>> import convert
@@ -97,28 +97,28 @@ def to_flax(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> list[tuple[str, str]]:
-    """Writes an adapter in PEFT's format as one that ``road_jax`` loads: the inverse of `to_torch`.
+    """Writes an adapter in PEFT's format in the format that ``road_jax`` loads: the inverse of `to_torch`.
 
     Args:
         src: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         dst: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
-        family: the model family, e.g. ``"llama"``; None takes the first whose table knows every key.
-        layout: ``"scanned"`` (layers stacked, the default of ``road_jax.models.load``), ``"unrolled"``, or that of
-            another library's Flax models: ``"transformers"``, ``"easydel"``, ``"tunix"``, ``"maxtext"``,
-            ``"maxtext-unrolled"``. None takes the layout that the adapter once had in Flax, where its metadata tell,
-            else ``"scanned"`` where the family has it.
-        layers: how many layers the model has. Only needed to stack an adapter whose config has
+        family: the model family, e.g. ``"llama"``; None takes the first one whose table knows every key.
+        layout: ``"scanned"`` (layers stacked, the default of ``road_jax.models.load``), ``"unrolled"``, or the layout
+            of another library's Flax models: ``"transformers"``, ``"easydel"``, ``"tunix"``, ``"maxtext"``,
+            ``"maxtext-unrolled"``. None takes the adapter's former layout in Flax if its metadata give one, else
+            ``"scanned"`` if the family has it.
+        layers: the number of layers in the model; only needed to stack an adapter whose config has
             ``layers_to_transform``, without ``base``.
         base: see `to_torch`.
         rules: see `to_torch`.
         overwrite: see ``dst``.
-        dry_run: whether to write nothing.
+        dry_run: write nothing.
 
     Returns:
         The mapping: each key's name before and after.
 
     Raises:
-        AdapterError: as `to_torch`; also where layers that are missing, or that differ, can't be stacked.
+        AdapterError: as for `to_torch`; also if layers that are to be stacked are missing or differ.
     """
     return _to_flax(
         src,
@@ -167,11 +167,11 @@ def _read_flax(directory: str | os.PathLike) -> Adapter:
 
 
 def choose(family: str | None, base: str | os.PathLike | None, rules: str | os.PathLike | None) -> Choice:
-    """Reads the table of the rules and what the base's ``config.json`` says, None where there is none."""
+    """Reads the table in ``rules`` and the ``config.json`` of ``base``; each is None if not given."""
     if family is not None and rules is not None:
         raise AdapterError(f"family: expected none beside rules of your own, found {family!r}")
     return None if rules is None else read_rules(rules), None if base is None else read_model(base)
 
 
-# What converts with a choice that was made before.
+# Functions that convert with a choice that was made before.
 PREPARED: dict[Callable[..., object], Callable[..., object]] = {to_torch: _to_torch, to_flax: _to_flax}

@@ -17,14 +17,14 @@ from road_core._safetensors import HEAD
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of one module in one layer.
+    """The differences in one module of one layer.
 
     Attributes:
-        path: its module path; ``path[layer]`` for a layer of a stack.
-        mean_angle: the mean magnitude of the differences of θ, each turned into (−π, π].
-        max_angle: the greatest.
+        path: the module path; ``path[layer]`` for a layer of a stack.
+        mean_angle: the mean magnitude of the differences of θ, each wrapped to (−π, π].
+        max_angle: the greatest such magnitude.
         mean_scale: the mean magnitude of the differences of α.
-        max_scale: the greatest.
+        max_scale: the greatest such magnitude.
     """
 
     path: str
@@ -36,14 +36,14 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `diff` found.
+    """The result of `diff`.
 
     Attributes:
-        fields: ``{name: (first, second)}`` of the configs' fields that differ.
-        first_only: keys that the first adapter alone has.
-        second_only: keys that the second alone has.
-        modules: the differences of those that both have in one shape, in the order of their layers.
-        saved: ``{key: greatest difference}`` of tensors that are saved whole; infinite for another shape.
+        fields: ``{name: (first, second)}`` for the fields of the configs that differ.
+        first_only: keys that only the first adapter has.
+        second_only: keys that only the second adapter has.
+        modules: the differences of modules that both have in the same shape, in the order of their layers.
+        saved: ``{key: greatest difference}`` of tensors that are saved whole; infinite if the shapes differ.
     """
 
     fields: Mapping[str, tuple[Any, Any]]
@@ -53,27 +53,27 @@ class Comparison:
     saved: Mapping[str, float]
 
     def same(self, tolerance: float = 0.0) -> bool:
-        """Whether both are the same function, θ, α and saved tensors within a tolerance."""
+        """Returns True if both are the same function, with θ, α and saved tensors equal within a tolerance."""
         numbers = [max(module.max_angle, module.max_scale) for module in self.modules] + list(self.saved.values())
         one_reading = not {"variant", "group_size"} & self.fields.keys()
         return one_reading and not (self.first_only or self.second_only) and max(numbers, default=0.0) <= tolerance
 
 
 def diff(first: str | os.PathLike, second: str | os.PathLike, *, family: str | None = None) -> Comparison:
-    """Compares two adapter folders. Where formats or layouts differ, what is Flax's is brought into PyTorch's first.
+    """Compares two adapter folders. If formats or layouts differ, Flax adapters are first mapped to PyTorch's layout.
 
     Args:
         first: an adapter folder of either format.
-        second: another.
-        family: the model family of one in Flax, where their formats or layouts differ.
+        second: the other adapter folder.
+        family: the model family of a Flax adapter, if formats or layouts differ.
 
     Raises:
-        AdapterError: a folder holds no whole adapter, or the one in Flax can't be converted.
+        AdapterError: a folder contains no complete adapter, or a Flax adapter can't be converted.
     """
     folders = (first, second)
     kinds, adapters = zip(*(read_adapter(folder) for folder in folders), strict=True)
     if kinds[0] != kinds[1] or (kinds[0] == "Flax" and _is_stacked(adapters[0]) != _is_stacked(adapters[1])):
-        # The one in PEFT's format tells whether a head follows an embedding that was trained whole.
+        # The adapter in PEFT's format shows whether a head follows an embedding that was trained whole.
         model = {"tie_word_embeddings": any(f"{HEAD}.weight" in adapter.modules_to_save for adapter in adapters)}
         mapped = []
         for folder, kind, adapter in zip(folders, kinds, adapters, strict=True):
@@ -86,12 +86,12 @@ def diff(first: str | os.PathLike, second: str | os.PathLike, *, family: str | N
 
 
 def _is_stacked(adapter: Adapter) -> bool:
-    """Tells whether an adapter in Flax has stacks of layers."""
+    """Tells whether a Flax adapter has stacks of layers."""
     return any(theta.ndim > 1 for theta, _ in adapter.modules.values())
 
 
 def compare(first: Adapter, second: Adapter) -> Comparison:
-    """Compares two adapters of one layout."""
+    """Compares two adapters that have the same layout."""
     configs = first.config.to_dict(), second.config.to_dict()
     fields = {
         name: (configs[0].get(name), configs[1].get(name))
@@ -104,7 +104,7 @@ def compare(first: Adapter, second: Adapter) -> Comparison:
     modules = tuple(_difference(path, layers[0][path], layers[1][path]) for path in sorted(shared, key=natural))
     whole = [{**a.modules_to_save, **a.base_weights} for a in (first, second)]
     saved = {key: _greatest(array, whole[1][key]) for key, array in sorted(whole[0].items()) if key in whole[1]}
-    # A module of another size counts as two.
+    # A module of another size counts as missing on both sides.
     mine = [
         {*layer.keys() - set(shared), *(tensors.keys() - saved.keys())}
         for layer, tensors in zip(layers, whole, strict=True)
@@ -114,10 +114,10 @@ def compare(first: Adapter, second: Adapter) -> Comparison:
 
 
 def draw(comparison: Comparison, path: str | os.PathLike) -> None:
-    """Draws the mean difference of angle and scale by module, the modules in the order of their layers.
+    """Draws the mean difference of angle and scale by module, in the order of the layers.
 
     Raises:
-        AdapterError: ``path`` doesn't end with ``.png``, its folder isn't there, or no module is in both adapters.
+        AdapterError: ``path`` doesn't end with ``.png``, its folder doesn't exist, or the adapters share no module.
     """
     if not comparison.modules:
         raise AdapterError(f"{path}: expected modules that both adapters have, found none to draw")
@@ -144,7 +144,7 @@ def draw(comparison: Comparison, path: str | os.PathLike) -> None:
 
 
 def _layers(adapter: Adapter) -> dict[str, tuple[Array, Array]]:
-    """Returns θ and α by module, those of a stack by layer."""
+    """Returns θ and α by module, and by layer for a stack."""
     found: dict[str, tuple[Array, Array]] = {}
     for path, (theta, alpha) in adapter.modules.items():
         if theta.ndim == 1:
@@ -157,7 +157,7 @@ def _layers(adapter: Adapter) -> dict[str, tuple[Array, Array]]:
 def _difference(path: str, first: tuple[Array, Array], second: tuple[Array, Array]) -> Difference:
     theta, alpha = (np.float64(to_float32(a)) - np.float64(to_float32(b)) for a, b in zip(first, second, strict=True))
     angles = np.abs(np.remainder(theta + np.pi, 2 * np.pi) - np.pi)
-    # Equal angles are exactly 0; the remainder rounds.
+    # Equal angles must give exactly 0, but the remainder rounds.
     angles, scales = np.where(theta == 0, 0.0, angles), np.abs(alpha)
     return Difference(path, float(angles.mean()), float(angles.max()), float(scales.mean()), float(scales.max()))
 

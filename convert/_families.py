@@ -1,4 +1,4 @@
-"""The tables: Flax path ⇄ PyTorch path, one table a model family."""
+"""The conversion tables: Flax path ⇄ PyTorch path, one table per model family."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ class Leaf:
     """A tensor of a module that is saved whole.
 
     Attributes:
-        flax: its name in Flax.
-        torch: its name in PyTorch.
-        axes: how many it has, a stack's layer axis not counted.
+        flax: the tensor's name in Flax.
+        torch: the tensor's name in PyTorch.
+        axes: the number of its axes, without a stack's layer axis.
         transposed: whether the two differ by a transpose: Flax kernels are ``[in, out]``, PyTorch weights
             ``[out, in]``.
     """
@@ -39,17 +39,18 @@ EMBEDDING = (Leaf("embedding", "weight", 2),)
 class Row:
     """One kind of module, in all layers.
 
-    Rows that share a path are parts of one fused module, in their order; each of them has a ``width``.
+    Rows that share a path are parts of one fused module, in the order of the rows; each of them has a ``width``.
 
     Attributes:
-        flax: its path in Flax, with `LAYER` for a layer's number.
-        torch: its path in PyTorch.
-        leaves: the tensors it may save whole.
-        linear: whether it may carry θ and α.
+        flax: the module's path in Flax, with `LAYER` for a layer's number.
+        torch: the module's path in PyTorch.
+        leaves: the tensors that may be saved whole.
+        linear: whether the module may have θ and α.
         interleaved: whether Flax has a head's outputs in RoPE's interleaved order (x0, y0, x1, y1, …) where PyTorch has
             them in halves (x0, x1, …, y0, y1, …).
-        width: of a part, how many outputs it has: ``"heads"``, ``"kv_heads"`` or, all alike, ``"equal"``.
-        bias_apart: whether Flax adds the bias outside the layer, after the rotation, where PyTorch rotates it too.
+        width: for a part, its number of outputs: ``"heads"``, ``"kv_heads"``, or ``"equal"`` if all parts have the
+            same.
+        bias_apart: whether Flax adds the bias outside of the layer, after the rotation, while PyTorch rotates it too.
     """
 
     flax: str
@@ -63,10 +64,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a path stands in a table.
+    """A path's place in a table.
 
     Attributes:
-        rows: the row that it matches, or the parts of a fused module.
+        rows: the row that matches the path, or the rows of a fused module's parts.
         layer: the layer's number; None for a stack and for a module outside the layers.
         stacked: whether the path is that of a stack.
     """
@@ -77,21 +78,21 @@ class Place:
 
     @property
     def row(self) -> Row:
-        """The row, or the first part's."""
+        """The row, or that of the first part."""
         return self.rows[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model family's table in one style of Flax models.
+    """A model family's table for one style of Flax models.
 
     Attributes:
-        name: the ``model_type`` of its checkpoints, and what else tells it apart.
-        rows: no two of them match one path, unless they are parts of a fused module.
+        name: the ``model_type`` of the family's checkpoints, with a suffix if there are several tables for it.
+        rows: the table's rows; no two of them match the same path, unless they are parts of a fused module.
         head: the PyTorch path of the output head, which "all-linear" leaves out.
-        style: whose Flax model it is, see `LAYOUTS`.
-        axis: the layers' axis in a stack's params.
-        asked: whether the table is only taken when it is asked for by its name.
+        style: whose Flax models it is for, see `LAYOUTS`.
+        axis: the layer axis in a stack's params.
+        asked: whether the table is used only if it is requested by name.
     """
 
     name: str
@@ -103,7 +104,7 @@ class Family:
 
     @property
     def model_type(self) -> str:
-        """The ``model_type``: a table's name may say more behind a hyphen."""
+        """The ``model_type``; a table's name may have more after a hyphen."""
         return self.name.partition("-")[0]
 
     def find_flax(self, path: str) -> Place | None:
@@ -117,7 +118,7 @@ class Family:
         return _find(self._by_torch, path)
 
     def parts(self, row: Row, side: str) -> tuple[Row, ...]:
-        """Returns the rows that share the row's path on a side, ``"flax"`` or ``"torch"``; mostly the row alone."""
+        """Returns the rows that share the row's path on a side, ``"flax"`` or ``"torch"``; usually the row alone."""
         return (self._by_flax if side == "flax" else self._by_torch)[getattr(row, side)]
 
     @functools.cached_property
@@ -134,7 +135,7 @@ class Family:
 
 
 def unnumbered(path: str) -> str:
-    """Returns a stack's path: without the layer's number, which stands alone (``layers.0``) or not (``layers_0``)."""
+    """Returns a stack's path: without the layer's number, be it separate (``layers.0``) or not (``layers_0``)."""
     return path.replace(f".{LAYER}", "").replace(f"_{LAYER}", "")
 
 
@@ -144,12 +145,12 @@ def _find(index: dict[str, tuple[Row, ...]], path: str) -> Place | None:
     return None if rows is None else Place(rows, layer)
 
 
-# Many adapters of one model have the same paths, and every table looks for them.
+# Many adapters of one model have the same paths, and every table looks them up.
 @functools.lru_cache(maxsize=1 << 14)
 def _form(path: str) -> tuple[str, int | None]:
-    """Returns a path with a placeholder for the layer's number, and the number."""
+    """Returns a path with a placeholder in place of the layer's number, and the number."""
     number = _NUMBER.search(path)
-    if LAYER in path:  # spelled out it is nobody's
+    if LAYER in path:  # a literal placeholder matches nothing
         return "", None
     return (f"{path[: number.start()]}{LAYER}{path[number.end() :]}", int(number[0])) if number else (path, None)
 
@@ -163,7 +164,7 @@ def _index(family: str, entries: list[tuple[str, Row]]) -> dict[str, tuple[Row, 
     return index
 
 
-# Which style of Flax model, and whether its layers are stacked.
+# The style of the Flax models, and whether their layers are stacked.
 LAYOUTS = {
     "scanned": ("road", True),
     "unrolled": ("road", False),
@@ -176,17 +177,17 @@ LAYOUTS = {
 
 
 def _same(path: str, leaves: tuple[Leaf, ...] = LINEAR) -> Row:
-    """A module that has one path in both."""
+    """Returns the row of a module that has the same path on both sides."""
     return Row(path, path, leaves, linear=leaves is LINEAR)
 
 
 def _linears(flax: str, torch: str, names: dict[str, str] | str) -> tuple[Row, ...]:
-    """Linear layers below two prefixes, by their names; text has names that are the same in both."""
+    """Returns rows of linear layers below two prefixes, by their names; a string has names that both sides share."""
     pairs = names if isinstance(names, dict) else {name: name for name in names.split()}
     return tuple(Row(f"{flax}.{ours}", f"{torch}.{theirs}") for ours, theirs in pairs.items())
 
 
-# road_jax.models mirrors Hugging Face's names; so may other models, and these tables are for them too.
+# road_jax.models mirrors Hugging Face's names. So may other models, which these tables serve too.
 
 _BLOCK = f"model.layers.{LAYER}"
 _ATTENTION = _linears(f"{_BLOCK}.self_attn", f"{_BLOCK}.self_attn", "q_proj k_proj v_proj o_proj")
@@ -198,7 +199,7 @@ _FUSED = tuple(
 
 
 def _decoder(layers: tuple[Row, ...], norm: tuple[Leaf, ...] = NORM, *norms: str) -> tuple[Row, ...]:
-    """A decoder that has one path in both, with its layers' linear ones and what norms it has beyond two a layer."""
+    """Returns a decoder's rows, with the same paths on both sides; ``norms`` are those beyond the two of each layer."""
     return (
         _same("model.embed_tokens", EMBEDDING),
         *layers,
@@ -212,7 +213,7 @@ _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _GEMMA_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 _LAYERS = _ATTENTION + _MLP
 
-# Phi-3's fused layers in a Flax model that has them apart.
+# Phi-3's fused layers, for a Flax model that keeps them separate.
 _PHI3_APART = (
     *(
         Row(f"{_BLOCK}.self_attn.{name}_proj", f"{_BLOCK}.self_attn.qkv_proj", (), width=width)
@@ -278,7 +279,7 @@ def _t5(stack: str, attentions: str, mlp: int) -> tuple[Row, ...]:
 
 
 def _vit(layer: str, attention: str, names: dict[str, str]) -> tuple[Row, ...]:
-    """``layer`` and ``attention`` are PyTorch's prefixes, ``names`` its names of a layer's linear ones."""
+    """``layer`` and ``attention`` are PyTorch's prefixes, ``names`` maps Flax's names of linear layers to PyTorch's."""
     flax = f"vit.encoder.layer.{LAYER}"
     return (
         *_linears(
@@ -370,7 +371,7 @@ _TRANSFORMERS = (
         head="classifier",
         style="transformers",
     ),
-    # The same model as transformers 4 names it in PyTorch.
+    # The same model with the names that transformers 4 gives it in PyTorch.
     Family(
         "vit-4",
         _vit(
@@ -399,8 +400,8 @@ _TRANSFORMERS = (
     ),
 )
 
-# tunix (models/llama3, qwen2, qwen3, gemma3 of 0.1.7, tried in tests_published/test_convert.py). Attention's layers are
-# Einsums with a `w` of [embed, heads, head_dim]: θ is of the outputs, flattened. RoPE is in halves, as in PyTorch.
+# tunix (models/llama3, qwen2, qwen3, gemma3 of 0.1.7, tested in tests_published/test_convert.py). Attention layers are
+# Einsums with a `w` of [embed, heads, head_dim], and θ is for the flattened outputs. RoPE is in halves, as in PyTorch.
 
 _TUNIX = f"layers.{LAYER}"
 
@@ -415,7 +416,7 @@ def _tunix(attention: tuple[Row, ...]) -> tuple[Row, ...]:
 
 _TUNIX_SEPARATE = tuple(Row(f"{_TUNIX}.attn.{name}_proj", f"{_BLOCK}.self_attn.{name}_proj", ()) for name in "qkvo")
 _TUNIX_QWEN2 = (*(dataclasses.replace(row, bias_apart=True) for row in _TUNIX_SEPARATE[:3]), _TUNIX_SEPARATE[3])
-# As many key heads as query heads: one Einsum for the three of them; fewer: one for keys and values.
+# With as many key heads as query heads, one Einsum computes all three; with fewer, one computes keys and values.
 _TUNIX_GEMMA = (
     *(Row(f"{_TUNIX}.attn.qkv_einsum", f"{_BLOCK}.self_attn.{name}_proj", (), width="equal") for name in "qkv"),
     Row(f"{_TUNIX}.attn.attn_vec_einsum", f"{_BLOCK}.self_attn.o_proj", ()),
@@ -426,8 +427,8 @@ _TUNIX_GEMMA_GROUPED = (
     Row(f"{_TUNIX}.attn.attn_vec_einsum", f"{_BLOCK}.self_attn.o_proj", ()),
 )
 
-# MaxText (0.2.4). Stacks have their layers on axis 1. Llama 3.1's q and k are in RoPE's interleaved order; Qwen3's are
-# in halves.
+# MaxText (0.2.4). Stacks have their layers on axis 1. Llama 3.1's q and k are in RoPE's interleaved order, Qwen3's in
+# halves.
 
 _MAXTEXT = f"decoder.layers_{LAYER}"
 
@@ -470,7 +471,7 @@ FAMILIES = tuple(dict.fromkeys(table.name for table in TABLES))
 
 
 def tables(name: str | None = None, style: str | None = None) -> list[Family]:
-    """Returns the tables of a family, of a style, or of both; None stands for any.
+    """Returns the tables of a family, of a style, or of both; None matches any.
 
     Raises:
         AdapterError: there is none.

@@ -1,4 +1,4 @@
-"""A folder of adapters in one call."""
+"""Converts a folder of adapters in one call."""
 
 import functools
 import os
@@ -26,23 +26,23 @@ def convert_all(
 ) -> list[str]:
     """Converts every adapter in a folder, each into a folder of the same name.
 
-    One that can't be converted keeps none of the others from it: all are tried before the error is raised.
+    An adapter that can't be converted doesn't stop the others: all are tried before the error is raised.
 
     Args:
-        src: a folder of adapters' folders. Files in it, and what begins with a dot, are left alone.
+        src: a folder that contains adapters' folders. Files in it, and names that begin with a dot, are ignored.
         dst: a new or empty folder; with ``overwrite``, one in which adapters may be replaced.
         convert: `to_torch` or `to_flax`.
         overwrite: see ``dst``.
-        console: where the progress is shown; without it there is none.
-        options: what else ``convert`` takes, the same for all.
+        console: where progress is shown; None shows none.
+        options: further arguments of ``convert``, the same for all adapters.
 
     Returns:
         The names of the adapters.
 
     Raises:
-        AdapterError: there is no adapter, ``dst`` already holds something, ``base`` or ``rules`` can't be read, or
-            some adapters can't be converted: how many and which, and why the first of them can't. The others are
-            written then.
+        AdapterError: there is no adapter, ``dst`` already contains something, ``base`` or ``rules`` can't be read, or
+            some adapters can't be converted: the error says how many and which, and why the first one can't. The others
+            are written then.
 
     Example:
         >>> import convert

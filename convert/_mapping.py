@@ -1,4 +1,4 @@
-"""Adapter -> Adapter through a table: every key once, all failures together, nothing dropped."""
+"""Maps adapters by a table: every key once, all failures together, nothing dropped."""
 
 import dataclasses
 import functools
@@ -17,18 +17,18 @@ from road_core._adapter import Array, dtype_name
 from road_core._config import NOT_IN_PEFT, TARGETS
 from road_core._safetensors import EMBEDDINGS, HEAD
 
-# Metadata of a converted file: what the other side's file has that this side can't say, so that the way back gives
-# the same bytes. A file has the one of them or neither.
+# Metadata of a converted file: what the other side's file has and this side can't express, so that the way back gives
+# the same bytes. A file has one of them or neither.
 FLAX_ORIGIN, TORCH_ORIGIN = "road_flax_origin", "road_torch_origin"
 
 # In such a record: the head was saved in PyTorch only, where a tied one doesn't follow the embedding.
 _TIED = "tied_head"
 _HEAD_WEIGHT = f"{HEAD}.weight"
 
-# What chooses modules on either side.
+# Fields that choose modules on either side.
 _CHOICES = ("modules_to_save", *TARGETS)
 
-# One line a key: what it is called before and after.
+# One pair per key: its name before and after.
 Trace = list[tuple[str, str]]
 
 # (module path, name of a tensor that is saved whole); θ and α together have no name.
@@ -37,7 +37,7 @@ _Key = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class _Spot:
-    """A key's path and name, as `_Key`, and where it stands in the table."""
+    """A key's path and name, as in `_Key`, and its place in the table."""
 
     path: str
     name: str
@@ -51,21 +51,21 @@ class _Spot:
 
 @dataclasses.dataclass(frozen=True)
 class _Part(_Spot):
-    """What stands at one place: θ and α, or a tensor that is saved whole."""
+    """A spot with its arrays: θ and α, or a tensor that is saved whole."""
 
     arrays: tuple[Array, ...]
 
     def turned(self, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Returns one layer's arrays with the other side's order of axes."""
+        """Returns one layer's arrays with their axes in the other side's order."""
         return tuple(array.T for array in arrays) if self.leaf is not None and self.leaf.transposed else arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class _Paths:
-    """The modules of an adapter on one side: those with θ and α, the output heads of them, those saved whole.
+    """An adapter's modules on one side: those with θ and α, the output heads among them, and those saved whole.
 
-    ``classifier`` tells whether the model may have a head of labels, which Flax's "all-linear" leaves out and PEFT's
-    doesn't.
+    ``classifier`` tells whether the model may have a classification head, which Flax's "all-linear" leaves out and
+    PEFT's doesn't.
     """
 
     modules: list[str]
@@ -86,24 +86,25 @@ def map_to_torch(
     """Maps a Flax adapter's paths and arrays to PyTorch's, in the form that PEFT loads.
 
     A stack ``model.layers.self_attn.q_proj`` with θ ``[layers, size]`` becomes ``model.layers.{i}.self_attn.q_proj``
-    with θ ``[size]``; a saved kernel ``[in, out]`` becomes a weight ``[out, in]``. The bits of each number stay.
+    with θ ``[size]``; a saved kernel ``[in, out]`` becomes a weight ``[out, in]``. The bits of each number stay the
+    same.
 
     Args:
-        adapter: as ``read_flax`` gives it.
-        family_name: the family; None takes the first whose table knows every key.
-        rules: the table to use instead.
-        model: the ``config.json`` of the model; some fused layers and RoPE's interleaved order need its sizes, an
-            embedding that is saved whole whether the head shares it: what the head then is is saved beside it.
-        trace: gets a line for each key: its name before and after.
+        adapter: as returned by ``read_flax``.
+        family_name: the family; None takes the first one whose table knows every key.
+        rules: a table to use instead.
+        model: the model's ``config.json``. Some fused layers and RoPE's interleaved order need its sizes. For an
+            embedding that is saved whole, it tells whether the head shares it; if so, the head is saved beside it.
+        trace: receives a line for each key: its name before and after.
 
     Returns:
-        The adapter as ``write_peft`` takes it. Where the config's choice of modules wouldn't choose the same ones in
-        PyTorch, it names them all; the metadata keep what is needed for the way back.
+        The adapter as ``write_peft`` takes it. If the config wouldn't select the same modules in PyTorch, it names all
+        of them instead; the metadata keep what is needed for the way back.
 
     Raises:
-        AdapterError: keys without a partner, axes that don't fit, stacks beside numbered layers, stacks of different
-            depth, groups that no group size gives in PyTorch, or a config that doesn't choose the adapter's modules:
-            all that was found, in one sentence.
+        AdapterError: keys have no partner, axes don't fit, stacks are mixed with numbered layers or differ in depth, no
+            group size in PyTorch gives the same groups, or the config doesn't select the adapter's modules. The error
+            lists all that was found.
     """
     metadata = dict(adapter.metadata)
     origin = _read_record(metadata.pop(TORCH_ORIGIN, None))
@@ -172,14 +173,14 @@ def map_to_flax(
     """Maps a PEFT adapter's paths and arrays to Flax's: the inverse of `map_to_torch`.
 
     Args:
-        adapter: as ``read_peft`` gives it.
-        family_name: the family; None takes the one that the adapter once had in Flax, where its metadata tell, else the
-            first whose table knows every key.
-        layout: one of `LAYOUTS`: ``"scanned"`` stacks the layers under one path, ``"unrolled"`` keeps a path a layer,
-            others are those of other libraries. None takes the layout that the adapter once had in Flax, where its
-            metadata tell, else the first of the table that is taken.
-        layers: how many layers the model has. None asks ``model``, else takes the last one that the adapter has.
-        rules: the table to use; ``layout`` then only tells whether the layers are stacked.
+        adapter: as returned by ``read_peft``.
+        family_name: the family; None takes the adapter's former family in Flax if its metadata give one, else the first
+            one whose table knows every key.
+        layout: one of `LAYOUTS`: ``"scanned"`` stacks the layers under one path, ``"unrolled"`` keeps one path per
+            layer, the rest belong to other libraries. None takes the adapter's former layout in Flax if its metadata
+            give one, else the first layout of the table that is used.
+        layers: the number of layers in the model. None takes it from ``model``, or else from the adapter's last layer.
+        rules: a table to use instead; ``layout`` then only says whether the layers are stacked.
         model: see `map_to_torch`.
         trace: see `map_to_torch`.
 
@@ -187,7 +188,7 @@ def map_to_flax(
         The adapter as ``write_flax`` takes it.
 
     Raises:
-        AdapterError: as `map_to_torch`; also layers that are missing from a stack, or that differ in shape or dtype.
+        AdapterError: as for `map_to_torch`; also if layers are missing from a stack, or differ in shape or dtype.
     """
     adapter.check_no_base_weights("Flax's format")
     if layout is not None and layout not in LAYOUTS:
@@ -246,7 +247,7 @@ def map_to_flax(
         some = adapter.config.layers_to_transform
         if some is None and isinstance(before, dict):
             some = before.get("layers_to_transform")
-        # The last layer that the file has need not be the model's last.
+        # The last layer in the file need not be the model's last.
         doubt = None if layers is not None or some in (None, []) else f"layers_to_transform={some}"
         _raise(_unstackable(stacks, depths, doubt))
     for (row, leaf), stack in stacks.items():
@@ -277,7 +278,7 @@ def map_to_flax(
 
 
 def _lone_embedding(keys: Iterable[_Key]) -> _Key | None:
-    """Returns the key in PyTorch of an embedding that is saved whole; None where the head is trained apart."""
+    """Returns the PyTorch key of an embedding that is saved whole; None if the head is trained separately."""
     keys = list(keys)
     if any(path == HEAD for path, _ in keys):
         return None
@@ -285,7 +286,7 @@ def _lone_embedding(keys: Iterable[_Key]) -> _Key | None:
 
 
 def _is_tied(embedding: str, model: Mapping[str, Any] | None, record: Mapping[str, Any] | None) -> bool:
-    """Tells whether the head shares the embedding, as the model says, else the record of an earlier conversion."""
+    """Tells whether the head shares the embedding, by the model's config or else an earlier conversion's record."""
     tied: bool | None = None
     if model is not None:
         tied = is_tied(model)
@@ -304,7 +305,7 @@ def _without_tied_head(
 ) -> tuple[Adapter, bool]:
     """Leaves out a saved head that in Flax is the embedding; tells whether there was one.
 
-    A head of which nothing says that it is tied stays: Flax's model refuses it if it has none.
+    If nothing says that the head is tied, it is kept; a Flax model without a head of its own will refuse it.
     """
     saved = dict(adapter.modules_to_save)
     embedding, head = next((name for name in saved if name.endswith(EMBEDDINGS)), None), saved.pop(_HEAD_WEIGHT, None)
@@ -319,10 +320,10 @@ def _without_tied_head(
 
 
 def _place(adapter: Adapter, side: str, choice: Sequence[Family]) -> tuple[Family, list[_Part], list[str]]:
-    """Finds each key's row. Returns the table, the parts that have one, and what is wrong.
+    """Finds each key's row; returns the table, the parts that have a row, and the problems.
 
     Raises:
-        AdapterError: several tables of one style know every key and would do other things with them.
+        AdapterError: several tables of one style know every key and would treat them differently.
     """
     table, spots, problems = _search(tuple(adapter.modules), tuple(adapter.modules_to_save), side, tuple(choice))
     parts = [
@@ -335,7 +336,7 @@ def _place(adapter: Adapter, side: str, choice: Sequence[Family]) -> tuple[Famil
     return table, parts, list(problems)
 
 
-# Of many adapters of one model, only the first is looked up. Nobody changes what is returned.
+# Many adapters of one model share a single lookup. Nobody changes what is returned.
 @functools.lru_cache(maxsize=16)
 def _search(
     modules: tuple[str, ...], saved: tuple[str, ...], side: str, choice: tuple[Family, ...]
@@ -361,7 +362,7 @@ def _search(
 
 
 def _acts(spots: Sequence[_Spot]) -> list[tuple[object, ...]]:
-    """What a table does with an adapter."""
+    """Returns what a table does with an adapter."""
     return [
         (row.flax, row.torch, row.interleaved, row.width, row.bias_apart, spot.leaf)
         for spot in spots
@@ -383,12 +384,12 @@ def _numbered(path: str, layer: int | None) -> str:
 
 
 def _tower(row: Row) -> str:
-    """What stands before the layer's number: an encoder and a decoder have depths of their own."""
+    """Returns what comes before the layer's number: an encoder and a decoder have depths of their own."""
     return row.torch.partition(LAYER)[0]
 
 
 def _depth(table: Family, model: Mapping[str, Any]) -> int | None:
-    """How many layers a model has, by its config; None where it doesn't say, or has layers of several sorts."""
+    """Returns a model's number of layers by its config; None if it doesn't say or has several kinds of layers."""
     towers = {_tower(row) for row in table.rows if LAYER in row.torch}
     depth = model.get("num_hidden_layers", model.get("n_layer"))
     return depth if len(towers) == 1 and type(depth) is int and depth > 0 else None
@@ -399,7 +400,7 @@ def _known(value: object, names: Iterable[str]) -> str | None:
 
 
 def _named(table: Family) -> dict[str, str]:
-    """The part of a record that finds another library's table again."""
+    """Returns the part of a record by which another library's table is found again."""
     return {} if table.style == "road" and not table.asked else {"family": table.name}
 
 
@@ -442,7 +443,7 @@ def _wrong_axes(parts: Iterable[_Part]) -> list[str]:
 
 
 def _layout_of(parts: Sequence[_Part], table: Family) -> tuple[str | None, list[str]]:
-    """Tells the layout by the tensors, None where no part is of a layer, and what is wrong with it."""
+    """Returns the layout that the tensors show (None if no part is of a layer), and the problems with it."""
     stacks = [part for part in parts if part.place.stacked]
     numbered = [part for part in parts if part.place.layer is not None]
     problems = []
@@ -474,7 +475,7 @@ def _unstackable(
     depths: Mapping[str, int],
     doubt: str | None,
 ) -> list[str]:
-    """Returns what keeps the layers from being stacked; ``doubt`` is why they may not be all."""
+    """Returns what keeps the layers from being stacked; ``doubt`` says why some may be missing."""
     problems, missing = [], []
     for (row, leaf), stack in stacks.items():
         path = row.torch + (f".{leaf.torch}" if leaf else "")
@@ -495,7 +496,7 @@ def _unstackable(
 
 
 def _gaps(present: Iterable[int], depth: int) -> list[str]:
-    """Returns the numbers below ``depth`` that aren't present; three and more in a row as ``[first-last]``."""
+    """Returns the numbers below ``depth`` that aren't present; three or more in a row as ``[first-last]``."""
     gaps = []
     start = 0
     for end in [*sorted(present), depth]:
@@ -517,13 +518,13 @@ def _paths(keys: Iterable[_Key], find: Callable[[str], Place | None], table: Fam
 
 
 def _fit(config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool) -> RoadConfig:
-    """Returns the config that chooses on the other side what ``config`` chooses on its own.
+    """Returns the config that selects on the other side what ``config`` selects on its own.
 
-    It is the same config where that is so already; else it names the modules one by one. ``plain`` keeps out the
+    It is the same config if that does so already; otherwise it names the modules one by one. ``plain`` leaves out the
     fields that PEFT's RoAd doesn't have.
 
     Raises:
-        AdapterError: ``config`` doesn't choose the adapter's modules on its own side.
+        AdapterError: ``config`` doesn't select the adapter's modules on its own side.
     """
     chosen = set(_selected(config, own))
     if left := [path for path in own.modules if path not in chosen]:
@@ -566,13 +567,13 @@ def _changes(before: RoadConfig, after: RoadConfig) -> dict[str, Any]:
 def _restore(
     origin: Mapping[str, Any], config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool
 ) -> RoadConfig | None:
-    """Returns the config that the adapter once had on the other side; None where it isn't known or no longer holds."""
+    """Returns the adapter's former config on the other side; None if it isn't known or no longer holds."""
     fields = origin.get("config")
     if not isinstance(fields, dict) or not fields.keys() <= set(_CHOICES):
         return None
     try:
         once = dataclasses.replace(config, **fields)
-        # What it was rewritten to must be what the file says now, or someone has changed the one or the other.
+        # It must be rewritten to what the file says now, or someone has changed one of the two.
         return once if _fit(once, partners, own, plain=plain) == config else None
     except AdapterError:
         return None
@@ -612,5 +613,5 @@ def _form(array: Array) -> str:
 
 
 def natural(path: str) -> list[tuple[int, int | str]]:
-    """Sorts layer 10 behind layer 9."""
+    """Returns a sort key that puts layer 10 after layer 9."""
     return [(0, int(name)) if name.isascii() and name.isdigit() else (1, name) for name in path.split(".")]

@@ -1,4 +1,4 @@
-"""A merged Hugging Face checkpoint, shard by shard: a few rows in memory at a time, and neither framework."""
+"""Writes a merged Hugging Face checkpoint shard by shard: with few rows in memory, and without either framework."""
 
 import contextlib
 import dataclasses
@@ -33,18 +33,19 @@ if TYPE_CHECKING:
 _CONFIG = "config.json"
 _JOURNAL = "merge.json"
 
-# What a checkpoint's folder holds besides weights and code.
+# Files that are copied from a checkpoint's folder, by suffix: not weights, and not code.
 _COPIED = (".json", ".jinja", ".md", ".model", ".tiktoken", ".txt")
 
-# Heads that share a bias as well, or whose models take "tied" as a matter of course: they can't be untied by config.
+# Heads that share a bias as well, and models that always assume "tied": the config can't untie these.
 _TIED_HEADS = ("cls.predictions.decoder", "lm_head.decoder", "generator_lm_head")
 _ALWAYS_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 
-# Architectures whose head may share the embedding: these call it lm_head, those have other parts that share it too.
+# Architectures whose head may share the embedding: in the first it is called lm_head, in the second other parts share
+# it.
 _LM_HEADS = ("ForCausalLM", "LMHeadModel")
 _OTHER_HEADS = ("ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 
-# transformers' Conv1D keeps its weight as [in, out].
+# transformers' Conv1D stores its weight as [in, out].
 _CONV1D = {
     "gpt2": ("c_attn", "q_attn", "c_proj", "c_fc"),
     "openai-gpt": ("c_attn", "c_proj", "c_fc"),
@@ -52,13 +53,13 @@ _CONV1D = {
     "decision_transformer": ("c_attn", "q_attn", "c_proj", "c_fc"),
 }
 
-# Bytes that are read, rotated and written at a time, counted in float32.
+# How many bytes are read, rotated and written at a time, counted in float32.
 _BLOCK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rotation:
-    """``w' = w * first + w[partner] * cross`` along one axis: rows of a weight, entries of a bias."""
+    """``w' = w * first + w[partner] * cross`` along one axis: the rows of a weight, or the entries of a bias."""
 
     first: NDArray[np.float64]
     cross: NDArray[np.float64]
@@ -90,7 +91,7 @@ class _Rotation:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the merged checkpoint: the base's, and what becomes of it."""
+    """A tensor of the merged checkpoint: the base's tensor, and how it is changed."""
 
     name: str
     base: Entry | Quantized
@@ -134,27 +135,27 @@ def merge(
 ) -> None:
     """Writes a Hugging Face checkpoint with an adapter merged into it, in closed form.
 
-    A checkpoint that bitsandbytes quantised is written dequantised, without its ``quantization_config``: 4 bits in the
-    dtype that they were made from, int8 in that of ``config.json``.
+    A checkpoint that bitsandbytes quantised is written dequantised, without its ``quantization_config``: 4-bit weights
+    in the dtype that they were made from, int8 weights in that of ``config.json``.
 
-    Rows ``i`` and ``i + g/2`` of a weight are mixed as the outputs would be, in float32, and rounded once to the dtype
-    that they were stored in; a bias likewise, and a layer without one stays without. Modules that were saved whole
-    replace the checkpoint's. Shards keep their names; config and tokenizer files are copied. A head that shares the
-    embedding's weight gets one of its own where the adapter changes either.
+    Rows ``i`` and ``i + g/2`` of a weight are mixed as the outputs would be, in float32, and rounded once to their
+    stored dtype. The same is done to a bias, and a layer without a bias stays without one. Modules that were saved
+    whole replace the checkpoint's. Shards keep their names; config and tokenizer files are copied. A head that shares
+    the embedding's weight gets one of its own if the adapter changes either.
 
-    The memory holds a few rows at a time. What is written stands beside ``out``, in ``.NAME.merging``, until all is
-    done; after an interruption the same call goes on behind the last whole shard.
+    Only a few rows are in memory at a time. Until everything is done, the output is kept beside ``out``, in
+    ``.NAME.merging``; after an interruption, the same call continues after the last complete shard.
 
     Args:
         checkpoint: a folder with ``config.json`` and ``model.safetensors``, or shards and their index.
-        adapter: a folder in PEFT's format or of a Flax adapter.
+        adapter: a folder with a PEFT or a Flax adapter.
         out: a new or empty folder.
         family: the family of a Flax adapter; None takes that of the checkpoint's ``model_type``.
-        console: where the progress is shown; without it there is none.
+        console: where progress is shown; None shows none.
 
     Raises:
-        AdapterError: the checkpoint is broken or quantised otherwise, a module has no weight in it or one of another
-            shape, a result isn't finite, or ``out`` already holds something.
+        AdapterError: the checkpoint is broken or quantised in another way, a module has no weight in it or one of
+            another shape, a result isn't finite, or ``out`` already contains something.
 
     Example:
         >>> import convert
@@ -178,7 +179,7 @@ def merge(
     files = {_CONFIG: dump_json(config), **_others(folder)}
     if index is not None:
         files[INDEX] = dump_json(_new_index(index, tensors))
-    # Whatever decides the result: another base or adapter must not go on from these shards.
+    # Everything that decides the result: a merge with another base or adapter must not continue from these shards.
     job = hashlib.sha256(record.digest().encode() + files[_CONFIG])
     for name in sorted(shards):
         status = (folder / name).stat()
@@ -197,10 +198,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _is_plain(quantization: object) -> bool:
-    """True where weights are in floating point, or in bitsandbytes' 4 or 8 bits."""
+    """True if weights are in floating point, or in bitsandbytes' 4 or 8 bits."""
     if not isinstance(quantization, dict):
         return not quantization
-    # Its first configs didn't name the method.
+    # Early configs of bitsandbytes don't name the method.
     flags = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     return quantization.get("quant_method", "bitsandbytes" if flags else None) == "bitsandbytes"
 
@@ -210,7 +211,7 @@ def _read(directory: str | os.PathLike, checkpoint: Path, family: str | None) ->
     adapter.check_no_base_weights(f"merge of {directory}")
     if kind == "PEFT":
         return adapter
-    # The adapter's own metadata know the table best; where they and the names leave a choice, the model's type tells.
+    # The adapter's own metadata know the table best; if they and the names leave a choice, the model's type decides.
     config = read_model(checkpoint)
     known = config.get("model_type")
     choices = [family] if family is not None or known not in FAMILIES else [None, known]
@@ -236,7 +237,7 @@ def _plan(
     if tied := sorted(name for name in changed if name.removesuffix(".weight").endswith(_TIED_HEADS)):
         raise AdapterError(f"expected layers with a weight of their own, found {tied[0]}, which an embedding shares")
 
-    # The head's own weight, where it was the embedding's until now.
+    # The head's own weight, if it was the embedding's until now.
     head = f"{HEAD}.weight"
     embeddings = [name for name in entries if name.endswith(EMBEDDINGS)]
     embedding = embeddings[0] if len(embeddings) == 1 else None
@@ -252,7 +253,7 @@ def _plan(
 
     edits: dict[str, _Rotation | Array] = {}
     problems = [f"no {name}" for name in sorted(changed - entries.keys(), key=natural)]
-    # bitsandbytes keeps those as [out, in], and the dequantised model would want them turned back.
+    # bitsandbytes stores these as [out, in], so the dequantised weight would have to be transposed.
     problems += [
         f"{name}, a Conv1D in {entry.kind}"
         for name, entry in entries.items()
@@ -295,11 +296,11 @@ def _is_conv1d(path: str, config: Mapping[str, Any]) -> bool:
 
 
 def _renaming(names: Iterable[str], entries: Collection[str], model_type: object) -> Callable[[str], str]:
-    """Returns how the adapter's names become the checkpoint's.
+    """Returns a function from the adapter's names to the checkpoint's.
 
     A checkpoint of the bare model lacks the first name of the paths (``transformer.``, ``bert.``) that a model with a
-    head has, and the other way about; and transformers writes some models with names of an earlier version, which have
-    a table of their own. One rule must hold for all.
+    head has, or the other way round; and transformers writes some models with the names of an earlier version, which
+    have a table of their own. One rule must fit all names.
     """
     wanted = [name for name in names if name.rpartition(".")[0] != HEAD]
     rules: list[Callable[[str], str]] = [lambda name: name, lambda name: name.partition(".")[2]]
@@ -313,7 +314,7 @@ def _renaming(names: Iterable[str], entries: Collection[str], model_type: object
 
 
 def _translated(before: Family, after: Family, name: str) -> str:
-    """Returns a tensor's name in PyTorch by another table, by way of its module's path in Flax."""
+    """Returns a tensor's PyTorch name by another table, by way of its module's path in Flax."""
     path, _, leaf = name.rpartition(".")
     place = before.find_torch(path)
     row = next((row for row in after.rows if place is not None and row.flax == place.row.flax), None)
@@ -327,7 +328,7 @@ def _untied(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _others(folder: Path) -> dict[str, bytes]:
-    """Returns the tokenizer's and other small files."""
+    """Returns the contents of the tokenizer's and other small files."""
     names = sorted(
         path.name
         for path in folder.iterdir()
@@ -360,7 +361,7 @@ def _write(
     job: str,
     console: "Console | None",
 ) -> None:
-    """Writes shard after shard into a folder beside the target, and gives it the target's name when all are there."""
+    """Writes shard after shard into a folder beside the target, and renames that to the target when all are there."""
     draft = target.parent / f".{target.name}.merging"
     total = sum(tensor.base.nbytes for shard in tensors.values() for tensor in shard)
     try:
@@ -382,12 +383,12 @@ def _write(
         shutil.rmtree(draft, ignore_errors=True)
         raise
     except OSError as error:
-        # What is whole stays for the next call.
+        # Complete shards are kept for the next call.
         raise AdapterError(f"{target}: expected a checkpoint that can be written, found {error.strerror}") from None
 
 
 def _resume(draft: Path, job: str) -> dict[str, str]:
-    """Returns the whole shards that an interrupted merge of the same base and adapter left; others' are removed."""
+    """Returns the complete shards of an interrupted merge of the same base and adapter; removes those of any other."""
     if not draft.exists():
         return {}
     with contextlib.suppress(AdapterError):
@@ -447,14 +448,14 @@ def _widen(array: Array, wide: np.dtype) -> NDArray[Any]:
 
 @contextlib.contextmanager
 def _progress(console: "Console | None", total: int) -> Iterator[Callable[[str, int], None]]:
-    """Yields what shows a shard's name and adds bytes to the bar."""
+    """Yields a function that shows a shard's name and advances the bar by some bytes."""
     if console is None:
         yield lambda text, size: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    # Elsewhere than in a terminal a transient bar leaves an empty line.
+    # Outside of a terminal, a transient bar leaves an empty line.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         yield lambda text, size: bar.update(task, description=text, advance=size)

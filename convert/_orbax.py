@@ -1,4 +1,4 @@
-"""Reading the adapter of one of ``road-train``'s checkpoints. Only this input needs orbax, which imports JAX."""
+"""Reads the adapter from one of ``road-train``'s checkpoints. Only this input needs orbax, which imports JAX."""
 
 import logging
 import math
@@ -14,15 +14,15 @@ from road_core._adapter import Array, is_bfloat16
 from road_core._config import config_of_run
 from road_core._files import inside, read_json
 
-# So many bytes of arrays are read from any checkpoint, and above them so many for each byte of its files.
+# How many bytes of arrays are read from any checkpoint, and how many more for each byte of its files.
 _FREE, _EXPANSION = 1 << 30, 1000
 
 
 def find_step(directory: str | os.PathLike) -> Path | None:
-    """Returns the folder of a run's checkpoint, or None where there is none.
+    """Returns the folder of a run's checkpoint, or None if there is none.
 
     Args:
-        directory: a run, its ``checkpoints`` (of either, the last step counts), or one step in there.
+        directory: a run or its ``checkpoints`` (of either, the last step is taken), or the folder of one step.
     """
     folder = Path(directory)
     if _is_step(folder):
@@ -34,7 +34,7 @@ def find_step(directory: str | os.PathLike) -> Path | None:
 
 
 def read_checkpoint(step: Path) -> Adapter:
-    """Reads the adapter of a checkpoint, its config from the run's ``options.json``.
+    """Reads the adapter of a checkpoint, with its config from the run's ``options.json``.
 
     Raises:
         AdapterError: orbax isn't installed, or the run's files are broken.
@@ -45,12 +45,12 @@ def read_checkpoint(step: Path) -> Adapter:
         import orbax.checkpoint as ocp
     except ModuleNotFoundError as error:
         raise AdapterError(f"{step}: expected orbax-checkpoint to be installed, found no {error.name}") from None
-    # It warns that a checkpoint is read without a template; there is none here.
+    # orbax warns when a checkpoint is read without a template, but there is none here.
     logging.getLogger("absl").setLevel(logging.ERROR)
     state = step / "state"
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            # What a file says of its arrays' sizes is believed when it is read, and too much ends the process.
+            # orbax trusts what a file says about the sizes of its arrays, and too large ones end the process.
             stored = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
             claimed = sum(map(_nbytes, ocp.tree.to_flat_dict(checkpointer.metadata(state).item_metadata.tree).values()))
             if claimed > max(_FREE, _EXPANSION * stored):
@@ -76,12 +76,12 @@ def read_checkpoint(step: Path) -> Adapter:
 
 
 def _is_step(folder: Path) -> bool:
-    # A checkpoint that isn't whole yet has a longer name.
+    # A checkpoint that isn't complete yet has a longer name.
     return folder.name.isascii() and folder.name.isdigit() and (folder / "state" / "_METADATA").is_file()
 
 
 def _nbytes(array: Any) -> int:
-    """What an array that orbax describes, or a chunk of it, takes at least in memory."""
+    """Returns the least memory that an array described by orbax, or one chunk of it, takes."""
     if getattr(array, "shape", None) is None:
         return 0
     chunk = getattr(array.storage, "chunk_shape", None) or ()

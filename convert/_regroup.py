@@ -1,4 +1,4 @@
-"""θ and α of modules whose outputs one side has in another order, or fused: moved output by output, bit for bit."""
+"""Moves θ and α bit for bit, output by output, where one side orders or fuses a module's outputs differently."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,26 +19,26 @@ def regroup(
     config: RoadConfig,
     model: Mapping[str, Any] | None,
 ) -> tuple[dict[_Module, tuple[Array, ...]], int]:
-    """Brings θ and α into the other side's order of outputs.
+    """Moves θ and α to the other side's order of outputs.
 
-    A fused module is split into its parts where no group straddles two of them, and parts are fused where all are
-    known or at the identity. RoPE's interleaved order and its halves differ by a permutation within each head; pairs
-    go with their outputs, and the group size becomes that which pairs the same outputs (`halves_group_size`).
+    A fused module is split into its parts if no group straddles two of them. Parts are fused, with those that have no
+    adapter at the identity. RoPE's interleaved order and its halves differ by a permutation within each head: pairs
+    move with their outputs, and the group size changes so that the same outputs are paired (`halves_group_size`).
 
     Args:
-        modules: ``(place, layer, (θ, α))`` on the one side, each θ of one layer.
-        table: where they stand.
-        side: the side that they are on, ``"flax"`` or ``"torch"``.
+        modules: ``(place, layer, (θ, α))`` on one side, each with the θ of one layer.
+        table: the table in which the places are.
+        side: the side that the modules are on, ``"flax"`` or ``"torch"``.
         config: the variant and the group size on that side.
         model: the model's ``config.json``, for the sizes of heads.
 
     Returns:
-        ``{(row, layer): (θ, α)}`` on the other side, the row being the first part's where parts are fused, and the
-        group size there.
+        ``{(row, layer): (θ, α)}`` on the other side, with the first part's row where parts are fused, and the group
+        size there.
 
     Raises:
         AdapterError: a group straddles two parts, sizes aren't known or don't fit, no group size on the other side
-            pairs the same outputs, or the adapter is on a subspace of a layer whose outputs move.
+            pairs the same outputs, or the adapter has a subspace on a layer whose outputs move.
     """
     other = "torch" if side == "flax" else "flax"
     done: dict[_Module, tuple[Array, ...]] = {}
@@ -53,7 +53,7 @@ def regroup(
             done[row, layer] = arrays
             continue
         if config.subspace is not None:
-            # Its blocks would be others on the other side.
+            # On the other side the subspace would contain other blocks.
             raise AdapterError(
                 f"{path}: expected an adapter of all blocks for a layer whose outputs move, "
                 f"found subspace={config.subspace}"
@@ -89,9 +89,9 @@ def regroup(
 def halves_group_size(group_size: int, head_size: int) -> int | None:
     """Returns the group size that pairs in halves what ``group_size`` pairs in the interleaved order, or None.
 
-    Interleaved neighbours are ``head_size / 2`` apart in halves. Within a larger group, outputs of even place and of
-    odd place pair among themselves, in groups half as large in either half of the head. Groups of an even number of
-    heads pair whole heads, the same in both orders.
+    Neighbours in the interleaved order are ``head_size / 2`` apart in halves. In a larger group, outputs at even places
+    and those at odd places are paired among themselves, which gives groups half as large in each half of the head.
+    Groups of an even number of heads pair whole heads, which is the same in both orders.
     """
     if group_size == 2:
         return head_size
@@ -118,7 +118,7 @@ def _other_group_size(row: Row, path: str, side: str, group_size: int, model: Ma
 
 
 def _spread(array: Array, variant: str, group_size: int) -> Array:
-    """Returns θ or α as ``[kinds, out]``: what belongs to each output, in the outputs' order."""
+    """Returns θ or α as ``[kinds, out]``: the values of each output, in the order of the outputs."""
     if variant == "road_1":
         pairs = array.reshape(-1, 1, group_size // 2)
         return np.broadcast_to(pairs, (len(pairs), 2, group_size // 2)).reshape(1, -1)
@@ -128,7 +128,7 @@ def _spread(array: Array, variant: str, group_size: int) -> Array:
 
 
 def _gather(array: Array, variant: str, group_size: int) -> Array:
-    """Undoes `_spread`."""
+    """Inverts `_spread`."""
     if variant == "road_1":
         return np.ascontiguousarray(array.reshape(-1, 2, group_size // 2)[:, 0]).reshape(-1)
     if variant == "road_2":
@@ -143,7 +143,7 @@ def _turn(array: Array, head_size: int, side: str) -> Array:
 
 
 def _widths(rows: Sequence[Row], total: int, path: str, model: Mapping[str, Any] | None) -> list[int]:
-    """Returns the number of outputs of each part of a module that has ``total``."""
+    """Returns the number of outputs of each part of a module with ``total`` outputs."""
     if any(row.interleaved for row in rows) and total % _head_size(model, path):
         raise AdapterError(f"{path}: expected outputs of whole heads of {_head_size(model, path)}, found {total}")
     if len(rows) == 1:
@@ -163,7 +163,7 @@ def _filled(
     config: RoadConfig,
     model: Mapping[str, Any] | None,
 ) -> tuple[Array, ...]:
-    """Joins the parts of a fused module; one that has no adapter is at the identity."""
+    """Joins the parts of a fused module; parts without an adapter are the identity."""
     some = next(iter(sections.values()))
     dtypes = {str(array.dtype) for section in sections.values() for array in section}
     if len(dtypes) > 1:

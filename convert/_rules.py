@@ -1,4 +1,4 @@
-"""A table of the user's own, for a model that no table here knows."""
+"""A conversion table of the user's own, for a model that no built-in table knows."""
 
 import json
 import os
@@ -18,8 +18,8 @@ def read_rules(path: str | os.PathLike) -> Family:
     """Reads a table from TOML, or from JSON of the same form.
 
     ``rows`` is a list of tables with ``flax`` and ``torch``, the paths on the two sides with ``{layer}`` for a layer's
-    number, and, where wanted, ``kind`` (``"linear"``, ``"norm"``, ``"embedding"``), ``interleaved`` and ``width``,
-    which mean what `Row`'s attributes of those names mean. Beside it there may be ``family``, ``head`` and ``axis``.
+    number, and optionally ``kind`` (``"linear"``, ``"norm"``, ``"embedding"``), ``interleaved`` and ``width``, which
+    mean the same as the attributes of `Row`. The file may also have ``family``, ``head`` and ``axis``.
 
     Raises:
         AdapterError: the file can't be read, a field is unknown or wrong, or two rows match one path.
@@ -53,7 +53,7 @@ def _table(fields: object) -> Family:
         raise AdapterError(f"axis: expected a number from 0 up, found {axis}")
     table = Family(fields.get("family", "rules"), rows, fields.get("head", "lm_head"), axis=axis)
     for row in rows:
-        # Builds the indices, which refuse rows that match one path.
+        # Builds the indices, which refuse rows that match the same path.
         table.find_flax(row.flax), table.parts(row, "torch")
     return table
 
@@ -69,7 +69,7 @@ def _row(row: object, where: str) -> Row:
             raise AdapterError(f"{where}.{name}: expected one of {', '.join(known)}, found {fields[name]!r}")
     kind, width = fields.get("kind", "linear"), fields.get("width")
     interleaved = fields.get("interleaved", False)
-    # Tensors of layers that are split or permuted aren't moved whole.
+    # Tensors of layers that are split or permuted can't be converted whole.
     leaves = () if width or interleaved else _KINDS[kind]
     return Row(fields["flax"], fields["torch"], leaves, kind == "linear", interleaved, width)
 

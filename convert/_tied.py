@@ -1,7 +1,7 @@
 """Output heads that share the embedding's weight.
 
-An embedding that is trained whole takes such a head with it in Flax, where there is one param for both; in PEFT's hands
-the head stays the base's.
+In Flax, where both are one param, training the embedding whole also changes such a head. In PEFT the head stays the
+base's.
 """
 
 import os
@@ -13,12 +13,12 @@ from convert._families import FAMILIES
 from road_core._files import inside, read_json
 from road_core._safetensors import INDEX, SINGLE, has_own_head, read_shards
 
-# Of the families, those whose models have a head of their own where config.json doesn't say.
+# Families whose models have a head of their own if config.json doesn't say otherwise.
 _UNTIED = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 
 
 def read_model(directory: str | os.PathLike) -> dict[str, Any]:
-    """Reads what ``config.json`` says of the text model; a head that the checkpoint has apart isn't called tied.
+    """Reads the text model's fields of ``config.json``; a head that the checkpoint stores separately isn't called tied.
 
     Raises:
         AdapterError: there is no ``config.json``, or a file is broken.
@@ -34,7 +34,7 @@ def read_model(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def is_tied(model: Mapping[str, Any]) -> bool | None:
-    """Tells whether a model's head shares the embedding; None where neither the config nor its type does."""
+    """Tells whether a model's head shares the embedding; None if neither the config nor the model's type says."""
     value, kind = model.get("tie_word_embeddings"), model.get("model_type")
     if value is None and kind in FAMILIES:
         return kind not in _UNTIED

@@ -1,4 +1,4 @@
-"""Both frameworks on the same tokens, each in a child process, one after the other."""
+"""Runs both frameworks on the same tokens, each in a child process, one after the other."""
 
 import contextlib
 import dataclasses
@@ -29,23 +29,23 @@ PROMPTS = (
 
 _SIDES = (("flax", "Flax"), ("torch", "PyTorch"))
 
-# Neither the user's current folder nor a `convert` of their own may stand before this one.
+# Neither the user's current folder nor a `convert` of their own may come before this one on the path.
 _CHILD = "import sys; sys.path.append(sys.argv[1]); from convert._verify_{side} import main; main(*sys.argv[2:])"
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How far apart Flax and PyTorch are on the same tokens, in float32.
+    """The differences between Flax and PyTorch on the same tokens, in float32.
 
     Attributes:
-        max_difference: the greatest between two logits, adapter on.
-        mean_difference: the mean of all.
-        base_difference: the greatest with the adapter off, which is the models' own.
+        max_difference: the greatest difference between two logits, with the adapter.
+        mean_difference: the mean difference of all logits, with the adapter.
+        base_difference: the greatest difference without the adapter, i.e. between the base models.
         scale: the greatest magnitude of a logit.
-        moved: the greatest difference that the adapter makes to a logit.
+        moved: the greatest change that the adapter makes to a logit.
         greedy_agreement: the share of positions with the same likeliest next token.
-        positions: how many positions were compared.
-        tolerance: what ``max_difference`` may be, relative to ``scale``.
+        positions: the number of positions that were compared.
+        tolerance: the greatest ``max_difference`` that passes, relative to ``scale``.
     """
 
     max_difference: float
@@ -64,7 +64,7 @@ class Verification:
 
     @property
     def telling(self) -> bool:
-        """Whether the adapter moves the logits by more than ten tolerances; a dropped one would pass otherwise."""
+        """Whether the adapter moves the logits by more than ten tolerances; if not, a dropped one would pass too."""
         return self.moved > 10 * self.tolerance * self.scale
 
 
@@ -79,23 +79,23 @@ def verify(
 ) -> Verification:
     """Runs a Flax adapter and a PEFT adapter on one base model and compares their logits at every position.
 
-    Both sides compute in float32 on the CPU, in processes of their own, one after the other, so that the memory holds
-    one model at a time.
+    Both sides compute in float32 on the CPU, each in its own process, one after the other, so that only one model is in
+    memory at a time.
 
     Args:
         flax_dir: the adapter in Flax.
         peft_dir: the adapter in PEFT's format.
         base: the folder of the Hugging Face checkpoint that both are for.
         tolerance: the greatest difference that passes, relative to the greatest magnitude of a logit.
-        prompts: what to run; by default a few fixed ones. They are tokenised by the checkpoint's ``tokenizer.json``;
-            a checkpoint without it gets random tokens.
-        console: where the progress is shown; without it there is none.
+        prompts: the texts to run; by default a few fixed ones. They are tokenised with the checkpoint's
+            ``tokenizer.json``; a checkpoint without one gets random tokens.
+        console: where progress is shown; None shows none.
 
     Returns:
         The comparison; ``passed`` tells whether it is within the tolerance.
 
     Raises:
-        AdapterError: an adapter or the checkpoint is broken, or they don't belong to each other.
+        AdapterError: an adapter or the checkpoint is broken, or they don't fit together.
     """
     if not tolerance > 0:
         raise AdapterError(f"tolerance: expected a number above 0, found {tolerance}")
@@ -170,7 +170,7 @@ def _tokens(base: str | os.PathLike, prompts: Sequence[str], *, chosen: bool) ->
 def _run(side: str, name: str, base: str | os.PathLike, adapter: str | os.PathLike, work: Path) -> None:
     command = [sys.executable, "-P", "-c", _CHILD.format(side=side), str(Path(__file__).parents[1])]
     command += [str(Path(base).absolute()), str(Path(adapter).absolute()), str(work)]
-    # Exact float32 on either side, and no look at a hub.
+    # Exact float32 on both sides, and no access to a hub.
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=env, check=False
@@ -186,14 +186,14 @@ def _run(side: str, name: str, base: str | os.PathLike, adapter: str | os.PathLi
 
 @contextlib.contextmanager
 def _progress(console: "Console | None") -> Iterator[Callable[[str, int], None]]:
-    """Yields what shows a step's text and how many steps are done."""
+    """Yields a function that shows a step's text and how many steps are done."""
     if console is None:
         yield lambda text, done: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    # Elsewhere than in a terminal a transient bar leaves an empty line.
+    # Outside of a terminal, a transient bar leaves an empty line.
     silent = not console.is_terminal
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=silent) as bar:
         task = bar.add_task("", total=len(_SIDES))

@@ -27,7 +27,7 @@ def _run(base: str, directory: str, work: Path) -> None:
         for path, leaf in jax.tree.leaves_with_path(adapter)
         if path[-1].key == "road_theta" and leaf.ndim == 2
     }
-    # A stack of θ fits a stack of layers only.
+    # A stack of θ only fits a stack of layers.
     module, variables = models.load(base, dtype=jnp.float32, scan=bool(depths))
     if depths - {module.config.num_hidden_layers}:
         raise AdapterError(
