@@ -36,7 +36,7 @@ class TrainOptions:
     eval_lines: int = 64
     """Number of lines that are held out of the data if there is no --eval-data; 0 for none."""
     eval_every: int | None = None
-    """Evaluate after every so many steps, as well as before the first step and after the last."""
+    """Number of steps between evaluations, which also take place before the first step and after the last."""
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     """Parameters per pair of outputs: one θ and one α, two of each, or four of each."""
     group_size: int = 64
