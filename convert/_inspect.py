@@ -1,4 +1,4 @@
-"""What an adapter folder holds: config, modules, sizes, angles and scales."""
+"""The contents of an adapter folder: config, modules, sizes, angles and scales."""
 
 import dataclasses
 import os
@@ -15,16 +15,16 @@ from road_core._adapter import dtype_name
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One module, or one stack of them.
+    """One module, or one stack of modules.
 
     Attributes:
-        path: its module path.
-        shape: of θ, and of α.
-        dtype: of θ.
-        outputs: of the layer.
+        path: the module path.
+        shape: the shape of θ and of α.
+        dtype: the dtype of θ.
+        outputs: the layer's number of outputs.
         mean_angle: the mean magnitude of θ, in radians.
-        max_angle: the greatest.
-        min_scale: the least α.
+        max_angle: the greatest magnitude of θ.
+        min_scale: the smallest α.
         max_scale: the greatest α.
     """
 
@@ -40,11 +40,11 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
         kind: ``"Flax"`` or ``"PEFT"``.
-        adapter: all of it.
+        adapter: the adapter itself.
         modules: in the order of their layers.
     """
 
@@ -54,17 +54,17 @@ class Summary:
 
     @property
     def parameters(self) -> int:
-        """How many numbers θ and α are."""
+        """The number of parameters in θ and α."""
         return sum(theta.size + alpha.size for theta, alpha in self.adapter.modules.values())
 
     @property
     def saved_parameters(self) -> int:
-        """How many numbers the modules are that were saved whole."""
+        """The number of parameters in modules that are saved whole."""
         return sum(array.size for array in self.adapter.modules_to_save.values())
 
     @property
     def nbytes(self) -> int:
-        """The size of all tensors."""
+        """The size of all tensors in bytes."""
         return sum(array.nbytes for array in self.adapter.tensors().values())
 
 
@@ -72,7 +72,7 @@ def inspect(directory: str | os.PathLike) -> Summary:
     """Reads an adapter folder of either format.
 
     Raises:
-        AdapterError: the folder holds no whole adapter, or one of each format.
+        AdapterError: the folder contains no complete adapter, or one of each format.
     """
     kind, adapter = read_adapter(directory)
     modules = tuple(_module(path, adapter) for path in sorted(adapter.modules, key=natural))
@@ -83,7 +83,7 @@ _KINDS = {"Flax": ("road_config.json", read_flax), "PEFT": ("adapter_config.json
 
 
 def read_adapter(directory: str | os.PathLike) -> tuple[str, Adapter]:
-    """Reads an adapter folder of either format and says of which, ``"Flax"`` or ``"PEFT"``; errors as `inspect`."""
+    """Reads an adapter folder; returns its format, ``"Flax"`` or ``"PEFT"``, and the adapter. Errors: as `inspect`."""
     folder = Path(directory)
     found = [kind for kind, (name, _) in _KINDS.items() if (folder / name).is_file()]
     if len(found) != 1:
@@ -93,10 +93,10 @@ def read_adapter(directory: str | os.PathLike) -> tuple[str, Adapter]:
 
 
 def check_apart(directory: str | os.PathLike, kind: str) -> None:
-    """Refuses a folder for an adapter of one format where one of the other stands, since none could be read then.
+    """Refuses a folder for an adapter of one format if it has one of the other, since neither could be read then.
 
     Raises:
-        AdapterError: that.
+        AdapterError: it has one.
     """
     for other, (name, _) in _KINDS.items():
         if other != kind and (Path(directory) / name).exists():
@@ -104,10 +104,10 @@ def check_apart(directory: str | os.PathLike, kind: str) -> None:
 
 
 def draw(adapter: Adapter, path: str | os.PathLike) -> None:
-    """Draws where the adapter sends each output's unit vector, one panel a kind of layer.
+    """Draws where the adapter sends each output's unit vector, in one panel per kind of layer.
 
     Raises:
-        AdapterError: ``path`` doesn't end with ``.png``, or its folder isn't there.
+        AdapterError: ``path`` doesn't end with ``.png``, or its folder doesn't exist.
     """
     from road_core._picture import draw_rotations
 
@@ -115,7 +115,7 @@ def draw(adapter: Adapter, path: str | os.PathLike) -> None:
 
 
 def drawn(path: str | os.PathLike, paint: Callable[[Path], None]) -> None:
-    """Has a PNG painted beside its place and renames it; errors as `draw`."""
+    """Calls ``paint`` for a draft beside a PNG's place and renames it; errors as for `draw`."""
     target = Path(path)
     if target.suffix.lower() != ".png" or not target.parent.is_dir():
         raise AdapterError(f"{target}: expected a name that ends with .png in a folder that exists, found another")
