@@ -26,7 +26,7 @@ X = jnp.asarray(named_values("x", 4, 5, OUT))
 
 
 class Net(nn.Module):
-    """A stack on either axis and a layer beside it."""
+    """A stack, on either axis, and a layer beside it."""
 
     axis: int = 0
 
@@ -45,7 +45,7 @@ def config(variant="road_1", **fields):
 
 
 def values(name, variant="road_1", modules=("stack", "top"), std=0.4):
-    """An adapter of `Net` with values that tell its name."""
+    """An adapter of `Net` whose values depend on its name."""
     size = parameter_size(variant, OUT)
     shapes = {"stack": (LAYERS, size), "top": (size,)}
     return {
@@ -64,7 +64,7 @@ def net():
 
 
 def expected(variables, *pairs):
-    """What the net gives with adapters one after the other, in float64."""
+    """The net's output with adapters applied one after the other, in float64."""
     y = np.asarray(X, np.float64)
     params = variables["params"]
     for layer in [("stack", i) for i in range(LAYERS)] + [("top", None)]:
@@ -118,7 +118,7 @@ def test_training_touches_its_blocks_only(variant, axis):
     @jax.jit
     def step(adapter, state):
         gradient = jax.grad(lambda adapter: jnp.sum(jnp.square(road.apply(variables, adapter, X) - 1)))(adapter)
-        # optax promotes dtypes by itself.
+        # optax needs dtype promotion.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = tx.update(gradient, state, adapter)
             return optax.apply_updates(adapter, updates), state, gradient
@@ -127,11 +127,11 @@ def test_training_touches_its_blocks_only(variant, axis):
     for _ in range(2):
         adapter, state, gradient = step(adapter, state)
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-            # Under scan over axis 1 θ has its layers last.
+            # Under a scan over axis 1, θ has its layers last.
             rows = np.moveaxis(leaf, 0, -1) if axis and "stack" in jax.tree_util.keystr(path) else leaf
             np.testing.assert_array_equal(rows[..., ~mask], 0)
             assert np.abs(rows[..., mask]).max() > 0
-    # Weight decay has moved α outside, but not the function.
+    # Weight decay has changed α outside, but not the function.
     assert (adapter["top"]["road_alpha"][~mask] != 1).all()
     cleared, back = road_jax.compose([{"top": adapter["top"]}], [road.config])
     assert back.subspace == (0, 0.5)
@@ -256,7 +256,7 @@ def test_an_adapter_is_trained_behind_a_frozen_one(variant, net):
     road = road_jax.transform(model, road_jax.compose([frozen, fresh], both)[1])
 
     def loss(adapter):
-        # No norm, which pure turns leave alone.
+        # Not a norm, which pure rotations don't change.
         return jnp.mean(jnp.sin(road.apply(variables, road_jax.compose([frozen, adapter], both)[0], X)))
 
     gradient = jax.jit(jax.grad(loss))(fresh)
@@ -292,7 +292,7 @@ def test_halves_trained_at_once_get_the_gradients_of_each_alone(first, second, n
         for leaf in jax.tree.leaves(found[i]):
             np.testing.assert_array_equal(leaf[..., ~mask], 0)
             assert np.abs(leaf[..., mask]).max() > 0.1
-    # Not by a bit does one half's gradient tell what the other half is.
+    # One half's gradient doesn't depend on the other half, not even in the last bit.
     same(found[0], at_once([a, values("c", second)])[0])
     same(found[1], at_once([values("c", first), b])[1])
 

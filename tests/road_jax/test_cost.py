@@ -1,4 +1,4 @@
-"""What a gradient costs, in counts of the compiled program: `benchmarks.jax_cost` without its clock."""
+"""What a gradient costs, counted in the compiled program: `benchmarks.jax_cost` without its timings."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ ROAD = ("RoAd 1", "RoAd 2", "RoAd 4")
 
 
 def test_the_rotation_adds_hardly_a_flop_to_the_floor():
-    """Nothing trained behind frozen kernels can do with less than biases do."""
+    """The floor is a gradient for biases: nothing trained behind frozen kernels can need less."""
     found = jax_cost.arms(
         Options(rows=1, length=128), scan=False, remat="none", only=(FLOOR, *ROAD, "all kernels", DENSE)
     )
@@ -24,7 +24,7 @@ def test_the_rotation_adds_hardly_a_flop_to_the_floor():
 
 
 def test_the_rotation_keeps_little_beyond_the_floor():
-    """With what linear layers gave kept, and the rest computed anew."""
+    """With the outputs of linear layers kept and the rest recomputed."""
     found = jax_cost.arms(Options(), scan=True, remat="linears", only=(FLOOR, "RoAd 1", "LoRA r8 (qwix)"))
     assert found["RoAd 1"].temp_mib() < 1.3 * found[FLOOR].temp_mib()
     assert found["RoAd 1"].temp_mib() < found["LoRA r8 (qwix)"].temp_mib()
@@ -46,7 +46,7 @@ def test_the_dense_rotations_are_the_same():
 
 
 def test_what_follows_a_rotation_is_computed_in_vectors():
-    """XLA on CPU takes one element after the other in a loop that also joins the halves of a rotation."""
+    """XLA on CPU computes element by element in a loop that also joins the halves of a rotation."""
 
     def gated(y, theta, alpha):
         return jax.nn.silu(road_jax.rotate(y, theta, alpha, variant="road_1", group_size=64)) * y

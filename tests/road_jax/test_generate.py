@@ -1,4 +1,4 @@
-"""Decoding against Hugging Face's `generate`, and what is drawn against the distribution."""
+"""Decoding against Hugging Face's `generate`, and sampled tokens against their distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def test_a_row_ends_with_its_end_token(base):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A module, its variables, and a road with an adapter that changes what is said."""
+    """A module, its variables, and a road with an adapter that changes the generated tokens."""
     module, variables = models.load(small_checkpoint(tmp_path_factory.mktemp("small")))
     road = road_jax.transform(module, RoadConfig(target_modules="all-linear", group_size=8))
     adapter = road.init(jax.random.key(0), variables, jnp.zeros((1, 4), jnp.int32))
@@ -96,7 +96,7 @@ def test_one_program_for_a_bucket(small):
 
 
 def test_what_is_drawn_follows_the_distribution(small):
-    """Many equal rows, one token each, against the softmax of Hugging Face's way of filtering."""
+    """Many equal rows with one sampled token each, against the softmax of logits that Hugging Face filtered."""
     module, variables, _, _ = small
     prompt, rows = [6, 7, 8], 2048
     logits = np.asarray(module.apply(variables, jnp.asarray([prompt], jnp.int32))[0, -1], np.float64)
@@ -130,7 +130,7 @@ def test_tokens_that_are_as_likely_are_filtered_as_in_transformers(top_k, top_p)
     if top_p < 1:
         expected = transformers.TopPLogitsWarper(top_p)(None, expected)
     found = _generate._filter(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p))
-    # Which of them stay is not said.
+    # Which of the tied tokens are kept isn't specified.
     np.testing.assert_array_equal(np.sort(found, -1), np.sort(expected.numpy(), -1))
     assert ((found == logits) | np.isneginf(found)).all()
 
@@ -139,7 +139,7 @@ def test_tokens_that_are_as_likely_are_filtered_as_in_transformers(top_k, top_p)
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}])
 def test_a_temperature_near_zero_gives_the_likeliest(temperature, options, small):
     module, variables, _, _ = small
-    # With greater norms logits are some hundreds.
+    # With larger norms, logits are in the hundreds.
     loud = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * 300 if "norm" in jax.tree_util.keystr(path) else leaf, variables
     )

@@ -1,4 +1,4 @@
-"""Interventions in Flax against the float64 reference between blocks computed by hand."""
+"""Interventions in Flax against the float64 reference, applied by hand between blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ def test_the_side_of_the_padding_makes_no_difference_nor_do_texts_in_one_row(bas
 
 @pytest.mark.parametrize(("positions", "ids"), [("last", [0, 1]), ("all", None)])
 def test_decoding_with_a_cache_is_the_whole_text_at_once(base, positions, ids):
-    """Without a cache, each step again on all tokens, with the prompt marked: new tokens are touched by "all" only."""
+    """The reference runs all tokens again at each step, with the prompt marked: only "all" rotates new tokens."""
     module, variables = models.load(base)
     config = InterventionConfig(layers=(1,), positions=positions, group_size=32)
     intervened = road_jax.intervene(module, config)
@@ -189,7 +189,7 @@ def test_training_lowers_the_loss_and_the_file_gives_the_same(base, tmp_path):
             return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
 
         value, gradient = jax.value_and_grad(loss)(tree)
-        # optax promotes dtypes by itself.
+        # optax needs dtype promotion.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimiser.update(gradient, state)
             return optax.apply_updates(tree, updates), state, value
@@ -231,7 +231,7 @@ KeptBlock = nn.jit(Block)
 
 
 class KeptStack(nn.Module):
-    """The same blocks, jitted where they are defined."""
+    """The same blocks, jitted where their class is defined."""
 
     @nn.compact
     def __call__(self, x):
@@ -256,7 +256,7 @@ def test_a_program_that_jit_kept_is_not_taken_for_another(x):
 
 
 class Halves(nn.Module):
-    """Blocks that run only in some calls, so that an index means another one there."""
+    """Blocks of which some run only in some calls, so that an index can mean different blocks."""
 
     def setup(self):
         self.encode = [nn.Dense(WIDTH) for _ in range(2)]
@@ -300,7 +300,7 @@ def test_each_way_of_calling_a_model_counts_its_own_blocks(first, x):
 
 
 class Masked(nn.Module):
-    """A model with a mask that its blocks don't need, and what only `apply` takes: rngs, mutable collections."""
+    """A model with a mask that its blocks don't need, and with what only `apply` takes: rngs, mutable collections."""
 
     @nn.compact
     def __call__(self, x, attention_mask=None):

@@ -15,7 +15,7 @@ from road_jax import InterventionConfig
 from road_jax.nnx import RoadParam, get_intervention, set_intervention, unwrap
 
 PROMPT = jnp.asarray(linen.PROMPT)
-# Two of a stack's four blocks.
+# Two of the four blocks in a stack.
 CONFIG = InterventionConfig(layers=(1, 2), positions="last:2", group_size=8, subspace=(0.5, 1))
 
 
@@ -28,7 +28,7 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """The Linen net, its blocks in a list or scanned as one stack."""
+    """The Linen net, with its blocks in a list or scanned as one stack."""
 
     def __init__(self, how):
         if how == "loop":
@@ -117,7 +117,7 @@ class RematBlock(Block):
 
 
 class JittedNet(nnx.Module):
-    """Blocks that trace what is in them once."""
+    """Blocks that trace their contents once."""
 
     def __init__(self):
         self.blocks = nnx.List([RematBlock(nnx.Rngs(i)) for i in range(2)])
@@ -171,7 +171,7 @@ def test_files_go_to_linen_and_back(x, tmp_path):
 
 @pytest.mark.parametrize("how", ["loop", "scan"])
 def test_rows_with_their_own_interventions(how, x):
-    """In NNX and in Linen: each row is what its intervention alone gives it, one program for any mix."""
+    """In NNX and in Linen, each row gets the result of its own intervention, and any mix runs one program."""
     in_linen = road_jax.intervene(linen.Stack("scan"), CONFIG, blocks=linen.Block)
     one = linen.with_values(in_linen.init(x))
     other = jax.tree.map(lambda leaf: 1.5 * leaf - 0.2, one)

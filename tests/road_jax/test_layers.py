@@ -1,4 +1,4 @@
-"""Layers and lifts that a Flax model may use: each adapted as the same layers written out."""
+"""Layers and lifted transforms that a Flax model may use, each adapted like the same layers written out."""
 
 import functools
 
@@ -39,7 +39,7 @@ def adapt(model, *inputs, **fields):
 
 
 def check_merge(road, variables, adapter, *inputs):
-    """What `apply` gives is what the merged model gives, and another thing than the base's."""
+    """The merged model computes what `apply` computes, which differs from the base."""
     found = jax.jit(road.apply)(variables, adapter, *inputs)
     merged = jax.jit(road.merge)(variables, adapter)
     assert_close(road.model.apply(merged, *inputs), found, "float32", moved_from=road.model.apply(variables, *inputs))
@@ -53,7 +53,7 @@ def x():
 
 @pytest.mark.no_leaks
 def test_flaxs_own_attention(x):
-    """Query, key and value are DenseGeneral to heads × head_dim, the output is one from both."""
+    """Query, key and value are DenseGeneral to heads × head_dim; the output is one from both axes."""
     model = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=64, out_features=32)
     road, variables, adapter = adapt(model, x)
     assert sorted(adapter) == ["key", "out", "query", "value"]
@@ -167,7 +167,7 @@ class Jitted(nn.Module):
 
 
 def test_a_jitted_module(x):
-    """`nn.jit` keeps what it traced: calls without, with, and again without an adapter must not mix."""
+    """`nn.jit` caches its traces: calls without, with, and again without an adapter must not mix."""
     road, variables, adapter = adapt(Jitted(), x)
     plain = road.model.apply(variables, x)
     found = check_merge(road, variables, adapter, x)
@@ -185,7 +185,7 @@ KeptBlock = nn.jit(Plain)
 
 
 class KeptMethod(nn.Module):
-    """As `Plain`, with a method that is jitted once for all."""
+    """Like `Plain`, with a method that is jitted once for all instances."""
 
     @nn.jit
     @nn.compact
@@ -202,7 +202,7 @@ class Scannable(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Blocks of one structure, which are one program to `nn.jit`."""
+    """Blocks of one structure, which `nn.jit` treats as one program."""
 
     block: type[nn.Module]
     scan: bool = False
@@ -217,7 +217,7 @@ class Blocks(nn.Module):
 
 @pytest.mark.parametrize(("block", "scan"), [(KeptBlock, False), (KeptMethod, True)])
 def test_a_program_that_jit_kept_is_not_taken_for_another(block, scan, x):
-    """Jitted where the module is defined: what it keeps outlives every call, also the plain one before `init`."""
+    """Jitted where the module is defined, so that the cache outlives every call, even the plain one before `init`."""
     model = Blocks(block, scan)
     variables = model.init(jax.random.key(0), x)
     plain = model.apply(variables, x)
@@ -236,7 +236,7 @@ def test_a_program_that_jit_kept_is_not_taken_for_another(block, scan, x):
 
 
 class Halved(nn.Module):
-    """A layer that sees its kernel through a function, as weight norm does."""
+    """A layer that sees its kernel through a function, as in weight norm."""
 
     @nn.compact
     def __call__(self, x):
@@ -279,7 +279,7 @@ def test_boxed_params_stay_boxed(x):
 
 
 def test_boxed_params_under_a_mesh(x):
-    """Where boxes constrain what they hold; and saved modules, which are merged into boxes."""
+    """Boxes constrain what they hold there; saved modules are merged into boxes too."""
     config = RoadConfig(target_modules=["dense"], group_size=GROUP)
     rules = nn.logical_axis_rules([("embed", None), ("mlp", "model")])
     mesh = Mesh(np.asarray(jax.devices()[:4]), ("model",))
@@ -298,7 +298,7 @@ def test_boxed_params_under_a_mesh(x):
 
 
 class Tied(nn.Module):
-    """An embedding that is the output head as well: no linear layer, so nothing of it turns."""
+    """An embedding that is also the output head: it isn't a linear layer, so it isn't rotated."""
 
     @nn.compact
     def __call__(self, ids):
@@ -322,7 +322,7 @@ def test_a_layer_named_in_vain_is_told(x):
 
 
 class Mixed(nn.Module):
-    """Einsums whose outputs don't come last: in the kernel, or in the result."""
+    """Einsums whose outputs don't come last, in the kernel or in the result."""
 
     @nn.compact
     def __call__(self, x):
@@ -364,7 +364,7 @@ def test_an_equation_of_other_operands_is_refused(equation):
 
 
 class DenseRelu(nn.Dense):
-    """A layer made of Flax's own: what it does with the product comes after the rotation."""
+    """A layer derived from Flax's own: what it does with the product comes after the rotation."""
 
     @nn.compact
     def __call__(self, x):
@@ -389,7 +389,7 @@ class Backwards(nn.Module):
 
 
 def checked(method):
-    """A decorator such as libraries put on their calls, for types or names."""
+    """A decorator of the kind that libraries put on their calls, to check types or names."""
 
     @functools.wraps(method)
     def call(*args, **kwargs):
@@ -406,7 +406,7 @@ class Decorated(nn.Module):
 
 
 class Own(nn.Module):
-    """A head that calls a layer on an array of its own choice, which is no param of that layer."""
+    """A head that calls a layer on an array of its own choice, which isn't that layer's param."""
 
     @nn.compact
     def __call__(self, x):
@@ -472,7 +472,7 @@ def test_a_layer_type_that_is_declared(x, ids):
 
 
 class Shared(nn.Module):
-    """Two layers that keep their kernels in one scope."""
+    """Two layers that keep their kernels in the same scope."""
 
     @nn.compact
     def __call__(self, x):

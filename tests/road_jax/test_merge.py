@@ -1,4 +1,4 @@
-"""What merging takes, what it knows and what it refuses to guess."""
+"""What merging accepts, what it knows and what it refuses to guess."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from road_core import AdapterError, RoadConfig
 
 
 class Stack(nn.Module):
-    """As many layers as each has inputs and outputs: their sizes don't show which axis is the stack's."""
+    """As many layers as each has inputs and outputs, so that sizes don't show which axis is the stack's."""
 
     axis: int = 0
     size: int = 16
@@ -63,12 +63,12 @@ def test_the_trace_tells_a_stacks_axis_where_sizes_do_not(axis):
     for _ in range(2):
         with pytest.raises(AdapterError, match=r"layers\.up\.kernel: expected sample inputs of the model, to find"):
             fresh.merge(variables, adapter)
-        # This tells the layer's layout, but not the stack's axis.
+        # This reveals the layer's layout, but not the stack's axis.
         fresh.apply(variables, adapter, x)
     merged = fresh.merge(variables, adapter, x)
     check(road, merged, variables, adapter, x)
 
-    # A block of the last layer that can't be undone: its axis is known too.
+    # A singular block in the last layer, to show that the stack's axis is known here too.
     theta, alpha = (np.moveaxis(np.array(adapter["layers"]["up"][n]), axis, 0) for n in ("road_theta", "road_alpha"))
     theta[-1, :], alpha[-1, ::8] = 0, 0
     singular = {"layers": {"up": {"road_theta": theta, "road_alpha": alpha}}}

@@ -1,4 +1,4 @@
-"""A decoder on meshes of data, fsdp and tensor axes: the same training, in shares."""
+"""A decoder on meshes with the axes data, fsdp and tensor: the same training, in shares."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from road_jax.train import TrainOptions, _data, _step, train
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """With biases and a tied head, and with a head of its own."""
+    """One with biases and a tied head, and one with a head of its own."""
     folder = tmp_path_factory.mktemp("bases")
     small_checkpoint(folder / "tied", "qwen2", num_hidden_layers=2, tie_word_embeddings=True)
     small_checkpoint(folder / "own", num_hidden_layers=2, tie_word_embeddings=False)
@@ -41,7 +41,7 @@ def batch(seed):
 
 
 def in_codes(variables):
-    """Attention in int8 and the MLP in nf4, of which a mesh cuts some blocks."""
+    """Attention in int8 and the MLP in nf4, some of whose blocks a mesh cuts."""
     variables = road_jax.quantize(variables, "nf4", exclude=("q_proj", "k_proj", "v_proj", "o_proj"))
     return road_jax.quantize(variables, "int8")
 
@@ -54,7 +54,7 @@ def make(checkpoint, sizes, *, scan=True, accumulate=1, group_size=8, quantized=
         variables = in_codes(variables)
     road = road_jax.transform(module, RoadConfig(target_modules="all-linear", group_size=group_size))
     adapter = road.init(jax.random.key(0), variables, np.ones((1, 8), np.int32))
-    # From θ = 0 the first step would be the same however the adapter lay.
+    # With θ = 0, the first step would be the same wherever the adapter is placed.
     adapter = jax.tree.map(
         lambda leaf: leaf + np.broadcast_to(0.1 * np.cos(np.arange(leaf.shape[-1], dtype=np.float32)), leaf.shape),
         adapter,
@@ -111,7 +111,7 @@ def test_a_quantised_base_trains_in_shares_as_on_one_device(checkpoints, expecte
     ("kind", "sizes", "codes", "scales"),
     [
         ("nf4", {"fsdp": 2, "tensor": 4}, (48, 32), (48, 1)),
-        ("nf4", {"fsdp": 4, "tensor": 2}, (96, 16), (96, 2)),  # half a block: each share has all scales of its rows
+        ("nf4", {"fsdp": 4, "tensor": 2}, (96, 16), (96, 2)),  # half a block: each share holds all scales of its rows
         ("int8", {"fsdp": 4, "tensor": 2}, (96, 32), (96, 1)),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_step_leaks_no_tracer_and_takes_the_states_buffers(checkpoints):
 
 @dataclasses.dataclass(frozen=True)
 class Shifts:
-    """The floor that RoAd is held against: a number added to each pair of outputs, and nothing else to train."""
+    """The floor that RoAd is compared with: trains only a number that is added to each pair of outputs."""
 
     model: nn.Module
     config: None = None
@@ -161,7 +161,7 @@ class Shifts:
 
 
 def compiled_step(count, road, adapter, variables, mesh):
-    """Counts what a whole compiled training step has."""
+    """Returns counts for a whole compiled training step."""
     tx, _ = _step.optimizer(1e-2, 4, warmup=0.0, weight_decay=0.0)
     state = _step.State(adapter, tx.init(adapter))
     program = _step.make_program(road, tx, variables, state, parallel="jit", accumulate=1, mesh=mesh)
@@ -180,7 +180,7 @@ def test_a_step_adds_to_the_floors_collectives_its_gradients_alone(checkpoints):
     shifts = {path: leaf for path, leaf in flatten_dict(adapter).items() if path[-1] == "road_theta"}
     floor = compiled_step(collectives, Shifts(module), unflatten_dict(shifts), variables, mesh)
     found = compiled_step(collectives, road, adapter, variables, mesh)
-    # A layer has one gradient on the floor and two here, each with a sum over the rows (XLA may join them).
+    # Per layer, the floor has one gradient and RoAd has two, each with a sum over the rows (XLA may join them).
     assert set(found) == set(floor) == {"all-reduce", "all-gather"}
     assert found["all-reduce"] <= floor["all-reduce"] + len(shifts)
     assert found["all-gather"] == floor["all-gather"]
@@ -198,26 +198,26 @@ def test_fsdp_gathers_what_it_stores_and_nothing_of_the_batch(remat, checkpoints
     leaves = flatten_dict(variables["params"])
     head = leaves["lm_head", "kernel"]
     kernels = [leaf for path, leaf in leaves.items() if "layers" in path and path[-1] == "kernel"]
-    # Of a layer at a time, once in each pass.
+    # One layer at a time, once in each pass.
     codes = {kind: 2 * sum(leaf.codes[0].size for leaf in kernels if leaf.kind == kind) for kind in ("int8", "nf4")}
     assert found["all-gather", "s8"] == codes["int8"]
     assert found["all-gather", "u8"] == codes["nf4"] + head.codes.size
     scales = 2 * sum(leaf.scales[0].size for leaf in kernels) + head.scales.size
     assert found["all-gather", "f32"] <= scales + leaves["model", "embed_tokens", "embedding"].size
-    # Gradients, the loss and the weights' sum.
+    # Gradients, the loss and the sum of the targets' weights.
     assert found["all-reduce", "f32"] <= sum(leaf.size for leaf in jax.tree.leaves(adapter)) + 8
 
 
 @pytest.mark.parametrize(("remat", "quantize"), [("none", None), ("linears", None), ("linears", "nf4"), ("full", None)])
 def test_fsdp_keeps_its_share_of_the_base_once(remat, quantize):
-    """A second one, laid out for the gathers before the loop over the layers, would take a share's bytes again."""
+    """A second copy, laid out for the gathers before the loop over layers, would take a share's bytes again."""
     config = capacity.config_of(hidden=256, mlp=512, layers=64, heads=4, kv_heads=4, vocabulary=64)
     temp, arguments = {}, {}
     for axis in ("data", "fsdp"):
         program = capacity.compiled(config, {axis: 8}, 1, 8, 8, quantize, remat=remat)
         memory = program.memory_analysis()
         temp[axis], arguments[axis] = memory.temp_size_in_bytes, memory.argument_size_in_bytes
-    # Fewer than one: a layer whose kernels are gathered.
+    # Less than one share: a layer whose kernels are gathered.
     assert temp["fsdp"] - temp["data"] < 0.25 * arguments["fsdp"]
 
 
@@ -232,7 +232,7 @@ def held(tree, device):
 def test_each_device_holds_its_share_of_the_base(sizes, checkpoints):
     _, placed, state, variables = make(checkpoints / "tied", sizes)
     fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
-    # Weights lie over both axes, biases along what is computed in shares, norms everywhere.
+    # Weights are sharded over both axes, biases along what is computed in shares, norms are replicated.
     shares = {"kernel": fsdp * tensor, "embedding": fsdp * tensor, "bias": tensor, "weight": 1}
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     expected = sum(leaf.nbytes // shares[path[-1].key] for path, leaf in leaves)

@@ -79,7 +79,7 @@ def test_logits_are_hugging_faces(name, tmp_path):
 
 
 def test_the_rotary_scaling_and_the_windows_matter(tmp_path):
-    """What the two cases above test would go unseen if the function didn't depend on it."""
+    """The two cases above would pass unnoticed if scaling and windows didn't change the function."""
     ids, mask = tokens(1, 40), np.ones((1, 40), np.int32)
     for kind, changes in (
         ("llama", {"rope_parameters": LLAMA3}),
@@ -104,7 +104,7 @@ def test_packed_texts_see_themselves_only(kind, tmp_path):
         assert_close(packed[:, start:end], alone, "float32")
     whole = apply(variables, ids)
     assert np.abs(np.asarray(whole - packed)[:, 5:14]).max() > 0.05
-    # One row may stand for a batch.
+    # One row may be given for a whole batch.
     twice = np.concatenate([ids, ids[:, ::-1]])
     for_all = apply(variables, twice, attention_mask=segments)
     assert np.array_equal(for_all, apply(variables, twice, attention_mask=np.repeat(segments, 2, axis=0)))
@@ -268,7 +268,7 @@ def test_a_mesh_gets_each_param_in_shares(scan, tmp_path, monkeypatch):
         shards = [s for leaf in jax.tree.leaves(variables) for s in leaf.addressable_shards if s.device == device]
         held = sum(shard.data.nbytes for shard in shards)
         assert held < 0.27 * whole
-        # The files were read for it, and no more of them.
+        # The files were read for this, and no more of them than needed.
         assert sum(array.nbytes for array in read) <= 8 * held
     with pytest.raises(
         AdapterError, match="mesh: expected an axis tensor that divides the model's num_attention_heads 4"

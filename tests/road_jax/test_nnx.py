@@ -13,7 +13,7 @@ from road_jax.nnx import RoadLayer, RoadParam, unwrap, wrap
 
 
 class Net(nnx.Module):
-    """A shared layer, a list, a sequence and attention: what models are made of."""
+    """A shared layer, a list, a sequence and attention, as real models have them."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(16, 64, rngs=rngs)
@@ -88,7 +88,7 @@ def test_only_the_adapter_is_trained(x):
             return jnp.mean(jnp.square(model(x) - target))
 
         value, gradients = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, RoadParam))(model)
-        # optax promotes dtypes by itself.
+        # optax needs dtype promotion.
         with jax.numpy_dtype_promotion("standard"):
             optimizer.update(model, gradients)
         return value
@@ -130,7 +130,7 @@ def test_a_stack_of_layers_gets_stacked_parameters(x):
 
 
 class ByKind(nnx.Module):
-    """A scan that names the kinds of Variables that are stacked."""
+    """A scan that says by kind which Variables are stacked."""
 
     def __init__(self, *kinds):
         make = nnx.vmap(lambda rngs: nnx.Linear(16, 16, rngs=rngs), in_axes=0, out_axes=0)
@@ -164,7 +164,7 @@ def test_a_scan_that_names_kinds_of_variables_must_name_road_params():
     road_jax.nnx.set_adapter(adapted, road_jax.stack_adapters([road_jax.nnx.get_adapter(adapted)]))
     mixed = road_jax.nnx.apply(adapted, x, adapter_ids=jnp.asarray([0, 1]))
     assert_close(mixed, jnp.stack([model(x)[0], expected[1]]), "float32")
-    # In a block the ids ride along too, and so does which of the stack are chosen.
+    # Rotated blocks carry the ids along too, and which blocks of the stack are chosen.
     chosen = road_jax.InterventionConfig(layers=[1], positions="last", group_size=8)
     intervened = road_jax.nnx.intervene(model, chosen, x, blocks=nnx.Linear)
     tree = road_jax.nnx.get_intervention(intervened)
@@ -270,7 +270,7 @@ def small(**fields):
 
 class Block(nnx.Module):
     def __init__(self, rngs):
-        # Outputs stand first in the kernel.
+        # Outputs come first in the kernel.
         self.heads = nnx.Einsum("btd,hkd->bthk", (4, 8, 16), (4, 8), rngs=rngs)
         self.out = nnx.LinearGeneral((4, 8), 16, axis=(-2, -1), rngs=rngs)
 
@@ -285,7 +285,7 @@ def test_merge_in_place_and_back(variant, x):
     turned = adapted(x)
     road_jax.nnx.merge(adapted)
     assert_close(adapted(x), turned, "float32", moved_from=base)
-    # The model that was wrapped shares the kernels.
+    # The model that was wrapped has the same kernels.
     assert_close(model(x), turned, "float32")
     assert_close(unwrap(adapted)(x), turned, "float32")
     with pytest.raises(AdapterError, match=r"blocks\.heads: expected a layer that isn't merged"):
@@ -383,13 +383,13 @@ def test_ids_reach_layers_in_transforms_of_the_models_own(kind, x):
         lambda x, ids: merged(state, x, ids),
     ]
     if kind is Plain:
-        # A function that closes over the model, which Flax refuses where the model has transforms of its own.
+        # A function that closes over the model, which Flax refuses if the model has transforms of its own.
         calls.append(jax.jit(calls[0]))
     for ids in ([1, 2], [0, 1], [2, 2]):
         expected = jnp.stack([alone[number][row] for row, number in enumerate(ids)])
         for call in calls:
             assert_close(call(x, jnp.asarray(ids)), expected, "float32", moved_from=alone[0])
-        # An adapter that no row has gets no gradient.
+        # An adapter that no row uses gets no gradient.
         for leaf in jax.tree.leaves(gradient(adapted, x, jnp.asarray(ids))):
             assert [bool(jnp.any(leaf[:, i] != 0)) for i in (1, 2)] == [1 in ids, 2 in ids]
     with pytest.raises(AdapterError, match=r"found theta .* and outputs"):
@@ -468,7 +468,7 @@ def test_a_kernel_that_two_layers_share_is_not_merged(x):
     model.tied = model.layers[0].kernel
     with pytest.raises(AdapterError, match=r"layers\.0: expected params of its own .* 'the model'\] share one"):
         road_jax.nnx.merge(wrap(model, RoadConfig(target_modules=["layers.0"], group_size=8)))
-    # One layer in two places has one kernel of its own.
+    # A layer in two places has only one kernel.
     adapted = set_values(wrap(model, RoadConfig(target_modules=["first"], group_size=8)))
     turned = adapted(x)
     road_jax.nnx.merge(adapted)

@@ -1,4 +1,4 @@
-"""Two real processes over loopback: one run, the same as one process's."""
+"""Two real processes over loopback form one run, with the same result as a single process."""
 
 import json
 import os
@@ -52,13 +52,13 @@ def start_two(files, out, *more, each=((), ())):
 
 
 def end(processes, code, seconds=240):
-    """Waits for all to end with a code, and returns what they said; a failure shows it."""
+    """Waits until all have ended with this exit code, and returns their output; a failure shows it."""
     said = []
     for process in processes:
         try:
             said.append(process.communicate(timeout=seconds)[1])
         except subprocess.TimeoutExpired:
-            # One that failed and the one that waits for it hold each other up.
+            # A process that failed and one that waits for it block each other.
             for each in processes:
                 each.kill()
             said.append(process.communicate()[1])
@@ -95,7 +95,7 @@ def test_two_processes_are_one_run(more, files, tmp_path):
 
 
 def reach(processes, out, done):
-    """Waits until ``done()``, while the run goes on."""
+    """Waits until ``done()`` is true, while the run continues."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not done():
         assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
@@ -109,7 +109,7 @@ def test_after_a_kill_the_run_goes_on_from_its_checkpoint(files, tmp_path):
     processes = start_two(files, out, *more)
     reach(processes, out, (out / "checkpoints" / "4").is_dir)
     processes[1].send_signal(signal.SIGKILL)
-    # The other one can't go on alone; how soon it notices is the collectives' affair.
+    # The other process can't continue alone; how soon it notices depends on the collectives.
     time.sleep(1)
     processes[0].kill()
     for process in processes:
@@ -132,7 +132,7 @@ def test_an_interrupt_of_one_process_ends_all(files, tmp_path):
 
 def test_a_bad_line_ends_both_processes_with_one_sentence(files, tmp_path):
     lines = (files / "data.jsonl").read_text().splitlines()
-    # The second process's.
+    # One of the second process's lines.
     lines[11] = '{"prompt": "one"}'
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(lines))

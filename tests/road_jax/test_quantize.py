@@ -77,7 +77,7 @@ def test_a_layer_of_zeros_stays_zero():
 
 
 class Model(nn.Module):
-    """A stack under scan, or under scan and remat, and a head."""
+    """A stack, under scan or under scan and remat, and a head."""
 
     remat: bool = False
     policy: Any = None
@@ -121,7 +121,7 @@ def test_computing_with_codes_is_computing_with_their_values(kind, remat):
 
 @pytest.mark.no_leaks
 def test_the_backward_pass_keeps_no_dequantised_kernel():
-    """Residuals of a deep scan grow by codes, not by whole kernels."""
+    """The residuals of a deep scan contain codes, not whole kernels."""
     model, x = Model(), jnp.ones((1, 4, 64))
     variables = model.init(jax.random.key(0), x)
     road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
@@ -213,7 +213,7 @@ def test_a_checkpoint_is_quantised_while_it_is_read(kind, scan, tmp_path, monkey
         _, found = models.load(tmp_path, dtype=jnp.bfloat16, scan=scan, mesh=mesh, quantize=kind)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
-        # Never more than a layer's weight at once, and nothing twice, but blocks that shares cut.
+        # Never more than one layer's weight at once, and nothing twice, except for blocks that shares cut.
         assert max(encoded) <= max(kernels)
         cut = kind == "nf4" and sizes and "tensor" in sizes
         assert 1 <= sum(encoded) / (3 * sum(kernels)) <= (2 if cut else 1)
@@ -253,7 +253,7 @@ def test_what_is_excluded_is_named_by_the_end_of_its_path(exclude, stay):
 
 
 class Mixed(nn.Module):
-    """Dense layers beside others whose kernels look like theirs."""
+    """Dense layers beside others whose kernels look the same."""
 
     bias: bool = True
 
@@ -284,7 +284,7 @@ def test_only_dense_kernels_are_taken(kind, bias):
     assert str(jax.make_jaxpr(road.apply)(quantized, adapter, x)).count("HIGHEST") == 2
 
     if bias:
-        # The biases' shapes tell as much.
+        # The shapes of the biases show the same.
         assert jax.tree.structure(road_jax.quantize(variables, kind)) == jax.tree.structure(quantized)
     elif kind == "nf4":
         with pytest.raises(AdapterError, match=r"attention\.\w+: expected inputs that blocks of 64 divide.*exclude"):
@@ -310,7 +310,7 @@ def test_a_product_of_the_layers_own_is_kept():
 
 
 class Nested(nn.Module):
-    """A scan in a scan; the inner stack's axis stands where it is told."""
+    """A scan in a scan, with the inner stack's axis where it is put."""
 
     axis: int = 0
 
@@ -392,7 +392,7 @@ def test_boxes_and_places_are_kept(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_of_flax_and_orbax(kind, tmp_path):
-    """What was saved is what comes back, given a target; without one there is one sentence."""
+    """With a target, what was saved is restored; without one there is a one-sentence error."""
     model, x = Model(), jnp.asarray(named_values("x", 2, 4, 64))
     plain = model.init(jax.random.key(0), x)
     quantized = road_jax.quantize(plain, kind)

@@ -94,7 +94,7 @@ def test_whole_groups_add_no_collective(variant, case, mesh):
 
     backward = jax.jit(jax.grad(loss), out_shardings=along)
     found = collectives(backward, placed[1], placed[0], placed[2])
-    # The base's own and sums of dθ and dα over the data; nothing is gathered or exchanged.
+    # The base's own, and sums of dθ and dα over the data axis; nothing is gathered or exchanged.
     assert set(found) == {"all-reduce"}
     bias = variables["params"]["blocks"]["up"]["bias"] if "blocks" in variables["params"] else None
     if bias is None:
@@ -152,7 +152,7 @@ def test_a_module_without_a_sharding_is_named(mesh):
 
 
 class Heads(nn.Module):
-    """Kernels with outputs and inputs of several axes, and outputs first."""
+    """Kernels with several output or input axes, and with outputs first."""
 
     @nn.compact
     def __call__(self, x):
@@ -191,7 +191,7 @@ def test_the_layouts_that_init_saw_decide(name, mesh):
     if expected is None:
         with pytest.raises(AdapterError, match=f"{layer}: expected a kernel whose outputs are sharded by the first"):
             road.shardings(adapter, where)
-        # Taken as [in, *out], which it is.
+        # Assumed to be [in, *out], which is right here.
         with pytest.raises(AdapterError, match=f"{layer}: expected a kernel whose outputs are sharded by the first"):
             road_jax.shardings(adapter, where, config=road.config)
     along = road.shardings(adapter, where, allow_cut=expected is None)
@@ -236,7 +236,7 @@ def test_where_no_layer_is_known(mesh):
 
     assert found(P(None, "data", "model")) == P("data")
     assert found(P(None, None, "model")) == P()
-    # Not even shares: a stack of 3 on another axis, or several adapters.
+    # The shares aren't even: a stack of 3 on another axis, or several adapters.
     assert found(P(None, None, "model"), {"proj": dict.fromkeys(adapter["proj"], jnp.ones((64, 3)))}) == P()
 
     kernel = {"params": {"proj": {"kernel": jnp.ones((64, 128)).sharding}}}

@@ -1,4 +1,4 @@
-"""Mixed batches in JAX: each row as with its adapter alone."""
+"""Mixed batches in JAX: each row gets the same result as with its adapter alone."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def filled(adapter, name):
 
 @pytest.fixture(scope="module", params=["road_1", "road_2", "road_4"])
 def mixed(request, tmp_path_factory):
-    """A road and three adapters, the last of which adapts other modules; under scan with remat, as trained."""
+    """A road and three adapters, the last of which adapts other modules; under scan with remat, as in training."""
     module, variables = models.load(small_checkpoint(tmp_path_factory.mktemp("base")))
     config = RoadConfig(variant=request.param, group_size=8, target_modules="all-linear")
     road = road_jax.transform(module, config)
@@ -180,7 +180,7 @@ class Turned(nn.Module):
     ids=lambda value: f"{value.axis}, {value.around}" if isinstance(value, Turned) else f"init {value}",
 )
 def test_stacks_on_any_axis(model, known):
-    """With as many adapters as make their axis look like the stack's."""
+    """The number of adapters makes their axis look like the stack's."""
     x = jnp.asarray(named_values("x", 5, 16))
     variables = model.init(jax.random.key(0), x)
     road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
@@ -205,7 +205,7 @@ def test_stacks_on_any_axis(model, known):
 
 
 def forms(x):
-    """Of one model in Linen and NNX, adapted and intervened: how it runs, three adapters together, and its base."""
+    """One model in Linen and NNX, adapted and intervened: how it runs, three adapters together, and its base."""
     model = nn.Sequential([nn.Dense(64)])
     variables = model.init(jax.random.key(0), x)
     road = road_jax.transform(model, RoadConfig(target_modules=["layers_0"]))
@@ -266,7 +266,7 @@ def test_batches_without_rows(ids, form):
 
 @pytest.mark.parametrize("form", range(4), ids=["linen", "linen blocks", "nnx", "nnx blocks"])
 def test_a_batch_of_any_size_is_exported(form):
-    """What `jax.export` makes for a batch whose size is a symbol, its gradient too, computes for any."""
+    """`jax.export` with a symbolic batch size gives a program, and its gradient, for a batch of any size."""
     x = jnp.asarray(named_values("x", 4, 5, 32))
     batch = export.symbolic_shape("batch")
     symbols = jax.ShapeDtypeStruct((*batch, 5, 32), jnp.float32), jax.ShapeDtypeStruct(batch, jnp.int32)

@@ -33,7 +33,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Counting on: 'three four' is answered 'five six'."""
+    """Counting on: 'three four' is answered by 'five six'."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     rng = np.random.default_rng(0)
     lines = []
@@ -89,7 +89,7 @@ def test_a_run_learns_and_leaves_everything_it_promises(options):
 
 
 def test_the_evaluation_is_what_the_model_says_line_by_line(options, base):
-    """Packed and masked as it is, the evaluation gives each line's own loss and greedy answer."""
+    """Although packed and masked, the evaluation gives each line's own loss and greedy answer."""
     import torch
     import transformers
 
@@ -119,7 +119,7 @@ def same_but_for_times(records):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
-# The first checkpoint is that of step 4.
+# The first checkpoint is written at step 4.
 @pytest.mark.parametrize(("parallel", "stops"), [("jit", (2, 6)), ("pmap", (6,))])
 def test_resuming_is_as_if_never_stopped(parallel, stops, options, tmp_path, monkeypatch):
     options = dataclasses.replace(options, parallel=parallel)
@@ -150,7 +150,7 @@ def test_resuming_is_as_if_never_stopped(parallel, stops, options, tmp_path, mon
 
 
 def test_every_way_of_running_learns_the_same(options, tmp_path):
-    """jit, pmap, unrolled and with remat: the same adapter up to rounding, and gradients that agree."""
+    """jit, pmap, unrolled, and with remat: the same adapter up to rounding, and matching gradients."""
     result = {}
     for name, changes in {
         "jit": {},
@@ -187,7 +187,7 @@ def test_bfloat16_bases_train_float32_adapters(options):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_base_is_trained_on(kind, options):
-    """And the loss is that of the quantised base, which isn't the plain one's."""
+    """The loss is that of the quantised base, which differs from the plain one's."""
     result = run(dataclasses.replace(options, quantize=kind))
     assert result.after["loss"] < 0.8 * result.before["loss"]
     plain = run(dataclasses.replace(options, out=options.out.parent / "plain", steps=1))
@@ -218,7 +218,7 @@ def test_epochs_go_through_the_data(options):
 
 
 def test_few_compilations(options):
-    """Rows are packed to one shape; only the number of targets may round up to another power of two."""
+    """Rows are packed to one shape; only the number of targets may be rounded up to another power of two."""
     from road_jax.train import _step
 
     traces = []
@@ -231,7 +231,7 @@ def test_few_compilations(options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_step, "summed_loss", counted)
         run(options)
-    # Train and evaluate, each once.
+    # One each for training and evaluation.
     assert len(traces) <= 3
 
 
@@ -245,7 +245,7 @@ def tied(folder):
 
 
 def nothing_to_learn(folder):
-    """Completions of no token, with a tokenizer that has no token to end them."""
+    """Completions without tokens, for a tokenizer without an end token."""
     base = small_checkpoint(Path(tempfile.mkdtemp(dir=folder.parent)), num_hidden_layers=1)
     (base / "chat_template.jinja").unlink()
     path = base / "tokenizer_config.json"
@@ -344,7 +344,7 @@ def test_another_base_at_the_same_path_is_not_resumed(options, tmp_path):
 
 
 def test_a_folder_is_one_runs(options, monkeypatch):
-    """Whoever looked at the folder when it was free finds it taken, and nobody resumes a run that goes on."""
+    """A run that saw the folder free but came second is refused, and a run in progress can't be resumed."""
     from road_jax.train import _run
 
     first = dataclasses.replace(options, steps=1, eval_lines=4)
@@ -383,7 +383,7 @@ def test_a_held_out_loss_that_is_not_finite_is_no_success(options):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("swallowed", [False, True])
 def test_an_interrupt_before_the_first_step(number, swallowed, options, monkeypatch):
-    """Also where it is raised in a callback, from which no exception comes out."""
+    """Also if it is raised in a callback, from which no exception propagates."""
     from road_jax.train import _run
 
     load, before = _run._load, signal.getsignal(number)
@@ -431,7 +431,7 @@ def test_the_command_is_interrupted_and_resumed(options):
 
 
 def test_the_command_gives_one_line_and_exit_code_2(options, tmp_path):
-    # A name that isn't text.
+    # A name that isn't valid text.
     bad = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     bad.write_text('{"prompt": "one", "completion": "two"}\n{"prompt": "one"}\n')
     done = subprocess.run(
@@ -463,7 +463,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for(options):
 
 
 def test_losses_agree_between_devices_and_one(options):
-    """The same rows on eight devices and on one: the summed gradient is not n times too large."""
+    """The same rows on eight devices and on one: the summed gradient isn't n times too large."""
     assert jax.device_count() == 8
     run(dataclasses.replace(options, steps=2, eval_lines=0))
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}

@@ -51,7 +51,7 @@ def stacked(leaves_of_layers, axis):
 
 
 def with_values(adapter):
-    """Fills an adapter so that each value tells its path."""
+    """Fills an adapter with values that depend on their path."""
 
     def fill(path, leaf):
         name = jax.tree_util.keystr(path)
@@ -67,7 +67,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def loop(x):
-    """An adapted loop: everything else is compared with it, and it with the reference."""
+    """An adapted loop; everything else is compared with it, and it is compared with the reference."""
     model = Stack()
     variables = model.init(jax.random.key(0), x)
     road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=8))
@@ -156,7 +156,7 @@ def test_a_scanned_stack_is_the_loop(how, x, loop):
 
 @pytest.mark.no_leaks
 def test_gradients_are_those_of_the_reference(x):
-    """Finite differences of the float64 reference, through one layer."""
+    """Compared with finite differences of the float64 reference, through one layer."""
     rng = np.random.default_rng(0)
     y, weight = rng.normal(size=(7, 16)), rng.normal(size=(7, 16))
     for variant in VARIANTS:
@@ -182,7 +182,7 @@ def test_gradients_are_those_of_the_reference(x):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_of_complex_layers(variant):
-    """θ and α are real; their gradients are those of finite differences in float64."""
+    """θ and α are real; their gradients match finite differences in float64."""
     rng = np.random.default_rng(0)
     model = nn.Dense(16, param_dtype=jnp.complex64)
     x = jnp.asarray(rng.normal(size=(7, 4)) + 1j * rng.normal(size=(7, 4)), jnp.complex64)
@@ -219,7 +219,7 @@ def test_gradients_of_complex_layers(variant):
 @pytest.mark.parametrize("ids", [None, [1, 0]], ids=["one", "several"])
 @pytest.mark.parametrize("how", ["loop", "scan", "scan-remat"])
 def test_second_derivatives(how, ids, x, loop):
-    """Of the adapter along one direction, by finite differences of the first; scanned as in the loop."""
+    """Second derivatives along one direction of the adapter, against finite differences of the first ones."""
     road, variables, adapter = loop
     if how != "loop":
         road = road_jax.transform(Stack(how), road.config)
@@ -247,7 +247,7 @@ def test_second_derivatives(how, ids, x, loop):
 
 @pytest.mark.parametrize("how", ["explicit", "shard_map around", "shard_map within"])
 def test_gradients_on_a_mesh_are_those_without(how):
-    """Rows dealt to eight devices: axes in the arrays' types, and ``shard_map`` with its check of what differs."""
+    """Rows split over eight devices: with axes in the arrays' types, and in ``shard_map``, which checks what varies."""
     x = jnp.asarray(named_values("x", 8, 3, WIDTH))
     model = nn.Sequential([nn.Dense(32), nn.gelu, nn.Dense(16)])
     variables = model.init(jax.random.key(0), x)
@@ -262,7 +262,7 @@ def test_gradients_on_a_mesh_are_those_without(how):
 
     expected = jax.grad(loss)(adapter, variables, x)
     mesh = jax.make_mesh((8,), ("data",))
-    # With its leak check on, JAX 0.10 refuses any gradient of a shard_map within jit, a bare product's too.
+    # With its leak check on, JAX 0.10 refuses any gradient of a shard_map within jit, even that of a plain product.
     unchecked = jax.check_tracer_leaks(False) if how == "shard_map around" else contextlib.nullcontext()
     with jax.set_mesh(mesh), unchecked:
         placed = jax.device_put((adapter, variables), P()), jax.device_put(x, P("data"))
@@ -436,7 +436,7 @@ def test_modules_to_save_ride_along(x, loop):
 
 
 def test_a_saved_module_is_trained_beside_the_rotation(x, loop):
-    """Also by a step that takes the adapter's buffers over: they aren't the base's."""
+    """Also by a step that donates the adapter's buffers: they aren't the base's."""
     road, variables, _ = loop
     config = RoadConfig(target_modules=["up"], group_size=8, modules_to_save=["lm_head"])
     road = road_jax.transform(road.model, config)
@@ -487,7 +487,7 @@ def test_one_compilation_serves_every_adapter_of_a_shape(x, loop):
 
 
 class OneOfTwo(nn.Module):
-    """A model with a layer that only some calls reach."""
+    """A model with a layer that only some calls run."""
 
     @nn.compact
     def __call__(self, x, both=True):
