@@ -65,7 +65,7 @@ def apply(y, *adapters, path="q"):
 def test_a_subspace_is_a_run_of_pairs(variant, group_size):
     mask = subspace_mask(OUT, variant=variant, group_size=group_size, subspace=(0.25, 0.7))
     assert mask.shape == (parameter_size(variant, OUT),)
-    # Parameters outside change nothing, and of 16 pairs 4 to 10 are turned: pair p of group k is block k g/2 + p.
+    # Parameters outside change nothing, and of 16 pairs, 4 to 10 are rotated: pair p of group k is block k g/2 + p.
     theta, alpha = np.ones(len(mask)), np.full(len(mask), 3.0)
     turned = rotate(Y, theta, alpha, variant=variant, group_size=group_size, subspace=(0.25, 0.7)) != Y
     half = group_size // 2
@@ -125,7 +125,7 @@ def test_files_keep_a_subspace(variant, dtype, tmp_path):
     again, flax = read_peft(tmp_path / "peft"), read_flax(tmp_path / "flax")
     assert again.config == flax.config == adapter.config
     assert not again.metadata
-    # PEFT's file says the same without the subspace; Flax's keeps what was trained, bit for bit.
+    # PEFT's file expresses the same without the subspace; Flax's keeps what was trained, bit for bit.
     mask = subspace_mask(OUT, variant=variant, group_size=8, subspace=(0, 0.5))
     for found, kept, given_, outside in zip(again.modules["q"], flax.modules["q"], arrays, (0, 1), strict=True):
         assert kept.tobytes() == given_.tobytes()
@@ -137,7 +137,7 @@ def test_files_keep_a_subspace(variant, dtype, tmp_path):
     write_peft(tmp_path / "peft 2", again)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "peft" / name).read_bytes() == (tmp_path / "peft 2" / name).read_bytes()
-    # Another subspace is another function, so it is covered by the digest.
+    # Another subspace is another function, so the digest covers it.
     config = tmp_path / "flax" / "road_config.json"
     config.write_text(config.read_text().replace("0.5", "0.25"))
     with pytest.raises(
@@ -199,7 +199,7 @@ def test_disjoint_subspaces_compose_exactly_in_any_order(first, second, group_si
     np.testing.assert_array_equal(apply(Y, b, a), expected)
     np.testing.assert_array_equal(apply(Y, union), expected)
     assert (expected != Y).all()
-    # A file that went through PEFT has lost the subspace, and composes as exactly.
+    # A file that has been through PEFT has lost the subspace, but composes just as exactly.
     plain = [dataclasses.replace(x.cleared(), config=dataclasses.replace(x.config, subspace=None)) for x in (a, b)]
     for mine, other in zip(compose(plain).modules["q"], union.modules["q"], strict=True):
         assert mine.tobytes() == other.tobytes()
@@ -219,7 +219,7 @@ def test_the_subspace_of_a_composition_holds_those_of_its_parts():
 def test_whole_weights_are_repetitions(parts):
     adapters = [make(str(i), variant) for i, (variant, _) in enumerate(parts)]
     composed = compose(adapters, [weight for _, weight in parts])
-    # R^-1 undone by R gives the start again: negative weights are checked from the other side.
+    # Undoing R^-1 by R gives the start again: this checks negative weights from the other side.
     left = apply(Y, composed)
     for adapter, (_, weight) in zip(reversed(adapters), reversed(parts), strict=True):
         left = apply(left, *[adapter] * max(-weight, 0))
@@ -265,7 +265,7 @@ def test_road_1_has_a_closed_form():
     a, b = make("a", spread=4), make("b")
     a = dataclasses.replace(a, modules={"q": (a.modules["q"][0], np.abs(a.modules["q"][1]))})
     theta, alpha = compose([a, b], [0.25, -1.5]).modules["q"]
-    # Angles count as they were trained, beyond π too.
+    # Angles count as they were trained, even beyond π.
     np.testing.assert_allclose(theta, 0.25 * a.modules["q"][0] - 1.5 * b.modules["q"][0], rtol=1e-14)
     np.testing.assert_allclose(alpha, a.modules["q"][1] ** 0.25 / b.modules["q"][1] ** 1.5, rtol=1e-13)
     assert (np.abs(a.modules["q"][0]) > np.pi).any()

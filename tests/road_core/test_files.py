@@ -1,4 +1,4 @@
-"""What the system refuses is one sentence, and leaves nothing half written."""
+"""A refusal by the system becomes one sentence, and nothing is left half written."""
 
 import errno
 import io

@@ -82,7 +82,7 @@ def test_bytes_survive(form, dtype, tmp_path):
         assert found.tobytes() == array.tobytes()
         np.testing.assert_array_equal(road_core.to_float32(found), array.astype(np.float32))
     assert back.config == adapter.config
-    # The other order of insertion, read back and written again: the same files.
+    # Inserted in another order, read back and written again, it gives the same files.
     reverse = dataclasses.replace(back, modules=dict(reversed(list(back.modules.items()))))
     write(tmp_path / "b", reverse)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
@@ -126,7 +126,7 @@ def test_choices_that_peft_lacks_stand_in_the_metadata(tmp_path):
     assert again.metadata == {}
     write_peft(tmp_path / "b", again)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    # Who chose otherwise since is right.
+    # A later choice of modules takes precedence.
     rewrite(tmp_path / "a" / "adapter_config.json", lambda f: f.update(target_modules=["proj"]))
     assert read_peft(tmp_path / "a").config == RoadConfig(target_modules=["proj"])
 
@@ -197,7 +197,7 @@ BROKEN = {
     "dtype": (lambda d: set_tensors(d, _integers), r"expected floating-point values, found int64"),
     "prefix": (lambda d: set_tensors(d, _other_prefix), "found besides"),
     "extra": (lambda d: set_tensors(d, lambda t: t.update(lora_A=np.ones(3))), "found besides lora_A"),
-    # Of the base's weights PEFT writes those of its embedding and head alone, each in one place.
+    # Of the base's weights, PEFT writes only those of its embedding and head, each in one place.
     "a base weight": (lambda d: set_tensors(d, lambda t: t.update({KEY[:-5] + "weight": WEIGHT})), "q_proj.weight"),
     "below a layer": (
         lambda d: set_tensors(d, lambda t: t.update({KEY[:-5] + "base_layer.weight": WEIGHT})),
@@ -331,7 +331,7 @@ def test_an_adapter_checks_itself():
 
 
 def test_rounding_to_bfloat16_is_that_of_ml_dtypes():
-    # Every upper half with lower halves about the tie: NaNs, infinities, subnormals and overflow among them.
+    # Every upper half, with lower halves around the tie; among them NaNs, infinities, subnormals and overflow.
     upper = np.arange(1 << 16, dtype=np.uint32)[:, None] << 16
     values = (upper | np.uint32([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])).view(np.float32)
     found = from_float32(values, road_core.bfloat16).view(ml_dtypes.bfloat16)

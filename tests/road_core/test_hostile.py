@@ -1,4 +1,4 @@
-"""Readers on hostile input: nothing but `AdapterError` comes out, memory stays bounded, nothing is written."""
+"""Readers on hostile input: they raise only `AdapterError`, memory stays bounded, and nothing is written."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ NAMES = {
     "flax": ("road_config.json", "road_adapter.safetensors"),
 }
 READ = {"peft": read_peft, "flax": read_flax}
-# Files are of a few kB; a reader that believed a header would ask for far more.
+# Files are a few kB; a reader that trusted a header would allocate far more.
 BOUND = 8 << 20
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def valid(folder, form="peft"):
-    """Returns the bytes of an adapter's config and tensors."""
+    """Returns the bytes of a valid adapter's config and tensors."""
     pair = (np.linspace(-1, 1, 16, dtype=np.float32), np.ones(16, np.float32))
     adapter = Adapter(CONFIG, {PATH: pair}, metadata={"note": "kept"})
     (write_peft if form == "peft" else write_flax)(folder / f"valid {form}", adapter, overwrite=True)
@@ -43,9 +43,9 @@ def valid(folder, form="peft"):
 
 
 def read_all(folder, form, config, tensors):
-    """Puts the files into a folder and lets every reader have them; returns what each gave, or its `AdapterError`.
+    """Puts the files into a folder and runs every reader on it; returns each one's result or its `AdapterError`.
 
-    Asserts for all of them that nothing else comes out, nothing is written, and memory stays bounded.
+    Asserts that they raise nothing else, that nothing is written, and that memory stays bounded.
     """
     target = folder / "case"
     target.mkdir(exist_ok=True)
@@ -53,7 +53,7 @@ def read_all(folder, form, config, tensors):
         other.unlink()
     for name, data in zip(NAMES[form], (config, tensors), strict=True):
         (target / name).write_bytes(data)
-    # The same as a checkpoint, into which a sound adapter is merged.
+    # The same files as a checkpoint, into which a valid adapter is merged.
     (target / "config.json").write_bytes(config)
     (target / "model.safetensors").write_bytes(tensors)
     valid(folder)
@@ -119,7 +119,7 @@ def test_damaged_bytes(folder, form, seed, edits):
         else:
             data[at : at + 1] = dice.choice([b"9", b"-", b"[", b"]", b"{", b'"', b",", b":", b"0"])
     found = read_all(folder, form, config, bytes(data))
-    # What one reader takes for an adapter, the one that draws it does too, and it has the header's tensors.
+    # What one reader accepts as an adapter, the one that draws it accepts too, with the header's tensors.
     assert isinstance(found["adapter"], Adapter) == (not isinstance(found["inspected"], AdapterError))
     if isinstance(found["adapter"], Adapter):
         tensors = {name: entry.shape for name, entry in found["header"][0].items()}
@@ -149,13 +149,13 @@ KEYS = st.sampled_from(
 @example(entries=[("a", {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]})], length=None, body=b"")
 @example(entries=[("a", {"dtype": "F32", "shape": [1] * 70, "data_offsets": [0, 4]})], length=None, body=b"1234")
 def test_made_up_headers(folder, entries, length, body):
-    # Written by hand, so that a name may stand there twice.
+    # Written by hand, so that a name can occur twice.
     text = "{" + ", ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries) + "}"
     head = text.encode()
     data = struct.pack("<Q", len(head) if length is None else length) + head + body
     found = read_all(folder, "peft", valid(folder)[0], data)["header"]
     if not isinstance(found, AdapterError):
-        # A header that is read accounts for every byte, once.
+        # A header that is accepted accounts for every byte once.
         begin = 8 + (len(head) if length is None else length)
         spans = sorted((entry.start, entry.start + entry.nbytes) for entry in found[0].values())
         assert sum(stop - start for start, stop in spans) == len(data) - begin
@@ -180,7 +180,7 @@ def test_made_up_configs(folder, fields, form):
     config, tensors = valid(folder, form)
     found = read_all(folder, form, json.dumps({**json.loads(config), **fields}).encode(), tensors)["adapter"]
     if isinstance(found, Adapter):
-        # The tensors' own metadata say what they are; a config that says otherwise is refused.
+        # The tensors' own metadata say what they are; a config that contradicts them is refused.
         assert (found.config.variant, found.config.group_size) == (CONFIG.variant, CONFIG.group_size)
 
 
@@ -238,7 +238,7 @@ def test_broken_json(name, tmp_path):
 
 def test_a_json_file_without_end(tmp_path):
     with (tmp_path / "c.json").open("wb") as file:
-        file.truncate(1 << 40)  # sparse: it takes no room
+        file.truncate(1 << 40)  # sparse: it takes no space
     with pytest.raises(AdapterError, match="1099511627776 bytes are too many"):
         read_json(tmp_path / "c.json")
 

@@ -38,7 +38,7 @@ def make(dtype=np.float32, **fields):
 
 
 def dense_rotation(theta, group_size):
-    """R of road_1 with α = 1, written out, and for each row its block's number."""
+    """R of road_1 with α = 1, written out as a matrix, and the block of each row."""
     half = group_size // 2
     R, block = np.zeros((2 * len(theta), 2 * len(theta))), np.zeros(2 * len(theta), int)
     for pair, angle in enumerate(theta):
@@ -61,10 +61,10 @@ def test_with_alpha_1_it_is_the_interchange_of_pyvene_and_the_papers_identity(gr
         b, theta, np.ones(HIDDEN // 2), np.ones(5), variant="road_1", group_size=group_size, subspace=subspace
     )
 
-    # pyvene: base, with the rows of the rotated source in place of its own in the rotated space.
+    # As pyvene does it: the base, with its own rows in the rotated space replaced by those of the rotated source.
     R_s, s = R[rows], b @ R.T
     assert_close(actual, b + (s @ R_s.T - b @ R_s.T) @ R_s, "float64", moved_from=b)
-    # LoReFT's form h + Pᵀ(W h + c − P h), with P = Rᵀ, W = 1 and c = 0 within the subspace: the paper's identity.
+    # LoReFT's form h + Pᵀ(W h + c − P h), with P = Rᵀ, and W = 1 and c = 0 within the subspace: the paper's identity.
     within = R[np.ix_(rows, rows)]
     expected = b.copy()
     expected[:, rows] += (b[:, rows] - b[:, rows] @ within) @ within.T
@@ -72,7 +72,7 @@ def test_with_alpha_1_it_is_the_interchange_of_pyvene_and_the_papers_identity(gr
 
 
 def test_with_other_alpha_the_literal_formula_is_another_function():
-    """Written out, b + Rᵀ(R s − R b) becomes b + α²(s − b), no rotation times α."""
+    """Written out, b + Rᵀ(R s − R b) becomes b + α²(s − b), which isn't α times a rotation."""
     theta, alpha = named_values("theta", HIDDEN // 2).astype(np.float64), np.full(HIDDEN // 2, 1.5)
     b = named_values("h", 5, HIDDEN).astype(np.float64)
     R = 1.5 * dense_rotation(theta, 8)[0]
@@ -108,7 +108,7 @@ def test_only_the_masks_tokens_and_the_subspaces_pairs_change(variant):
     ],
 )
 def test_position_mask(positions, expected):
-    """Left and right padding, an answer behind the prompt, and two texts in a row (the first of three tokens)."""
+    """Left and right padding, an answer after the prompt, and two texts in a row (the first of three tokens)."""
     prompt = [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [1, 1, 1, 2, 2]]
     found = position_mask(prompt, positions).astype(int)
     assert ["".join(map(str, row)) for row in found] == expected
@@ -196,7 +196,7 @@ def test_a_changed_folder_is_refused(tmp_path):
     with pytest.raises(AdapterError, match=r"intervention_config\.json: .* found a difference in positions"):
         read_intervention(tmp_path)
     config.write_text(json.dumps(fields))
-    # A file that another tool wrote, without a digest.
+    # A file without a digest, written by another tool.
     safetensors.numpy.save_file(made.tensors(), tensors)
     with pytest.raises(AdapterError, match="expected the digest None"):
         read_intervention(tmp_path)

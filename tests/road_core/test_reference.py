@@ -23,7 +23,7 @@ class Net(torch.nn.Module):
 
 @pytest.fixture(params=[(v, g) for v in VARIANTS for g in GROUP_SIZES], ids=lambda p: f"{p[0]}-{p[1]}")
 def case(request):
-    """A bare layer, PEFT's adapted one, and the arguments of the reference."""
+    """A plain layer, the layer as PEFT adapted it, and the reference's arguments."""
     variant, group_size = request.param
     torch.manual_seed(0)
     net = Net()

@@ -1,4 +1,4 @@
-"""Which modules are chosen: PEFT's own choice, on real module trees, is the expectation."""
+"""Which modules are selected, compared with PEFT's own selection on real module trees."""
 
 import re
 import tracemalloc
@@ -77,13 +77,13 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def trees():
-    # No weights are needed to look at names.
+    # Names can be read without weights.
     with torch.device("meta"):
         return {name: build() for name, build in TREES.items()}
 
 
 def names_of(model):
-    """What the select_modules of a framework is given, read off a model as PEFT reads it."""
+    """The arguments that a framework passes to select_modules, read off a model as PEFT reads it."""
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)]
     head = model.get_output_embeddings()
@@ -102,7 +102,7 @@ def test_the_choice_is_pefts(tree, fields, trees, recwarn):
 
 
 def pefts_choice(tree, fields):
-    # PEFT's RoAd takes only nn.Linear and lacks some fields; its LoRA follows the same rules over all layers.
+    # PEFT's RoAd takes only nn.Linear and lacks some fields; its LoRA applies the same rules to all layers.
     own = not {"layers_to_transform", "layers_pattern", "exclude_modules"} & set(fields) and tree != "gpt2"
     config = PeftRoadConfig(group_size=2, **fields) if own else LoraConfig(r=2, fan_in_fan_out=tree == "gpt2", **fields)
     with torch.device("meta"):
@@ -184,7 +184,7 @@ def test_patterns_have_a_limited_time_together(monkeypatch):
         ("a{" + "9" * 5000 + "}", "counts written out"),
         ("a" * (1 << 22), "counts written out"),
         ("(" * 5000 + "a" + ")" * 5000, "maximum recursion depth"),
-        # What `regex` knows and `re` doesn't would be another choice than PEFT's, and may know no end.
+        # Syntax that `regex` knows and `re` doesn't would select differently from PEFT, and might never finish.
         (r"(?:(?R)|.)*", "unknown extension"),
         (r".*\pL_proj", r"bad escape \\p"),
         (r".*(?:q_prooj){e<=1}", r"'{' is no count or class"),
