@@ -1,4 +1,4 @@
-"""Folders composed into one: from Python and from the command."""
+"""Folders composed into one, from Python and by the command."""
 
 import subprocess
 import sys

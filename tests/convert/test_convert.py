@@ -1,4 +1,4 @@
-"""Folders to folders, against PEFT."""
+"""Adapter folders converted both ways, compared with PEFT."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def contents(directory):
 
 
 def peft_adapter(directory, dtype=torch.float32, kind="llama", **fields):
-    """Writes an adapter that PEFT made and saved; returns the model."""
+    """Writes an adapter that PEFT creates and saves; returns the model."""
     torch.manual_seed(1)
     config = PeftRoadConfig(**{"init_weights": False, "target_modules": "all-linear", **fields})
     model = get_peft_model(small_model(kind), config)
@@ -67,13 +67,13 @@ def test_an_adapter_of_pefts_comes_back_from_flax(variant, group_size, layout, t
     np.testing.assert_array_equal(flax.modules_to_save["lm_head.kernel"], head.T)
 
     convert.to_torch(tmp_path / "flax", tmp_path / "back")
-    # Bit for bit what PEFT wrote, and its config.
+    # Tensors bit for bit as PEFT wrote them, and PEFT's config.
     old, new = (safetensors.torch.load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "back"))
     assert old.keys() == new.keys()
     assert all(torch.equal(old[key], new[key]) for key in old)
     old, new = (json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("theirs", "back"))
     assert new == old
-    # Written by the same hand, the same bytes.
+    # If this project rewrites PEFT's files, the bytes are the same.
     write_peft(tmp_path / "plain", read_peft(tmp_path / "theirs"))
     assert contents(tmp_path / "plain") == contents(tmp_path / "back")
 
@@ -122,7 +122,7 @@ def test_a_choice_of_a_stack_is_loaded_by_peft_without_a_warning(tmp_path):
 def test_both_files_of_the_flax_folder_come_back_byte_for_byte(layout, tmp_path):
     peft_adapter(tmp_path / "theirs", torch.bfloat16, variant="road_4", modules_to_save=["lm_head"])
     convert.to_flax(tmp_path / "theirs", tmp_path / "a", layout=layout)
-    # As training writes it: without the record of a conversion.
+    # As training writes it: without a record of a conversion.
     import road_jax
 
     road_jax.save_adapter(tmp_path / "trained", *road_jax.load_adapter(tmp_path / "a"))

@@ -36,7 +36,7 @@ def test_the_numbers():
     assert (module.max_angle, module.max_scale) == pytest.approx((0.25, 0.125), rel=1e-2)
     assert (module.mean_angle, module.mean_scale) == pytest.approx((0.25 / 32, 0.125 / 32), rel=1e-2)
     assert all(m.max_angle == m.max_scale == 0 for m in found.modules if m != module)
-    # A full turn more is the same rotation.
+    # One full turn more is the same rotation.
     turned = compare(make(), make(2 * np.pi)).modules[1]
     assert turned.max_angle < 1e-6
     assert compare(make(), make()).same()

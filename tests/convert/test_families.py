@@ -1,4 +1,4 @@
-"""Other libraries' layouts: their paths against real models, their order of outputs against the reference."""
+"""Other libraries' layouts: their paths compared with real models, their order of outputs with the reference."""
 
 import dataclasses
 import json
@@ -24,8 +24,8 @@ from road_core import Adapter, AdapterError, RoadConfig, parameter_size, rotate
 
 VARIANTS = ["road_1", "road_2", "road_4"]
 
-# Names and shapes of the params of transformers 4.48.3's Flax models (two layers, of which the first is kept), made by
-# FlaxGPT2LMHeadModel(config, _do_init=False).params_shape_tree and its like.
+# Names and shapes of the params of transformers 4.48.3's Flax models (with two layers, of which the first is kept),
+# made by FlaxGPT2LMHeadModel(config, _do_init=False).params_shape_tree and the like.
 TRANSFORMERS_4 = json.loads((Path(__file__).parent / "transformers4.json").read_text())
 
 _SMALL = {
@@ -68,19 +68,19 @@ MODELS = {
     "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", _DECODER),
 }
-# transformers' config knows head_dim only of models that have the field.
+# transformers' config has head_dim only for models that have the field.
 SIZES = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 
 
 def hugging_face(name):
-    """Names and shapes only: on the meta device."""
+    """Only names and shapes, on the meta device."""
     model, config, fields = MODELS[name]
     with torch.device("meta"):
         return getattr(transformers, model)(getattr(transformers, config)(**fields))
 
 
 def linear_layers(name):
-    """Returns ``{path: outputs}`` of the layers that an adapter may be on; output heads left out."""
+    """Returns ``{path: outputs}`` of the layers that an adapter may be on, without output heads."""
     layers = {}
     for path, module in hugging_face(name).named_modules():
         if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D):
@@ -109,7 +109,7 @@ def same(a, b):
     )
 
 
-# Params that no module of the tables holds: bare ones, convolutions, and the biases of tied heads.
+# Params that are in no module of the tables: bare ones, convolutions, and the biases of tied heads.
 BARE = ("cls_token", "position_embeddings", "logit_scale", "class_embedding", "predictions", "lm_head")
 CONVOLUTIONS = ("projection", "patch_embedding")
 
@@ -164,14 +164,14 @@ def test_round_trips_from_every_family_through_every_layout(case, variant, group
     family, layout = case
     name = family.removesuffix("-apart")
     every = LINEAR.setdefault(name, linear_layers(name))
-    # Heads of two labels have no groups; rows in RoPE's order and others need other group sizes.
+    # Heads with two labels have no groups; rows in RoPE's order need other group sizes than the rest.
     layers = {path: out for path, out in every.items() if out % group_size == 0}
     if family == "llama" and layout.startswith("maxtext") and group_size != 32:
         layers = {path: out for path, out in layers.items() if path.endswith(("q_proj", "k_proj"))}
     if case == ("qwen2", "tunix"):
         layers = {path: out for path, out in layers.items() if not path.endswith(("q_proj", "k_proj", "v_proj"))}
     if group_size == 32 and (family in ("phi3-apart", "gemma3_text") or "llama" in family):
-        # A group of two heads straddles the key heads, of which there is one.
+        # A group of two heads straddles the key heads, of which there is only one.
         layers = {path: out for path, out in layers.items() if ".mlp." in path}
     adapter = adapter_on(layers, variant, group_size, dtype)
     there = map_to_flax(adapter, family, layout, model=SIZES)
@@ -187,7 +187,7 @@ LINEAR = {}
 
 
 def interleave(head_size, heads):
-    """Returns the index that brings outputs in halves into RoPE's interleaved order."""
+    """Returns the index that puts outputs in halves into RoPE's interleaved order."""
     half = np.arange(heads * head_size).reshape(heads, 2, head_size // 2)
     return half.swapaxes(1, 2).reshape(-1)
 
@@ -243,7 +243,7 @@ def test_interleaved_layers_and_others_need_two_group_sizes():
     model = {"num_attention_heads": 4, "head_dim": 16}
     with pytest.raises(AdapterError, match=r"found 2 \(.*value, .*\), 16 \(.*query, .*\): query and key are in RoPE's"):
         map_to_torch(adapter_on(paths), "llama", model=model)
-    # Pairs of whole heads are the same in both.
+    # Pairs of whole heads are the same in both orders.
     adapter = adapter_on(paths, group_size=64)
     assert map_to_torch(adapter, "llama", model=model).config.group_size == 64
     with pytest.raises(
@@ -258,7 +258,7 @@ def test_interleaved_layers_and_others_need_two_group_sizes():
             "llama",
             model={**model, "head_dim": 24},
         )
-    # What isn't touched by RoPE needs no sizes.
+    # Layers that RoPE doesn't touch need no sizes.
     mlp = adapter_on({"decoder.layers_0.mlp.wi_0": 64})
     assert list(map_to_torch(mlp, "llama").modules) == ["model.layers.0.mlp.gate_proj"]
 
@@ -277,7 +277,7 @@ def test_a_fused_layer_is_split_and_fused_as_its_outputs_are(variant):
         assert_array_equal(part, whole[:, start:stop])
     assert same(map_to_torch(there, model=SIZES), adapter)
 
-    # A part without an adapter is at the identity.
+    # A part without an adapter is the identity.
     some = {path: pair for path, pair in there.modules.items() if not path.endswith(("k_proj", "up_proj"))}
     fewer = Adapter(dataclasses.replace(there.config, target_modules=list(some)), some)
     back = map_to_torch(fewer, "phi3-apart", model=SIZES)
@@ -341,7 +341,7 @@ def test_tables_that_are_only_asked_for_by_name():
     there = map_to_flax(adapter, "gemma3_text-fused", "tunix")
     assert list(there.modules) == ["layers.1.attn.qkv_einsum"]
     assert same(map_to_torch(there), adapter)
-    # As transformers 4 called ViT's layers in PyTorch.
+    # With the names of ViT's layers in transformers 4's PyTorch model.
     old = adapter_on({"vit.encoder.layer.0.attention.attention.query": 32})
     there = map_to_flax(old, "vit-4")
     assert same(map_to_torch(there), old)
@@ -420,7 +420,7 @@ THROUGH = [
 
 @pytest.mark.parametrize(("name", "layout"), THROUGH)
 def test_merged_by_way_of_flax_it_is_the_same_function(name, layout, tmp_path):
-    """The adapter on Hugging Face's own model, against that model with the adapter merged in from a Flax folder."""
+    """The adapter on Hugging Face's own model against that model with the adapter merged in from Flax."""
     model, config, fields = MODELS[name.removesuffix("-apart")]
     torch.manual_seed(0)
     base = getattr(transformers, model)(getattr(transformers, config)(**fields)).eval()

@@ -148,7 +148,7 @@ def test_inspect(tmp_path):
     lines = out.splitlines()
     assert lines[0] == "flax: Flax adapter, 1 module, 384 parameters, 1.5 KiB"
     assert '  target_modules: ["q_proj"]' in lines
-    # A file can't colour the terminal.
+    # A file can't change the terminal's colours.
     assert r'  base_model_name_or_path: "a\u001b[31mb"' in lines
     theta, alpha = named_values("theta", 3, 64), named_values("alpha", 3, 64, mean=1.0)
     numbers = [f"{v:.4f}" for v in (np.abs(theta).mean(), np.abs(theta).max(), alpha.min(), alpha.max())]

@@ -1,4 +1,4 @@
-"""Round trips by bytes, and everything that has no partner."""
+"""Round trips compared byte by byte, and all kinds of keys without a partner."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ LAYERS = 3
 
 
 def flax_adapter(layout, targets=("q_proj", "down_proj"), dtype="float32", saved=(), metadata=None, **fields):
-    """An adapter as road_jax has it; every number depends on its tensor's name."""
+    """An adapter as in road_jax; every number depends on its tensor's name."""
     config = RoadConfig(**{"target_modules": list(targets), **fields})
 
     def leaf(name, *shape):
@@ -44,7 +44,7 @@ def flax_adapter(layout, targets=("q_proj", "down_proj"), dtype="float32", saved
 
 
 def same(a, b):
-    """Whether two adapters give the same files: config, tensors and metadata."""
+    """True if two adapters give the same files: config, tensors and metadata."""
     first, second = a.tensors(), b.tensors()
     return (
         a.config == b.config
@@ -76,7 +76,7 @@ def test_flax_to_torch_to_flax(variant, group_size, dtype, layout):
     assert found.tobytes() == np.ascontiguousarray(expected).tobytes()
     back = map_to_flax(there)
     assert same(back, adapter)
-    # Once more, the other way round.
+    # Once more in the other direction.
     assert same(map_to_torch(back), there)
 
 
@@ -200,7 +200,7 @@ def test_a_choice_of_layers():
     modules = {path: pair for path, pair in every.modules.items() if ".1." not in path}
     adapter = Adapter(dataclasses.replace(every.config, layers_to_transform=[0, 2]), modules)
     there = map_to_torch(adapter)
-    # PEFT's RoAd has no such field.
+    # PEFT's RoAd doesn't have this field.
     assert there.config.layers_to_transform is None
     assert there.config.target_modules == [path for path in ALL if ".1." not in path]
     assert same(map_to_flax(there), adapter)
@@ -344,7 +344,7 @@ def test_options_are_checked():
         map_to_flax(adapter, layout="rolled")
     with pytest.raises(AdapterError, match="layers: expected at least one layer, found 0"):
         map_to_flax(adapter, layers=0)
-    # Only Qwen3 has norms of the heads.
+    # Only Qwen3 has norms for heads.
     norms = _with(
         adapter,
         saved={f"model.layers.{i}.self_attn.q_norm.weight": ONES for i in range(LAYERS)},
@@ -451,7 +451,7 @@ def test_the_model_tells_how_many_layers_a_stack_has():
         map_to_flax(adapter, "llama", model={"num_hidden_layers": 3})
     with pytest.raises(AdapterError, match=r"expected layers 0 to 0, found besides model\.layers\.1\."):
         map_to_flax(adapter, "llama", "unrolled", model={"num_hidden_layers": 1})
-    # Those chosen need no --layers then.
+    # With the model's config, an adapter with layers_to_transform needs no --layers.
     some = Adapter(RoadConfig(target_modules=["q_proj"], layers_to_transform=[0, 1]), modules)
     assert map_to_flax(some, "llama", model={"num_hidden_layers": 2}).modules.keys() == {
         "model.layers.self_attn.q_proj"

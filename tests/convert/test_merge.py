@@ -1,4 +1,4 @@
-"""Merged checkpoints, against PEFT, road_torch and the reference."""
+"""Merged checkpoints, compared with PEFT, road_torch and the reference."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def logits(model):
 
 
 def load(directory, dtype=torch.float32):
-    """Loads a merged checkpoint; a missing or a left-over weight is an error."""
+    """Loads a merged checkpoint; a missing or unexpected weight is an error."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, output_loading_info=True, attn_implementation="eager"
     )
@@ -87,7 +87,7 @@ def test_as_peft_merges(kind, variant, tmp_path):
     assert old.keys() == new.keys()
     for name, value in old.items():
         assert_close(new[name], value, "float32")
-    # A layer without a bias stays without one, and what carries no adapter keeps its bytes.
+    # A layer without a bias stays without one, and layers without an adapter keep their bytes.
     torch.testing.assert_close(
         new["model.embed_tokens.weight"], base.state_dict()["model.embed_tokens.weight"], rtol=0, atol=0
     )
@@ -98,7 +98,7 @@ def test_as_peft_merges(kind, variant, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_rounded_once_to_the_stored_dtype(dtype, tmp_path, monkeypatch):
-    # Blocks that end within a group.
+    # Blocks of rows that end within a group.
     monkeypatch.setattr(_merge, "_BLOCK", 4 * 128 * 11)
     small_checkpoint(tmp_path / "base", "qwen2", dtype=dtype)
     peft_adapter(tmp_path / "adapter", "qwen2", variant="road_2", group_size=64)
@@ -112,7 +112,7 @@ def test_rounded_once_to_the_stored_dtype(dtype, tmp_path, monkeypatch):
         once = torch.from_numpy(exact).to(dtype)
         merged = new[f"{name}.{leaf}"]
         assert merged.dtype == dtype
-        # Computed in float32: now and then the neighbour of the nearest.
+        # Computed in float32, so now and then the result is the neighbour of the nearest value.
         if dtype != torch.float64:
             assert (merged == once).float().mean() > 0.999
         assert_close(merged.double(), exact, {torch.float64: "float64"}.get(dtype, str(dtype).removeprefix("torch.")))
@@ -127,7 +127,7 @@ def test_the_transposed_weights_of_gpt2(bare, tmp_path):
     config = RoadConfig(target_modules=["c_attn", "c_proj", "c_fc"], group_size=16, init_weights=False)
     model = road_torch.RoadModel(base, config)
     model.save_pretrained(tmp_path / "adapter")
-    if bare:  # as the hub keeps it: without the first name of the paths
+    if bare:  # as on the hub: without the first name of the paths
         shutil.rmtree(tmp_path / "base")
         gpt2(tmp_path / "full").transformer.save_pretrained(tmp_path / "base")
     convert.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
@@ -177,7 +177,7 @@ def test_what_stands_outside_of_a_subspace_is_not_merged(tmp_path):
     half = Adapter(dataclasses.replace(whole.config, subspace=(0, 0.5)), whole.modules)
     write_peft(tmp_path / "half", half)
     record = map_to_flax(half)
-    # In Flax's format θ and α outside stand as they are.
+    # In Flax's format, θ and α outside of the subspace are kept as they are.
     write_flax(tmp_path / "flax", record)
     for name in ("half", "flax"):
         convert.merge(tmp_path / "base", tmp_path / name, tmp_path / f"merged {name}")
@@ -187,7 +187,7 @@ def test_what_stands_outside_of_a_subspace_is_not_merged(tmp_path):
     assert_close(logits(found), logits(model), "float32", moved_from=logits(small_model()))
     rows = found.model.layers[0].self_attn.q_proj.weight, small_model().model.layers[0].self_attn.q_proj.weight
     changed = (rows[0] != rows[1]).any(1)
-    # Pairs of the first half of each layer: the first half of its groups.
+    # The pairs of the first half of each layer, i.e. the first half of its groups.
     assert changed[:64].all()
     assert not changed[64:].any()
 
@@ -215,7 +215,7 @@ def test_an_interrupted_merge_goes_on(tmp_path, monkeypatch):
         convert.merge(*arguments)
     assert sorted(os.listdir(tmp_path)) == [".merged.merging", "adapter", "base"]
     draft = tmp_path / ".merged.merging"
-    # One of the three is damaged meanwhile.
+    # One of the three is damaged in the meantime.
     damaged = draft / written[1]
     damaged.write_bytes(damaged.read_bytes()[:-4] + b"abcd")
 
@@ -232,7 +232,7 @@ def test_an_interrupted_merge_goes_on(tmp_path, monkeypatch):
     assert contents(tmp_path / "merged") == whole
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "merged"]
 
-    # Another adapter's shards are not gone on from.
+    # A merge of another adapter doesn't continue from these shards.
     shutil.rmtree(tmp_path / "merged")
     monkeypatch.setattr(_merge, "_write_shard", interrupted)
     written.clear()
@@ -252,7 +252,7 @@ def test_a_few_rows_in_memory(bits, tmp_path):
     (tmp_path / "base").mkdir()
     parts = {"": torch.from_numpy(weight)}
     if bits == 4:
-        # With rows that don't end where blocks do.
+        # Each block covers two rows, so that not every row ends where a block does.
         codes, state = bnb.functional.quantize_4bit(parts[""], blocksize=4096, compress_statistics=True)
         weight = bnb.functional.dequantize_4bit(codes, state).numpy()
         parts = {"": codes, **{f".{side}": tensor for side, tensor in state.as_dict(packed=True).items()}}

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run as input."""
+"""Checkpoints of a training run as the input of a conversion."""
 
 import gc
 import json
@@ -28,7 +28,7 @@ def adapter(step):
 
 
 def make_run(directory):
-    """What an interrupted ``road-train`` leaves."""
+    """Makes what an interrupted ``road-train`` leaves behind."""
     options = {"variant": "road_1", "group_size": 8, "target_modules": ["q_proj"], "base": "checkpoints/x"}
     directory.mkdir()
     (directory / "options.json").write_text(json.dumps(options))
@@ -38,7 +38,7 @@ def make_run(directory):
             checkpoints.save(step, state, {"data": {}})
 
 
-# A restore that fails leaves reads behind which tell their end to an event loop that orbax has closed.
+# A failed restore leaves reads running, whose end is reported to an event loop that orbax has already closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_is_converted_as_the_adapter_it_holds(tmp_path):
     make_run(tmp_path / "run")
@@ -79,7 +79,7 @@ def test_a_checkpoint_is_converted_as_the_adapter_it_holds(tmp_path):
 
 
 def write_step(run, tree):
-    """A checkpoint of what may not be a training's state; returns where its arrays lie."""
+    """Writes a checkpoint that need not be a training's state; returns the folder of its arrays."""
     state = run / "checkpoints" / "3" / "state"
     state.parent.mkdir(parents=True)
     (run / "options.json").write_text(json.dumps({"variant": "road_1", "group_size": 8, "target_modules": ["q_proj"]}))
@@ -88,7 +88,7 @@ def write_step(run, tree):
     return state
 
 
-# What is believed here ends the process, out of Python's reach.
+# If this were trusted, it would end the process, which Python couldn't catch.
 @pytest.mark.parametrize("field", ["shape", "chunks"])
 def test_an_array_larger_than_its_files_can_hold(field, tmp_path):
     state = write_step(tmp_path, {"adapter": adapter(0)})

@@ -1,4 +1,4 @@
-"""A trained embedding whose head shares it, between Flax, PEFT and merged checkpoints."""
+"""A trained embedding that is shared by the head, between Flax, PEFT and merged checkpoints."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from road_jax import models
 
 EMBEDDING = "model.embed_tokens.weight"
 
-# Both adapters name the head, which is all that PEFT warns for.
+# Both adapters name the head, which is all that PEFT warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 
 
@@ -54,14 +54,14 @@ def test_an_embedding_trained_in_flax_takes_a_tied_head_along(tmp_path):
 
     assert convert.diff(tmp_path / "flax", tmp_path / "torch").same()
 
-    # The same bytes come back, whether the record or the model tells that the head is tied.
+    # The same bytes come back, whether the record or the model says that the head is tied.
     back = {"record": {}, "model": {"base": tmp_path / "base"}}
     for name, options in back.items():
         convert.to_flax(tmp_path / "torch", tmp_path / name, **options)
         for file in ("road_adapter.safetensors", "road_config.json"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "flax" / file).read_bytes()
 
-    # PEFT's embedding alone is another function, which a tied model in Flax can't say.
+    # In PEFT, the embedding alone is another function, which a tied model in Flax can't express.
     whole = read_peft(tmp_path / "torch")
     saved = {name: array for name, array in whole.modules_to_save.items() if name != "lm_head.weight"}
     write_peft(tmp_path / "alone", Adapter(config, whole.modules, saved))
@@ -95,7 +95,7 @@ def test_what_peft_saved_of_a_tied_model_comes_back_from_flax(tmp_path):
 
 
 def test_a_tied_head_has_no_adapter_in_flax(tmp_path):
-    """And how many layers there are, the base tells."""
+    """The base also says how many layers there are."""
     small_checkpoint(tmp_path / "base", num_hidden_layers=2, tie_word_embeddings=True)
     pair, head = (
         (np.zeros(64, np.float32), np.ones(64, np.float32)),

@@ -1,4 +1,4 @@
-"""Verification on small random checkpoints, and that it fails where it must."""
+"""Verification on small random checkpoints; it must also fail where it should."""
 
 import os
 import re
