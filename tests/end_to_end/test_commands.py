@@ -1,4 +1,4 @@
-"""The installed commands as a user runs them: the whole way, and what bad input gets."""
+"""The installed commands as a user runs them: the whole workflow, and the responses to bad input."""
 
 import json
 import os
@@ -24,7 +24,7 @@ LAYERS = 2
 
 
 def command(name, *arguments, cwd):
-    """Runs what pip would install under this name."""
+    """Runs the command that pip would install under this name."""
     module, function = SCRIPTS[name].split(":")
     code = f"import sys; sys.argv[0] = {name!r}; from {module} import {function}; {function}()"
     return subprocess.run(
@@ -109,7 +109,7 @@ def test_from_lines_to_answers(base, tmp_path):
 
 
 def peft_adapter(folder, *, layers=LAYERS, wrong=0.0, **fields):
-    """Writes an adapter for `q_proj` of each layer; its last θ is ``wrong``, where that is not 0."""
+    """Writes an adapter for `q_proj` of each layer; its last θ is ``wrong``, unless that is 0."""
     modules = {}
     for layer in range(layers):
         path = f"model.layers.{layer}.self_attn.q_proj"
@@ -169,7 +169,7 @@ def verify(here, base, **fields):
     return "road-convert", "verify", "run", "adapter", "--base", base
 
 
-# What makes the folder and gives the command; what its one line says.
+# A function that makes the folder and returns the command, and the line that the command must print.
 BAD = {
     "train, no checkpoint": (
         lambda d, b: train(d, d / "none"),
@@ -213,7 +213,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def refusals(base, tmp_path_factory):
-    """Every case in a folder of its own: what its command ended with, and the folder's files before and after."""
+    """Runs every case in a folder of its own; gives how its command ended, and the folder's files before and after."""
     here = tmp_path_factory.mktemp("bad")
 
     def run(case):
@@ -224,7 +224,7 @@ def refusals(base, tmp_path_factory):
         before = contents(folder)
         return command(*given, cwd=folder), before, contents(folder)
 
-    # Most of the time goes into imports.
+    # Most of the time is spent on imports.
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(BAD, pool.map(run, enumerate(BAD)), strict=True))
 

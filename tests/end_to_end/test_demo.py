@@ -31,7 +31,7 @@ NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 
 
 def make_task(name, **changes):
-    """Counting on: 'three four' is answered 'five'."""
+    """Counting on: 'three four' is answered by 'five'."""
     starts = np.random.default_rng(len(name)).integers(0, 8, 120)
     lines = [Line(f"{NUMBERS[start]} {NUMBERS[start + 1]}", NUMBERS[start + 2]) for start in starts]
     fields = {
@@ -60,7 +60,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo(base, tmp_path_factory):
-    """A whole run: its folder and results."""
+    """A whole run; gives its folder and results."""
     out = tmp_path_factory.mktemp("demo") / "out"
     with demo_folder(out) as folder:
         stages = Stages(Console(file=io.StringIO()), STAGES)
@@ -76,7 +76,7 @@ def test_all_stages_are_done_and_timed(demo):
     assert len(results.stages) == STAGES
     assert all(stage.seconds > 0 for stage in results.stages)
     assert results.seconds == sum(stage.seconds for stage in results.stages)
-    # It holds two frameworks.
+    # The process holds two frameworks.
     assert 2**28 < results.peak_memory < 2**35
 
 
@@ -126,7 +126,7 @@ def conversations(task):
 
 
 def hugging_face(base, task):
-    """Each conversation's prompt ids, in the task's order, with the model."""
+    """Each conversation's prompt ids, in the task's order, and the model."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations(task)]
@@ -177,7 +177,7 @@ def test_groups_are_spread_evenly():
 
 
 def fake_results(**changes):
-    """Results with figures that can be told apart."""
+    """Results whose figures all differ."""
     line = Line("a | b\n`c`", "answer")
     task = make_task("fruit", held_out=[line] * 10, summary="Which fruit?")
     fields = {
@@ -206,7 +206,7 @@ def fake_results(**changes):
 
 
 def cells(text, start):
-    """The cells of the only line that starts so; an escaped bar separates nothing."""
+    """The cells of the only line that starts like this; an escaped bar separates nothing."""
     (line,) = [line for line in text.splitlines() if line.startswith(start)]
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 

@@ -1,4 +1,4 @@
-"""The demo's model and data: fetched, split, scored."""
+"""The demo's model and data: downloading, splitting, scoring."""
 
 import dataclasses
 import hashlib
@@ -37,7 +37,7 @@ def task(request):
 
 
 SIZES = {"sentiment": (1024, 200), "address": (614, 128)}
-# Of the files that are trained on and scored: another machine or release gives the same lines in the same order.
+# Digests of the files for training and scoring: another machine or release must give the same lines in the same order.
 DIGESTS = {"sentiment": ("cd8ff5a49fcf6d8c", "5f0fae15d84bc0fc"), "address": ("6b147f2f343a645a", "495469e995b1a0f7")}
 
 
@@ -115,7 +115,7 @@ def test_lines_are_short(task, tokenizer):
 
 
 def test_lines_are_tokenised_as_they_are_asked(task, tokenizer):
-    """And as before, prompt and answer apart: SmolLM2 breaks a text between the two."""
+    """This equals tokenising prompt and answer separately, because SmolLM2 breaks a text between the two."""
     chat = Chat(tokenizer)
     assert chat.end == tokenizer.eos_token_id
     for line in task.train[:300]:
@@ -128,7 +128,7 @@ def test_lines_are_tokenised_as_they_are_asked(task, tokenizer):
 
 
 def test_labels_are_single_tokens(tokenizer):
-    # So their likelihoods can be read off one position.
+    # So that their likelihoods can be read at a single position.
     labels = tasks.sentiment(CACHE).labels
     assert [len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels] == [1, 1]
 
@@ -138,7 +138,7 @@ def test_right_answers_score_one_and_others_less(task):
     assert set(task.score(right).values()) == {1.0}
     half = len(right) // 2
     assert task.score([*right[:half], *[""] * half])["exact"] == 0.5
-    # Everyone else's answer.
+    # Everyone has another one's answer.
     assert task.score([*right[1:], right[0]])["exact"] < 0.7
 
 

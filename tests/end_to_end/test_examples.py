@@ -1,4 +1,4 @@
-"""The scripts in examples/, each run as a user runs it: what they print is what their pages say."""
+"""The scripts in examples/, each run as a user runs it: they print what their pages say."""
 
 import os
 import re
@@ -67,7 +67,7 @@ def test_skills_that_were_trained_apart_add(tmp_path):
     assert "composed in either order: the same numbers" in text
     rows = re.findall(r"^(\w+) +directions (\S+) +rings (\S+)$", text, re.MULTILINE)
     scores = {name: (float(directions), float(rings)) for name, directions, rings in rows}
-    # Rows of one batch may differ in the last bit, and so may a point on a border.
+    # Rows in one batch may differ in the last bit, and so may a point on a border.
     assert scores["both"] == pytest.approx((scores["directions"][0], scores["rings"][1]), abs=0.005)
     assert scores["neither"] == pytest.approx((scores["rings"][0], scores["directions"][1]), abs=0.005)
     for question in range(2):
@@ -76,7 +76,7 @@ def test_skills_that_were_trained_apart_add(tmp_path):
 
 
 def test_many_adapters_are_served(tmp_path):
-    """More of them than may be loaded; each answers as it does by itself."""
+    """More adapters than may be loaded at once; each answers as it does by itself."""
     checkpoint = small_checkpoint(tmp_path / "base", vocab_size=len(WORDS))
     names = ["a", "b", "c"]
     for seed, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""One adapter, three implementations: trained in Flax or made by PEFT, the same numbers and text everywhere."""
+"""One adapter in three implementations, trained in Flax or made by PEFT: the same numbers and text in all of them."""
 
 import io
 import json
@@ -28,13 +28,13 @@ SAID = MASK.astype(bool)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """With the tokenizer's words alone, so that all that is said shows."""
+    """A vocabulary of only the tokenizer's words, so that all generated text is visible."""
     return small_checkpoint(tmp_path_factory.mktemp("base"), num_hidden_layers=2, vocab_size=len(WORDS))
 
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """A few steps in Flax, and what `convert` makes of them: the two folders."""
+    """A few training steps in Flax, and the result of `convert`: the two folders."""
     folder = tmp_path_factory.mktemp("trained")
     starts = np.random.default_rng(0).integers(0, 7, 100)
     rows = [{"prompt": NUMBERS[i], "completion": " ".join(NUMBERS[i + 1 : i + 4])} for i in starts]
@@ -58,7 +58,7 @@ def trained(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(base, tmp_path_factory):
-    """Another adapter, saved in Flax, of another variant and on other layers."""
+    """Another adapter, saved in Flax, with another variant and on other layers."""
     folder = tmp_path_factory.mktemp("made")
     module, variables = road_jax.models.load(base)
     config = RoadConfig(variant="road_4", group_size=8, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -171,5 +171,5 @@ def test_a_mixed_batch_answers_each_row_as_if_it_were_alone(quantize, dtype, bas
     rows = [{"prompt": prompt, "adapter": name} for prompt, name in zip(asked, names, strict=True)]
     mixed = road_torch.generate(model, tokenizer, rows, max_new_tokens=8)
     assert mixed == road_torch.generate(model, tokenizer, rows, max_new_tokens=8, batch_size=1)
-    # The three say different things to the same question.
+    # The three answer the same question differently.
     assert len({row["completion"] for row in mixed[:3]}) == 3

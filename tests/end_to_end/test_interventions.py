@@ -72,7 +72,7 @@ def test_the_pages_code_runs(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.joinpath("checkpoint").symlink_to(base)
     names: dict = {}
-    # The page steps an optimiser of optax, which promotes dtypes by itself.
+    # The page uses an optax optimiser, which needs dtype promotion.
     with jax.numpy_dtype_promotion("standard"):
         for block in code:
             exec(compile(block, "docs/interventions.md", "exec"), names)

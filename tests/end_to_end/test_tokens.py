@@ -1,4 +1,4 @@
-"""What a model is trained on and what it is asked are the same tokens."""
+"""Training and generation use the same tokens."""
 
 import pytest
 import transformers
@@ -21,7 +21,7 @@ TEMPLATES = {
 
 
 def llama():
-    """As Llama 2's: a beginning of text, and a ▁ before whatever is tokenised."""
+    """Like Llama 2's: a beginning-of-text token, and a ▁ before every text that is tokenised."""
     inner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -36,7 +36,7 @@ def llama():
 
 
 def gpt():
-    """As GPT-2's, bytes with spaces before words; this one ends a text by itself."""
+    """Like GPT-2's: bytes, with spaces before words; this one adds an end-of-text token by itself."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -76,7 +76,7 @@ def test_a_trained_prompt_is_the_one_that_is_asked(kind, template):
         learned = ids[start : start + sum(is_target)]
         assert learned[-1] == tokenizer.eos_token_id
         assert ids.count(tokenizer.eos_token_id) == 1 + (template == "turns")
-        # Nothing comes between prompt and answer, and nothing is lost there.
+        # Nothing is inserted or lost between prompt and answer.
         border = {"instruct": "[/INST] ", "turns": "<assistant>\n", None: prompt}[template]
         assert tokenizer.decode([*ids[:start], *learned]).endswith(border + completion + "</s>")
 
@@ -103,11 +103,11 @@ def test_the_end_of_turn_ends_an_answer_where_it_is_not_the_end_of_text():
     model = road_torch.RoadModel(small_model())
     model.generation_config.eos_token_id = 0
     assert _end_tokens(model, tokenizer, Chat(tokenizer)) == [0, 2]
-    # Behind it a template may go on.
+    # The template may continue after it.
     tokenizer.chat_template = tokenizer.chat_template.replace("</s>\n", "</s> ten\n")
     ((_, is_target),) = trained(tokenizer, said("user", "one"), said("assistant", "two"))
     assert is_target == [0, 0, 0, 0, 0, 1, 1, 0]
-    # And one that refuses the question leaves the end of text.
+    # A template that refuses the question leaves the end-of-text token.
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert Chat(tokenizer).end == 0
 
