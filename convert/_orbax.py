@@ -14,7 +14,7 @@ from road_core._adapter import Array, is_bfloat16
 from road_core._config import config_of_run
 from road_core._files import inside, read_json
 
-# How many bytes of arrays are read from any checkpoint, and how many more for each byte of its files.
+# The arrays of a checkpoint may take this many bytes or, if that is more, this many for each byte of its files.
 _FREE, _EXPANSION = 1 << 30, 1000
 
 

@@ -1,8 +1,8 @@
 """Several adapters as one: powers of their rotations, multiplied in NumPy float64 and rounded once.
 
 Each pair of outputs is transformed by a 2x2 block. A block of road_1 is a complex number α e^{iθ}; such numbers commute
-and have powers in closed form. Blocks of road_2 and road_4 are any real matrices, whose order matters. Paper: section
-4.3.
+and have powers in closed form. Blocks of road_2 and road_4 are any real matrices, whose order matters.
+Paper: section 4.3.
 """
 
 import dataclasses

@@ -36,8 +36,7 @@ class RoadConfig:
 
     # road_1 shares θ and α within a pair, road_2 has one of each per element, road_4 two of each.
     variant: str = "road_1"
-    # Outputs are divided into groups of this size; element i is paired with i + group_size / 2. 2 is the paper's
-    # pairing.
+    # Outputs are divided into groups of this size; element i is paired with i + group_size / 2. The paper uses 2.
     group_size: int = 64
     # True starts at the identity (θ = 0, α = 1); False draws θ ~ N(0, 0.5), α ~ N(1, 0.5), for tests.
     init_weights: bool = True

@@ -1,7 +1,7 @@
 """Interventions: RoAd on the outputs of whole blocks of a model, at chosen tokens of the prompt.
 
 Paper: arXiv 2409.00119, section 4.3. docs/interventions.md says how this is a distributed interchange intervention, and
-    where it isn't; README.md beside this file specifies the file format.
+where it isn't; README.md beside this file specifies the file format.
 """
 
 import dataclasses

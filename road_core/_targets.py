@@ -148,7 +148,7 @@ def _nothing(config: RoadConfig, names: Sequence[str]) -> AdapterError:
 
 
 def _ends(names: Sequence[str], parts: int) -> list[str]:
-    """Returns the last parts of each name, this many, each result once."""
+    """Returns the last ``parts`` parts of each name, without duplicates."""
     return sorted({".".join(name.split(".")[-parts:]) for name in names if name})
 
 

@@ -79,7 +79,7 @@ class Intervened:
     model: nn.Module
     config: InterventionConfig
     blocks: Blocks = Block
-    # What tracing the model found, by its method and all arguments; arrays are all alike in these keys.
+    # Results of tracing the model, by its method and all arguments; in these keys, all arrays are alike.
     _places: dict[Any, list[_Place]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def init(self, *args: Any, **kwargs: Any) -> Tree:
@@ -434,7 +434,8 @@ def check_blocks(model: Any, config: InterventionConfig, total: int, hidden: Map
     """Refuses a model whose blocks, ``total`` in number with outputs of the sizes ``hidden``, don't fit the config.
 
     Raises:
-        AdapterError: there are no blocks, one of the config's is missing, or their hidden sizes differ or don't divide.
+        AdapterError: there are no blocks, one of the config's is missing, their hidden sizes differ, or the group size
+            doesn't divide these.
     """
     if not hidden:
         raise AdapterError(

@@ -23,7 +23,7 @@ def polar(theta: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns ``α cos θ`` and ``α sin θ``, element by element, in float32 or wider.
 
     Compute them once for a whole stack, outside of the loop over its layers. Otherwise XLA fuses them into the product
-    that they stand beside, and computes a cosine again for every row of the batch.
+    beside them and computes each cosine again for every row of the batch.
     """
     wide = theta.dtype if jnp.finfo(theta.dtype).bits > 32 else jnp.float32
     theta, alpha = theta.astype(wide), alpha.astype(wide)

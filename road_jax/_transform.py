@@ -183,7 +183,7 @@ class Road:
                 )
             if name in mixed:
                 raise AdapterError(f"{name}: expected one kernel that is always used alike, found {mixed[name]}")
-            # A name may contain dots, so the path can't be split from it.
+            # A name may contain dots, so it can't be split into a path.
             path = paths[name]
             out, kernel = math.prod(places[path].sizes), places[path].layout.kernel
             check_group_size(out, self.config.group_size, name)

@@ -210,7 +210,7 @@ def _kinds(
     wish: Kind | None,
     exclude: Collection[str],
 ) -> dict[TreePath, Kind]:
-    """Returns the kind of each quantised kernel: the stored one, or else the one that is wished for."""
+    """Returns the kind of each quantised kernel: the stored one, or else the requested one."""
     stay = excluded(sources, exclude)
     found = {}
     plain = 0
