@@ -108,6 +108,11 @@ class RoadLayer(nn.Module):
         return self.base_layer.bias
 
     @property
+    def changes(self) -> int:
+        """How often θ or α of an adapter was replaced."""
+        return self._changes[0]
+
+    @property
     def adapters(self) -> list[str]:
         """The adapters of this layer."""
         return list(self.road_theta)
@@ -474,6 +479,7 @@ class RoadLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoadLayer":
         # Tables and plans are on the device that the parameters are about to leave.
         self._shared.plain.plans.pop(self, None)
+        self._shared.spare = None
         self._bank = None
         if self.unmerged is not None:
             self.unmerged.move(fn)

@@ -782,7 +782,7 @@ class RoadModel(nn.Module):
                 routing = self._shared.plain
             else:
                 self._place([name for name in dict.fromkeys(names or ()) if name != BASE])
-                routing = Routing(self._shared, names, with_grad=with_grad)
+                routing = self._shared.route(names, with_grad=with_grad)
             trains = with_grad and routing.trainable
             if trains:
                 # Compiled layers don't do this themselves.

@@ -7,13 +7,14 @@ from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from road_core import AdapterError, RoadConfig
 from road_torch._kernels import Kernel, default
 
 if TYPE_CHECKING:
     from road_torch._bank import Bank
+    from road_torch._layer import RoadLayer
 
 # The adapter name of rows that get no adapter, as in PEFT.
 BASE = "__base__"
@@ -124,6 +125,7 @@ class Shared:
         limit: how many adapters may have a row at once; None for no limit.
         plain: the routing of plain calls. It is replaced, never changed, so that a running call keeps its own.
         calls: the routings of running calls; their rows are not reassigned.
+        spare: the routing of the last mixed call without gradients, for the next one with the same names.
         devices: the devices that have layers.
         kernel: name of the rotation's implementation; ``"auto"`` chooses by device.
         traced: whether a compiled model reads the banks, which must then be up to date before it runs.
@@ -140,6 +142,7 @@ class Shared:
         self.rows: dict[Name, int] = {}
         self.limit = limit
         self.calls: list[Routing] = []
+        self.spare: Routing | None = None
         self.devices: set[torch.device] = set()
         self.kernel = kernel
         self.traced = False
@@ -148,7 +151,7 @@ class Shared:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out running calls, which a copy doesn't take part in."""
-        return {**self.__dict__, "calls": []}
+        return {**self.__dict__, "calls": [], "spare": None}
 
     def group_size(self, name: Name) -> int:
         """Returns the group size of an adapter, or of a mix's adapters."""
@@ -163,6 +166,19 @@ class Shared:
     def stores(self, config: RoadConfig) -> bool:
         """True for an adapter whose θ and α stay on the CPU, whatever the layers' device."""
         return self.limit is not None and config.inference_mode
+
+    def route(self, names: Sequence[Name] | None, *, with_grad: bool) -> "Routing":
+        """Returns the routing of a call, whose names have rows: the spare one, if it is of the same call, or a new one.
+
+        A loop that calls a model once per token then gathers once, as a generation does. Only one call has the spare
+        routing, because its layers share memory.
+        """
+        spare, self.spare = self.spare, None
+        if spare is not None and not with_grad and spare.resume(names):
+            return spare
+        routing = Routing(self, names, with_grad=with_grad)
+        routing.reusable = routing.mixed and not with_grad
+        return routing
 
     def mixes_with(self, adapter: str) -> list[Mix]:
         """Returns the mixes that have a row and contain this adapter."""
@@ -209,13 +225,15 @@ class Shared:
 class Routing:
     """Which adapter each row of a call gets.
 
-    Layers also cache here what they gathered. The routing of a mixed batch or a generation lives for its call; other
-    plain calls share one routing until it is replaced, as when another adapter becomes active.
+    Layers also cache here what they gathered. The routing of a mixed batch or a generation serves one call at a time;
+    that of a mixed batch also serves the next call if its names are the same. Other plain calls share one routing until
+    it is replaced, as when another adapter becomes active.
 
     Attributes:
         shared: state of the model that was called; layers of another model ignore the routing.
         names: an adapter or mix for each row; None for a plain call, in which all rows get the active adapters.
         lasting: whether it serves many calls, possibly from several threads.
+        reusable: whether it may serve another call with the same names, after its own.
         batch: the number of names; 0 for a plain call.
         alike: whether all names are the same. Then it doesn't matter which rows a layer gets, or how many.
         mixed: whether there are names. Compiled models read this instead of ``names`` or ``batch``, because every other
@@ -235,6 +253,7 @@ class Routing:
     ) -> None:
         self.shared = shared
         self.lasting = lasting
+        self.reusable = False
         self.with_grad = with_grad
         self.names = None if names is None else tuple(names)
         self.batch = len(names or ())
@@ -249,7 +268,8 @@ class Routing:
             for used in self.used
             for name, _ in parts(used)
         )
-        self.plans: dict[nn.Module, Plan] = {}
+        self._state = self._state_now()
+        self.plans: dict[RoadLayer, Plan] = {}
         self.scratch: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
         self._indices: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
         self.steps: dict[torch.device, list[tuple[int, Tensor]]] = {}
@@ -259,6 +279,29 @@ class Routing:
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what layers gathered, which doesn't belong to a copy's θ and α."""
         return {**self.__dict__, "plans": {}, "scratch": {}}
+
+    def _state_now(self) -> tuple[Any, ...]:
+        """What a routing is made of besides names and rows; each change replaces one of these objects."""
+        return (self.shared.active, *self.shared.configs.values(), *self.shared.devices)
+
+    def resume(self, names: Sequence[Name] | None) -> bool:
+        """Prepares for another call, if it has the same names and the adapters are as they were; tells whether it has.
+
+        Layers whose θ or α were written to since must gather anew.
+        """
+        now = self._state_now()
+        if (
+            names is None
+            or self.names != tuple(names)
+            or any(self.shared.rows.get(name) != row for name, row in self.rows.items())
+            or len(now) != len(self._state)
+            or any(one is not other for one, other in zip(now, self._state, strict=True))
+        ):
+            return False
+        self.plans = {layer: plan for layer, plan in self.plans.items() if not plan.outdated(layer.changes)}
+        # A plan holds the memory that it was made with. That of other shapes, such as the prompt's, is let go.
+        self.scratch = {}
+        return True
 
     def indices(self, repeats: int, device: torch.device) -> list[tuple[int, Tensor]]:
         """Returns pairs ``(group size, rows of the banks)``.
@@ -394,5 +437,8 @@ class routed:  # noqa: N801 - a context manager, and so lean because it stands a
     @torch.compiler.disable
     def __exit__(self, *error: object) -> None:
         LOCAL.routing, LOCAL.with_grad, LOCAL.place, LOCAL.again = self._before
+        routing = self._routing
         with LOCK:
-            self._routing.shared.calls.remove(self._routing)
+            routing.shared.calls.remove(routing)
+            if routing.reusable and error[0] is None:
+                routing.shared.spare = routing

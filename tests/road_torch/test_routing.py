@@ -474,6 +474,76 @@ def test_many_adapters_in_little_memory(monkeypatch):
     check(model(X), model, ["adapter0"] * 4)
 
 
+def _write(model, folder):
+    with torch.no_grad():
+        model.base_model.up.road_theta["a"].add_(0.5)
+
+
+def _delete_and_add(model, folder):
+    model.set_adapter("b")
+    model.delete_adapter("a")
+    model.add_adapter("a", config())
+
+
+CHANGES = {
+    "nothing": lambda model, folder: None,
+    "θ written to": _write,
+    "swapped": lambda model, folder: model.hotswap_adapter(folder, "a"),
+    "deleted and added": _delete_and_add,
+    "another group size": lambda model, folder: model.add_adapter("d", config(group_size=16)),
+    "another active": lambda model, folder: model.set_adapter("b"),
+    "moved": lambda model, folder: model.to(torch.float64).to(torch.float32),
+    "merged and unmerged": lambda model, folder: (model.merge_adapter(["b"]), model.unmerge_adapter()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_call_with_the_same_names_gathers_only_what_has_changed(change, tmp_path, monkeypatch):
+    folder = saved(tmp_path, "z")
+    model, names = road("abc"), ["a", "b", "__base__", "c"]
+    gathered = []
+    gather = RoadLayer._gather
+    monkeypatch.setattr(
+        RoadLayer, "_gather", lambda layer, *args: (gathered.append(layer.module_path), gather(layer, *args))[1]
+    )
+    # Other lengths are other shapes, for which the memory changes but not what was gathered.
+    for x in (X, X[:, :1], X[:, :2]):
+        check(model(x, adapter_names=names), model, names, x)
+    assert gathered == ["up", "down"]
+    CHANGES[change](model, folder)
+    gathered.clear()
+    check(model(X, adapter_names=names), model, names)
+    expected = {"nothing": [], "merged and unmerged": [], "θ written to": ["up"]}
+    assert gathered == expected.get(change, ["up", "down"])
+    other = names[::-1]
+    check(model(X, adapter_names=other), model, other)
+    with torch.enable_grad():
+        check(model(X, adapter_names=other), model, other)
+
+
+@torch.no_grad()
+def test_threads_with_the_same_names_share_no_memory():
+    model, names = road("abc"), list("abca")
+    given, barrier = {}, threading.Barrier(4)
+
+    def call(i):
+        with torch.no_grad():
+            x = X + i
+            barrier.wait()
+            given[i] = [(x, model(x, adapter_names=names)) for _ in range(20)]
+
+    model(X, adapter_names=names)
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for calls in given.values():
+        for x, y in calls:
+            check(y, model, names, x)
+
+
 @torch.no_grad()
 def test_the_least_recently_used_makes_room(monkeypatch):
     from road_torch._kernels import default
