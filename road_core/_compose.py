@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from road_core._adapter import Adapter, Array, to_float32
 from road_core._config import TARGETS, VARIANTS, RoadConfig
@@ -133,7 +133,8 @@ def compose_module(parts: Sequence[Part], variant: str, where: str) -> tuple[Flo
             mask = subspace_mask(out, variant=kind, group_size=group_size, subspace=subspace, where=where)
             theta, alpha = np.where(mask, theta, 0.0), np.where(mask, alpha, 1.0)
         if part.weight != 1 and kind == "road_1":
-            theta, alpha = part.weight * theta, _scale_power(alpha, part.weight, where)
+            check_scales(alpha, part.weight, where)
+            theta, alpha = part.weight * theta, alpha**part.weight
         elif part.weight != 1:
             power = _block_power(_blocks(theta, alpha, kind, group_size), part.weight, where)
             theta, alpha = _from_blocks(power, kind)
@@ -211,6 +212,24 @@ def check_group_sizes(configs: Sequence[RoadConfig], names: Sequence[str]) -> No
             )
 
 
+def check_scales(alpha: Float64 | NDArray[np.float32], weight: float, where: str) -> None:
+    """Refuses scales of road_1 that can't be raised to a weight.
+
+    Args:
+        alpha: the scales, within the subspace alone or 1 outside of it.
+        weight: the power.
+        where: the module, for errors.
+
+    Raises:
+        AdapterError: the weight is negative and a scale is 0, or it isn't whole and a scale isn't positive.
+    """
+    if weight.is_integer():
+        if weight < 0 and not alpha.all():
+            raise AdapterError(f"{where}: expected scales that have an inverse for weight {weight:g}, found α = 0")
+    elif (least := alpha.min()) <= 0:
+        raise AdapterError(f"{where}: expected positive scales for weight {weight:g}, found α = {least:g}")
+
+
 def _saved(adapters: Sequence[tuple[Adapter, float, str]]) -> Mapping[str, Array]:
     owners = [owner for owner in adapters if owner[0].modules_to_save]
     if len(owners) > 1:
@@ -282,15 +301,6 @@ def _from_blocks(blocks: Float64, variant: str) -> tuple[Float64, Float64]:
         alpha = np.stack([first, second], axis=-3)
         theta = np.stack([np.zeros_like(first), np.full_like(first, np.pi / 2)], axis=-3)
     return theta.reshape(*lead, -1), alpha.reshape(*lead, -1)
-
-
-def _scale_power(alpha: Float64, weight: float, where: str) -> Float64:
-    if weight.is_integer():
-        if weight < 0 and not alpha.all():
-            raise AdapterError(f"{where}: expected scales that have an inverse for weight {weight:g}, found α = 0")
-    elif (least := alpha.min()) <= 0:
-        raise AdapterError(f"{where}: expected positive scales for weight {weight:g}, found α = {least:g}")
-    return alpha**weight
 
 
 def _block_power(blocks: Float64, weight: float, where: str) -> Float64:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from road_core import AdapterError
-from road_core._compose import Part, compose_module
+from road_core._compose import Part, check_scales, compose_module
 from road_core._config import VARIANTS
 from road_torch import _kernels, _ops
 from road_torch._bank import Bank
@@ -290,6 +290,9 @@ class RoadLayer(nn.Module):
             theta, alpha = self.road_theta[name].to(device), self.road_alpha[name].to(device)
             if weight == 1 or config.variant == "road_1":
                 if weight != 1:
+                    # Before the power, whose gradient may be NaN for what an optimizer left outside of the subspace.
+                    theta, alpha = default.cleared(theta, alpha, config.variant, config.group_size, config.subspace)
+                    self._check_scales(alpha, weight)
                     theta, alpha = theta * weight, alpha**weight
                 then = default.coefficients(theta, alpha, config.variant, config.group_size, config.subspace)
             elif theta.requires_grad or alpha.requires_grad:
@@ -305,6 +308,11 @@ class RoadLayer(nn.Module):
                 then = default.compose((before.first, before.cross), then, config.group_size)
             found.append(Pass(*then, config.group_size))
         return found
+
+    def _check_scales(self, alpha: Tensor, weight: float) -> None:
+        # Training may have moved α to where the power doesn't exist any more. Graphs can't depend on values.
+        if not (_is_compiling() or default.transformed() or alpha.is_meta):
+            check_scales(on_cpu(alpha).numpy(), weight, self.module_path)
 
     # If torch.compile falls back to eager for a layer, it compiles what the layer calls, and would fail on scratch
     # memory that calls share.

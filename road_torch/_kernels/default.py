@@ -46,14 +46,7 @@ def coefficients(
     """
     lead, half = theta.shape[:-1], group_size // 2
     theta, alpha = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (theta, alpha))
-    if subspace is not None:
-        out = output_size(variant, theta.shape[-1])
-        start, stop = subspace_blocks(out, subspace)
-        block = torch.arange(out // 2, device=theta.device).view(-1, 1, half)
-        inside = (block >= start) & (block < stop)
-        pairs = (*lead, out // group_size, 2 * theta.shape[-1] // out, half)
-        theta = torch.where(inside, theta.reshape(pairs), 0.0).reshape(theta.shape)
-        alpha = torch.where(inside, alpha.reshape(pairs), 1.0).reshape(alpha.shape)
+    theta, alpha = cleared(theta, alpha, variant, group_size, subspace)
     if variant == "road_4":
         # [..., groups, cosine or sine coefficients, half of the group, element]
         theta, alpha = (v.reshape(*lead, -1, 2, 2, half) for v in (theta, alpha))
@@ -67,6 +60,22 @@ def coefficients(
             first, second = (v.expand(*v.shape[:-2], 2, half) for v in (first, second))
     cross = torch.stack((-second[..., 0, :], second[..., 1, :]), dim=-2)
     return first.reshape(*lead, -1), cross.reshape(*lead, -1)
+
+
+def cleared(
+    theta: Tensor, alpha: Tensor, variant: str, group_size: int, subspace: tuple[float, float] | None
+) -> tuple[Tensor, Tensor]:
+    """Returns θ and α with 0 and 1 outside of the subspace, where they get no gradient; see `coefficients`."""
+    if subspace is None:
+        return theta, alpha
+    out = output_size(variant, theta.shape[-1])
+    start, stop = subspace_blocks(out, subspace)
+    block = torch.arange(out // 2, device=theta.device).view(-1, 1, group_size // 2)
+    inside = (block >= start) & (block < stop)
+    pairs = (*theta.shape[:-1], out // group_size, 2 * theta.shape[-1] // out, group_size // 2)
+    theta = torch.where(inside, theta.reshape(pairs), 0.0).reshape(theta.shape)
+    alpha = torch.where(inside, alpha.reshape(pairs), 1.0).reshape(alpha.shape)
+    return theta, alpha
 
 
 def transformed() -> bool:

@@ -206,6 +206,80 @@ def test_gradients_go_through_a_mix():
         model(X, adapter_names=["u:2"] * 4)
 
 
+def trained(**changes):
+    model = RoadModel(Net(IN, OUT))
+    add(model, "t", inference_mode=False, **changes)
+    return model.train()
+
+
+@pytest.mark.parametrize("rows", [["t:0.5"] * 4, ["t:0.5", "t:-1", "t", "__base__"]])
+def test_powers_of_scales_outside_the_subspace_are_not_taken(rows):
+    model = trained(subspace=(0.25, 0.5))
+    layer = model.base_model.up
+    inside = torch.from_numpy(subspace_mask(OUT, variant="road_1", group_size=8, subspace=(0.25, 0.5)).copy())
+    given = model(X, adapter_names=rows)
+    given.square().sum().backward()
+    expected = {kind: getattr(layer, kind)["t"].grad.clone() for kind in ("road_theta", "road_alpha")}
+    model.zero_grad()
+    with torch.no_grad():
+        layer.road_alpha["t"][~inside] = torch.tensor([0.0, -1.0]).repeat(12)
+        layer.road_theta["t"][~inside] = torch.inf
+    again = model(X, adapter_names=rows)
+    again.square().sum().backward()
+    assert torch.equal(again, given)
+    for kind, gradient in expected.items():
+        assert torch.equal(getattr(layer, kind)["t"].grad, gradient)
+        assert (gradient[~inside] == 0).all()
+        assert (gradient[inside] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("weight", "alpha", "message"),
+    [
+        (0.5, -0.25, "up: expected positive scales for weight 0.5, found α = -0.25"),
+        (0.5, 0.0, "up: expected positive scales for weight 0.5, found α = 0"),
+        (-1, 0.0, "up: expected scales that have an inverse for weight -1, found α = 0"),
+    ],
+)
+def test_a_power_that_training_has_lost(weight, alpha, message):
+    model = trained()
+    names = [f"t:{weight}"] * 4
+    mixes = (names, [names[0], "t", "__base__", "t"])
+    for rows in mixes:
+        model(X, adapter_names=rows)
+    with torch.no_grad():
+        model.base_model.up.road_alpha["t"][3] = alpha
+    for rows in mixes:
+        for with_grad in (True, False):
+            with torch.set_grad_enabled(with_grad), pytest.raises(AdapterError, match=f"^{message}$"):
+                model(X, adapter_names=rows)
+    # Whole powers exist, of 0 too.
+    model(X, adapter_names=["t:0", "t:2", "t:3", "t"]).square().sum().backward()
+    assert model.base_model.up.road_alpha["t"].grad.isfinite().all()
+
+
+def test_powers_in_training_are_traced():
+    model, names = trained(), ["t:0.5", "t:2", "t", "__base__"]
+    with torch.no_grad():
+        for layer in (model.base_model.up, model.base_model.down):
+            layer.road_alpha["t"].abs_()
+    expected = model(X, adapter_names=names)
+    assert_close(
+        torch.compile(model, backend="aot_eager")(X, adapter_names=names).detach(),
+        expected.detach(),
+        "float32",
+        moved_from=Net(IN, OUT)(X).detach(),
+    )
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (X,), {"adapter_names": names}).square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    for name, gradient in zip(parameters, torch.autograd.grad(loss(parameters), parameters.values()), strict=True):
+        assert_close(found[name].detach(), gradient, "float32")
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_quantised_bases(quantize, tmp_path):
     small_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
