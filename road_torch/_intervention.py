@@ -241,7 +241,7 @@ class InterventionModel(nn.Module):
             mask = torch.ones(given[0].shape[:2], dtype=torch.long, device=given[0].device)
         if mask is None:
             raise AdapterError("generate: expected input_ids, inputs_embeds or an attention_mask, found none of them")
-        with _Call(self, adapter_names, mask, generates=True):
+        with _Call(self, adapter_names, mask, prompts=len(given[0] if given else mask)):
             return self.base_model.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -301,6 +301,8 @@ class InterventionModel(nn.Module):
             )
 
     def _check_known(self, names: Sequence[str]) -> None:
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise AdapterError(f"adapter: expected a name, found {wrong[0]!r}")
         if unknown := [name for name in dict.fromkeys(names) if name not in self._interventions]:
             there = ", ".join(map(repr, self.adapter_names)) or "none"
             raise AdapterError(f"adapter: expected one of {there}, found {', '.join(map(repr, unknown))}")
@@ -321,7 +323,8 @@ class _Call:
         prompt: mask of the prompt, ``[batch, places]``; None if all tokens belong to it.
         marked: whether the mask is a ``prompt_mask``. In an attention mask, places behind the cached tokens don't
             belong to the prompt.
-        generates: whether more tokens follow those of the mask, and rows may be repeated for beams.
+        prompts: the number of prompts of a generation, in which more tokens follow those of the mask and rows may be
+            repeated for beams; None for other calls.
     """
 
     def __init__(
@@ -331,30 +334,33 @@ class _Call:
         prompt: Any,
         *,
         marked: bool = False,
-        generates: bool = False,
+        prompts: int | None = None,
     ) -> None:
         if isinstance(names, str):
             raise AdapterError(f"adapter_names: expected a list with one name a row, found the text {names!r}")
         self._model = model
         self._plain = names is None
         self._names = [model.active_adapter or BASE] if names is None else list(names)
+        if wrong := [name for name in self._names if not isinstance(name, str)]:
+            raise AdapterError(f"adapter_names: expected a name for each row, found {wrong[0]!r}")
         self.used = [name for name in dict.fromkeys(self._names) if name != BASE]
         model._check_known(self.used)
         self._configs = {name: model._interventions[name].config for name in self.used}
         # How many first and last tokens each name touches: (0, 0) for the base, None for all tokens.
         self._spans = [self._configs[name].spans if name in self._configs else (0, 0) for name in self._names]
         self._by_prompt = any(config.spans is not None for config in self._configs.values())
-        if prompt is not None and not (isinstance(prompt, Tensor) and prompt.ndim == 2) and self._by_prompt:
+        self._what = "prompt_mask" if marked else "attention_mask"
+        if not (marked or self._by_prompt):
+            # An attention mask may have any form if no intervention depends on it.
+            prompt = None
+        if prompt is not None and not (isinstance(prompt, Tensor) and prompt.ndim == 2):
             found = list(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
-            raise AdapterError(
-                f"attention_mask: expected [batch, places], or a prompt_mask of that shape beside it, found {found}"
-            )
-        if generates and names is not None and len(prompt) != len(self._names):
-            raise AdapterError(
-                f"adapter_names: expected one name for each of {len(prompt)} rows, found {len(self._names)}"
-            )
+            other = "" if marked else ", or a prompt_mask of that shape beside it"
+            raise AdapterError(f"{self._what}: expected [batch, places]{other}, found {found}")
         self._prompt: Tensor | None = prompt
-        self._marked, self._generates = marked, generates
+        self._marked, self._generates = marked, prompts is not None
+        if prompts is not None:
+            self._check_rows(prompts)
         blocks: Any = model.base_model.get_submodule(model.blocks)
         self.trunk = model.base_model.get_submodule(model.blocks.rpartition(".")[0])
         # Blocks and group sizes of all loaded interventions, so that a compiled graph doesn't depend on these rows.
@@ -390,19 +396,21 @@ class _Call:
     @torch.compiler.disable
     def begin(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Prepares a step from the arguments of the model, before its blocks are called."""
-        if not self._blocks:
+        if self._plain and not self._blocks:
             return
         given = (*args[:1], kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
         new = next((value for value in given if isinstance(value, Tensor)), None)
         if new is None:
             raise AdapterError("forward: expected input_ids or inputs_embeds, found neither")
         rows, length = new.shape[:2]
-        if not self._generates and not self._plain and rows != len(self._names):
-            raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(self._names)}")
         cache = kwargs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
+        if not self._generates:
+            self._check_rows(rows)
+            self._check_places(start + length)
         # Generated tokens don't extend the prompt: all places behind it are alike.
-        key = (rows, length, start if self._prompt is None else min(start, self._prompt.shape[1]))
+        place = start if self._prompt is None else min(start, self._prompt.shape[1])
+        key = (rows, length, place if self._by_prompt else 0)
         if key not in self._masks:
             self._masks[key] = self._mask(rows, length, start, new.device)
         self._touched, self._idle = self._masks[key]
@@ -411,6 +419,21 @@ class _Call:
         for layer in self._blocks:
             if layer not in self._model._banks:
                 self._model._bank(layer, new.device)
+
+    def _check_rows(self, rows: int) -> None:
+        if not self._plain and rows != len(self._names):
+            raise AdapterError(f"adapter_names: expected one name for each of {rows} rows, found {len(self._names)}")
+        if self._prompt is not None and rows != len(self._prompt):
+            raise AdapterError(
+                f"{self._what}: expected {rows} rows, those of the batch, found shape {list(self._prompt.shape)}"
+            )
+
+    def _check_places(self, places: int) -> None:
+        if self._prompt is not None and places != self._prompt.shape[1]:
+            raise AdapterError(
+                f"{self._what}: expected {places} places, those of the cache and of the new tokens, "
+                f"found shape {list(self._prompt.shape)}"
+            )
 
     def end(self, layer: int, output: Any) -> Any:
         """Returns a block's output, rotated where the call touches it."""
@@ -450,11 +473,6 @@ class _Call:
         prompt = self._prompt
         if prompt is None:
             prompt = torch.ones(rows, start or length, dtype=torch.bool, device=device)
-        elif not self._generates and prompt.shape[1] != start + length:
-            raise AdapterError(
-                f"{'prompt_mask' if self._marked else 'attention_mask'}: expected {start + length} places, those of "
-                f"the cache and of the new tokens, found shape {list(prompt.shape)}"
-            )
         elif start and not self._marked and not self._generates:
             prompt = prompt[:, :start]
         if start < prompt.shape[1]:

@@ -462,6 +462,33 @@ def test_what_does_not_fit_is_refused(base, folders, tmp_path):
         "attention_mask: expected [batch, places], or a prompt_mask of that shape beside it, found [1, 1, 5, 5]",
         lambda: model(torch.tensor([TEXTS[0]]), attention_mask=torch.zeros(1, 1, 5, 5)),
     )
+    four, ids = padded(TEXTS[:1] * 4), torch.tensor(TEXTS[:1] * 4)
+    refused(
+        "prompt_mask: expected [batch, places], found [5]",
+        lambda: model(**four, prompt_mask=torch.ones(5)),
+    )
+    refused("prompt_mask: expected [batch, places], found list", lambda: model(**four, prompt_mask=[[1] * 5] * 4))
+    # Rows are repeated for beams alone.
+    for names in (None, ["last"] * 4, ["all"] * 4):
+        for rows in (1, 2, 8):
+            message = f"prompt_mask: expected 4 rows, those of the batch, found shape [{rows}, 5]"
+            marked = torch.ones(rows, 5)
+            refused(message, lambda names=names, m=marked: model(**four, adapter_names=names, prompt_mask=m))
+    for call in (model, model.generate):
+        for names in (None, ["last"] * 4):
+            refused(
+                "attention_mask: expected 4 rows, those of the batch, found shape [2, 5]",
+                lambda call=call, names=names: call(ids, attention_mask=torch.ones(2, 5), adapter_names=names),
+            )
+        refused(
+            "adapter_names: expected a name for each row, found ['last', 'all']",
+            lambda call=call: call(**four, adapter_names=[["last", "all"], *NAMES[1:]]),
+        )
+    refused(
+        "one name for each of 4 rows, found 2", lambda: InterventionModel(base)(ids, adapter_names=["__base__"] * 2)
+    )
+    refused("adapter: expected a name, found ['last']", lambda: model.set_adapter(["last"]))
+    refused("adapter: expected a name, found ['all']", lambda: model.delete_adapter(["all"]))
     refused("expected a new name, found 'all'", lambda: model.load_adapter(folders / "all", "all"))
     refused("expected a name other than '__base__'", lambda: model.load_adapter(folders / "all", "__base__"))
     refused("adapter: expected one of 'last', 'ends', 'all', found 'x'", lambda: model.set_adapter("x"))
