@@ -8,7 +8,7 @@ Paper: section 4.3.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +82,9 @@ def compose(
     check_group_sizes([adapter.config for adapter in adapters], names)
     for adapter, name in zip(adapters, names, strict=True):
         adapter.check_no_base_weights(f"compose: {name}")
-    saved = _saved([*zip(adapters, weights, names, strict=True)])
+    owners = [(a, name, weight) for a, name, weight in zip(adapters, names, weights, strict=True) if a.modules_to_save]
+    check_saved([(name, weight, next(iter(adapter.modules_to_save))) for adapter, name, weight in owners])
+    saved = owners[0][0].modules_to_save if owners else {}
     variant = max((adapter.config.variant for adapter in adapters), key=VARIANTS.index)
     modules = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.modules):
@@ -230,21 +232,23 @@ def check_scales(alpha: Float64 | NDArray[np.float32], weight: float, where: str
         raise AdapterError(f"{where}: expected positive scales for weight {weight:g}, found α = {least:g}")
 
 
-def _saved(adapters: Sequence[tuple[Adapter, float, str]]) -> Mapping[str, Array]:
-    owners = [owner for owner in adapters if owner[0].modules_to_save]
+def check_saved(owners: Sequence[tuple[str, float, str]]) -> None:
+    """Refuses what has no composition of modules saved whole: several adapters with some, or a power of one.
+
+    Args:
+        owners: of each adapter that has such modules, the name, the weight, and the path of one of them.
+
+    Raises:
+        AdapterError: there are several, or the weight isn't 1.
+    """
     if len(owners) > 1:
         raise AdapterError(
             "compose: expected one adapter at most with modules_to_save, "
-            f"found {', '.join(name for _, _, name in owners)}"
+            f"found {', '.join(name for name, _, _ in owners)}"
         )
-    for adapter, weight, name in owners:
+    for name, weight, path in owners:
         if weight != 1:
-            raise AdapterError(
-                f"compose: expected weight 1 for {name}, which brings {next(iter(adapter.modules_to_save))} whole, "
-                f"found {weight:g}"
-            )
-        return adapter.modules_to_save
-    return {}
+            raise AdapterError(f"compose: expected weight 1 for {name}, which brings {path} whole, found {weight:g}")
 
 
 def _choice(configs: Sequence[RoadConfig], paths: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from road_core import Adapter, AdapterError, RoadConfig, bfloat16
+from road_core import Adapter, RoadConfig, bfloat16
 from road_torch._layer import RoadLayer, on_cpu
 from road_torch._saved import SavedModule
 
@@ -45,11 +45,6 @@ def to_adapter(
     tensors = {}
     for module in saved:
         for key, value in module.state_of(name).items():
-            if value.is_meta:
-                raise AdapterError(
-                    f"{module.module_path}.{key}: expected the values of {name!r} to save, found that accelerate took "
-                    "them away"
-                )
             tensors[f"{module.module_path}.{key}"] = to_array(value)
     base = {path: to_array(value) for path, value in (base_weights or {}).items()}
     return Adapter(config, modules, tensors, base_weights=base)

@@ -253,9 +253,7 @@ class RoadLayer(nn.Module):
         """Forms coefficients, each ``[out]``: for an adapter in float32, for a mix in float64 and rounded once."""
         if isinstance(name, str):
             config, theta, alpha = self._shared.configs[name], self.road_theta[name], self.road_alpha[name]
-            return default.coefficients(
-                _whole(theta), _whole(alpha), config.variant, config.group_size, config.subspace
-            )
+            return default.coefficients(whole(theta), whole(alpha), config.variant, config.group_size, config.subspace)
         composed = [
             Part(
                 on_cpu(self.road_theta[part]).numpy(),
@@ -512,7 +510,7 @@ def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """Gathers a tensor that is sharded across processes, as by FSDP; returns other tensors unchanged."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
@@ -520,7 +518,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def on_cpu(tensor: Tensor) -> Tensor:
     """Returns the whole tensor, copied: FSDP can't free memory that NumPy refers to."""
-    return _whole(tensor.detach()).to("cpu", copy=True).contiguous()
+    return whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def _like(own: Tensor, value: Tensor) -> Tensor:

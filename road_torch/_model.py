@@ -25,7 +25,7 @@ from road_core import (
     read_peft,
     write_peft,
 )
-from road_core._compose import check_group_sizes
+from road_core._compose import check_group_sizes, check_saved, check_weights
 from road_core._errors import listed
 from road_core._files import check_free, new_directory
 from road_torch import _base, _checkpoint, _kernels, _layer, _merge
@@ -233,7 +233,8 @@ class RoadModel(nn.Module):
 
         The result is ``R_n^w_n ⋯ R_1^w_1``, where the first adapter is applied first. It is computed in closed form in
         float64 and rounded once to float32. For the weights allowed and the variant of the result see
-        `road_core.compose`.
+        `road_core.compose`. One of the adapters may have whole modules (``modules_to_save``); the new one gets copies
+        of them.
 
         Args:
             adapters: names of adapters, all of the same group size.
@@ -242,7 +243,8 @@ class RoadModel(nn.Module):
 
         Raises:
             AdapterError: a name is unknown, the number of weights differs from that of the adapters, group sizes
-                differ, or a power doesn't exist; nothing is changed.
+                differ, a power doesn't exist, several adapters have whole modules, or one of another weight than 1
+                does; nothing is changed.
         """
         if isinstance(adapters, str):
             raise AdapterError(f"adapters: expected a list of names, found {adapters!r}")
@@ -250,7 +252,8 @@ class RoadModel(nn.Module):
         with LOCK:
             self._check_new(adapter_name)
             self._check_known(names)
-            self._check_no_copies("add_weighted_adapter", names)
+            weights = check_weights(weights, len(names))
+            saved = self._copies(names, weights)
             records = [to_adapter(layers(self), (), name, self._shared.configs[name]) for name in names]
             paths = [path for name in names for path in self._base_weights.get(name, ())]
         # Outside the lock, so that calls of other threads don't wait for it.
@@ -258,7 +261,7 @@ class RoadModel(nn.Module):
         tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in composed.modules.items()}
         with LOCK:
             self._check_new(adapter_name)
-            self._install(adapter_name, composed.config, tensors)
+            self._install(adapter_name, composed.config, tensors, saved)
             self._base_weights[adapter_name] = tuple(dict.fromkeys(paths))
 
     def load_adapter(
@@ -1034,6 +1037,14 @@ class RoadModel(nn.Module):
                 raise AdapterError(
                     f"{what}: expected adapters without modules_to_save, found {owners[0]!r} with {module.module_path}"
                 )
+
+    def _copies(self, names: Sequence[str], weights: Sequence[float]) -> dict[str, nn.Module]:
+        """Copies the whole modules that a composition of these adapters has, by path; one adapter may bring some."""
+        held = {name: [module for module in saved_modules(self) if name in module.modules_to_save] for name in names}
+        check_saved(
+            [(repr(n), weight, held[n][0].module_path) for n, weight in zip(names, weights, strict=True) if held[n]]
+        )
+        return {module.module_path: module.copy_again(name) for name, own in held.items() for module in own}
 
     def _check_unmerged(self, what: str) -> None:
         if merged := self.merged_adapters:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from road_core import AdapterError
+from road_torch._layer import whole
 from road_torch._routing import BASE, HOOKED, LOCAL, Name, Routing, Shared, parts
 
 
@@ -116,8 +117,35 @@ class SavedModule(nn.Module):
         ]
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """Returns the tensors of an adapter's copy by state-dict key; empty if it has no copy."""
-        return self.modules_to_save[name].state_dict() if name in self.modules_to_save else {}
+        """Returns the tensors of an adapter's copy by state-dict key; empty if it has no copy.
+
+        Raises:
+            AdapterError: accelerate has offloaded them.
+        """
+        state = self.modules_to_save[name].state_dict() if name in self.modules_to_save else {}
+        for key, value in state.items():
+            if value.is_meta:
+                raise AdapterError(
+                    f"{self.module_path}.{key}: expected the values of {name!r} to save, found that accelerate took "
+                    "them away"
+                )
+        return state
+
+    def copy_again(self, name: str) -> nn.Module:
+        """Copies an adapter's copy, for another adapter.
+
+        Raises:
+            AdapterError: accelerate has offloaded its tensors.
+        """
+        self.state_of(name)
+        with torch.inference_mode(False), torch.no_grad():
+            new = copy.deepcopy(self.modules_to_save[name])
+            # FSDP, which gathers what it shards, doesn't know the new tensors.
+            for part in new.modules():
+                for key, value in part._parameters.items():
+                    if value is not None and (gathered := whole(value)) is not value:
+                        part._parameters[key] = nn.Parameter(gathered)
+        return new
 
     def _copy_for(self, name: str) -> nn.Module:
         if name == BASE:

@@ -12,7 +12,7 @@ from _compare import assert_close, named_values
 from _models import small_config, small_model
 from torch import nn
 
-from road_core import read_peft, write_peft
+from road_core import compose, read_peft, write_peft
 from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
 
 IDS = torch.arange(3, 31).reshape(4, 7)
@@ -320,12 +320,70 @@ def test_two_copies_of_one_module_at_once():
         with pytest.raises(AdapterError, match="one adapter at most that brings score whole, found a, b"):
             call(["a", "b"])
     assert model.active_adapters == ["a"]
-    for call in (
-        lambda: model.add_weighted_adapter(["a"], [1], "sum"),
-        lambda: model.hotswap_adapter("nowhere", "a"),
+    with pytest.raises(AdapterError, match="without modules_to_save, found 'a' with score"):
+        model.hotswap_adapter("nowhere", "a")
+
+
+@pytest.mark.parametrize(("names", "weights"), [("ab", [1, 1]), ("ba", [2, 1.0])])
+def test_a_composition_brings_one_adapter_s_modules(names, weights, tmp_path):
+    model = road("a")
+    model.add_adapter("b", config(task_type=None, variant="road_2"))
+    model.add_weighted_adapter(list(names), weights, "sum")
+    before = logits(classifier())
+    mix = "+".join(f"{name}:{weight}" for name, weight in zip(names, weights, strict=True))
+    given = logits(model, adapter_names=["sum", mix, "sum", "__base__"])
+    # As a mix in a batch, and as PEFT computes.
+    expected = logits(model, adapter_names=[mix] * 4)
+    assert_close(given, torch.cat((expected[:3], before[3:])), "float32", moved_from=before)
+    model.save_pretrained(tmp_path / "saved")
+    theirs = peft.PeftModel.from_pretrained(classifier(), tmp_path / "saved" / "sum").eval()
+    assert_close(logits(theirs), expected, "float32", moved_from=before)
+    again = RoadModel.from_pretrained(classifier(), tmp_path / "saved" / "sum")
+    assert torch.equal(logits(again), logits(model, adapter_names=["sum"] * 4))
+    # The same as from files.
+    found = read_peft(tmp_path / "saved" / "sum")
+    composed = compose([read_peft(tmp_path / "saved" / name) for name in names], weights)
+    assert found.config.modules_to_save == composed.config.modules_to_save == ["score"]
+    assert found.tensors().keys() == composed.tensors().keys()
+    assert all((value == composed.tensors()[key]).all() for key, value in found.tensors().items())
+
+
+def test_a_composition_s_copy_is_its_own():
+    model = road("a", inference_mode=False)
+    model.add_weighted_adapter(["a"], [1], "sum")
+    copies = model.base_model.score.modules_to_save
+    kept, expected = copies["a"].weight.clone(), logits(model, adapter_names=["a"] * 4)
+    assert torch.equal(copies["sum"].weight, kept)
+    model.set_adapter("sum")
+    trained = [name for name, p in model.base_model.score.named_parameters() if p.requires_grad]
+    assert trained == ["modules_to_save.sum.weight"]
+    model.train()(IDS, labels=torch.tensor([0, 1, 2, 1])).loss.backward()
+    torch.optim.SGD(copies["sum"].parameters(), lr=0.1).step()
+    model.eval()
+    assert not torch.equal(copies["sum"].weight, kept)
+    assert torch.equal(copies["a"].weight, kept)
+    assert torch.equal(logits(model, adapter_names=["a"] * 4), expected)
+    after = logits(model)
+    model.delete_adapter("a")
+    assert list(copies) == ["sum"]
+    assert torch.equal(logits(model), after)
+    assert_close(logits(model.merge_and_unload()), after, "float32", moved_from=logits(classifier()))
+
+
+def test_a_composition_of_copies_is_refused():
+    model = road("ab")
+    model.add_adapter("c", config(task_type=None))
+    for names, weights, message in (
+        (["a", "b"], [1, 1], "compose: expected one adapter at most with modules_to_save, found 'a', 'b'"),
+        (["a", "c", "a"], [1, 1, 1], "compose: expected one adapter at most with modules_to_save, found 'a', 'a'"),
+        (["c", "a"], [1, 0.5], "compose: expected weight 1 for 'a', which brings score whole, found 0.5"),
+        (["a", "c"], [1], "weights: expected one for each of 2 adapters, found 1"),
+        ([], [], "compose: expected at least one adapter, found none"),
     ):
-        with pytest.raises(AdapterError, match="without modules_to_save, found 'a' with score"):
-            call()
+        with pytest.raises(AdapterError, match=f"^{message}$"):
+            model.add_weighted_adapter(names, weights, "sum")
+        assert model.adapter_names == ["a", "b", "c"]
+        assert list(model.base_model.score.modules_to_save) == ["a", "b"]
 
 
 def test_a_module_that_takes_more_than_rows_in_a_mixed_batch():
@@ -438,6 +496,9 @@ def test_copies_that_accelerate_took_away_are_neither_trained_nor_saved(first, t
         model(IDS)
     with pytest.raises(AdapterError, match=r"^lm_head\.weight: expected the values of 'a' to save"):
         model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(AdapterError, match=r"^lm_head\.weight: expected the values of 'a' to save"):
+        model.add_weighted_adapter(["a"], [1], "sum")
+    assert model.adapter_names == ["a"]
     assert not list(tmp_path.iterdir())
     if first == "wrapped":
         accelerate.hooks.remove_hook_from_submodules(model.base_model)
