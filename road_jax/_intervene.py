@@ -27,7 +27,7 @@ from road_core._errors import expect
 from road_jax._io import from_tensors
 from road_jax._rotate import blocks, polar, rotate_blocks, rotate_rows, within
 from road_jax._stack import as_ids, check_ids, of_rows
-from road_jax._transform import Road, is_array, new_names, trace, traced_anew, without
+from road_jax._transform import Functions, Road, check_linen, is_array, new_names, trace, traced_anew, without
 from road_jax._tree import (
     ROAD_LEAVES,
     Path,
@@ -67,7 +67,7 @@ class _Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Intervened:
+class Intervened(Functions):
     """A pair of pure functions, `init` and `apply`; made by `intervene`.
 
     Attributes:
@@ -295,7 +295,8 @@ def intervene(model: nn.Module, config: InterventionConfig, *, blocks: Blocks = 
         An `Intervened` with ``init`` and ``apply``.
 
     Raises:
-        AdapterError: the config isn't an `InterventionConfig`, or ``blocks`` is neither a class nor a function.
+        AdapterError: the model isn't a Linen module, the config isn't an `InterventionConfig`, or ``blocks`` is neither
+            a class nor a function.
 
     Example:
         >>> import jax, jax.numpy as jnp, road_jax
@@ -311,6 +312,7 @@ def intervene(model: nn.Module, config: InterventionConfig, *, blocks: Blocks = 
         >>> model.apply(variables, intervention, x).shape
         (2, 5, 64)
     """
+    check_linen(model, "road_jax.nnx.intervene")
     check_choice(config, blocks)
     return Intervened(model, config, blocks)
 

@@ -75,8 +75,12 @@ def without(result: Any, names: Collection[str], mutable: Any) -> Any:
     return result[0], {**result[1], "params": unflatten(params)}
 
 
+class Functions:
+    """What `transform` and `intervene` make of a model. It has ``init`` and ``apply`` too, but is no model."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Road:
+class Road(Functions):
     """A pair of pure functions, `init` and `apply`, with `merge` and `unmerge`; made by `transform`.
 
     Attributes:
@@ -546,10 +550,20 @@ def transform(model: nn.Module, config: RoadConfig, *, layers: Layouts | None = 
         >>> bool((road.apply(variables, adapter, jnp.ones((1, 32))) == model.apply(variables, jnp.ones((1, 32)))).all())
         True
     """
-    if isinstance(model, type) or not (callable(getattr(model, "init", None)) and hasattr(model, "apply")):
-        raise AdapterError(f"model: expected a Linen module (for NNX: road_jax.nnx.wrap), found {type(model).__name__}")
+    check_linen(model, "road_jax.nnx.wrap")
     expect("config", config, RoadConfig)
     return Road(model, config, layers or {})
+
+
+def check_linen(model: Any, for_nnx: str) -> None:
+    """Refuses what isn't a Linen module; for modules of NNX the error names the function ``for_nnx`` instead.
+
+    Raises:
+        AdapterError: it isn't one.
+    """
+    called = callable(getattr(model, "init", None)) and hasattr(model, "apply")
+    if isinstance(model, type | Functions) or not called:
+        raise AdapterError(f"model: expected a Linen module (for NNX: {for_nnx}), found {type(model).__name__}")
 
 
 def _join_last(array: jax.Array, axis: int) -> jax.Array:

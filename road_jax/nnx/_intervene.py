@@ -138,8 +138,8 @@ def intervene(
         **kwargs: further sample inputs.
 
     Raises:
-        AdapterError: the model has no such blocks, or interventions already, or the group size doesn't divide the
-            outputs.
+        AdapterError: the model isn't an NNX module, has no such blocks, or interventions already, or the group size
+            doesn't divide the outputs.
 
     Example:
         >>> import jax.numpy as jnp
@@ -154,6 +154,10 @@ def intervene(
         >>> road_jax.nnx.get_intervention(adapted)["layers"]["1"]["road_theta"].shape
         (32,)
     """
+    if not isinstance(model, nnx.Module):
+        raise AdapterError(
+            f"model: expected an NNX module (for Linen: road_jax.intervene), found {type(model).__name__}"
+        )
     check_choice(config, blocks)
     is_block = (lambda node: isinstance(node, blocks)) if isinstance(blocks, type) else blocks
     modules = list(modules_of(model))

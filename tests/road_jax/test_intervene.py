@@ -343,6 +343,15 @@ def test_what_does_not_fit_is_refused(x, base, tmp_path):
         made(blocks="Block")
     with pytest.raises(AdapterError, match="config: expected InterventionConfig, found RoadConfig"):
         road_jax.intervene(model, road_jax.RoadConfig(), blocks=Block)
+    # What transform and intervene give has init and apply as well.
+    for other in (road_jax.transform(model, road_jax.RoadConfig()), made(), None, Stack):
+        found = type(other).__name__
+        said = rf"^model: expected a Linen module \(for NNX: road_jax\.nnx\.intervene\), found {found}$"
+        with pytest.raises(AdapterError, match=said):
+            road_jax.intervene(other, made().config)
+        said = rf"^model: expected a Linen module \(for NNX: road_jax\.nnx\.wrap\), found {found}$"
+        with pytest.raises(AdapterError, match=said):
+            road_jax.transform(other, road_jax.RoadConfig())
     with pytest.raises(AdapterError, match="config: expected InterventionConfig, found RoadConfig"):
         road_jax.save_intervention(tmp_path / "a", made().init(x), road_jax.RoadConfig())
     with pytest.raises(AdapterError, match="intervention: expected a nested dict of arrays, found NoneType"):

@@ -219,6 +219,10 @@ def test_what_does_not_fit_is_refused(x):
         made(blocks=nnx.Conv)
     with pytest.raises(AdapterError, match="blocks: expected a class of modules or a function, found str"):
         made(blocks="Block")
+    for other in (None, linen.Stack("scan"), Stack):
+        said = rf"^model: expected an NNX module \(for Linen: road_jax\.intervene\), found {type(other).__name__}$"
+        with pytest.raises(AdapterError, match=said):
+            road_jax.nnx.intervene(other, InterventionConfig(layers=(1,)), x, blocks=Block)
     with pytest.raises(AdapterError, match=r"blocks: expected a block that gives hidden states .* found \[5, 32\]"):
         made(sample=x[0, :5])
     adapted = made()
