@@ -86,7 +86,7 @@ def main() -> None:
 
     # One batch with four copies of the held-out points, each with another choice of adapters.
     points, answers = data(2, 512, TURNED, MOVED)
-    several = road_jax.stack_adapters([*adapters, both])
+    several = road_jax.stack_adapters([*adapters, both], configs=[*configs, config])
     road = road_jax.transform(model, config)
     ids = jnp.repeat(jnp.arange(4), len(points))
     logits = road.apply(variables, several, jnp.tile(points, (4, 1)), adapter_ids=ids)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from road_core._config import RoadConfig
 from road_core._errors import AdapterError, listed
-from road_core._reference import check_group_size, output_size, subspace_mask
+from road_core._reference import check_group_size, output_size, own_axis, subspace_mask
 
 Array = NDArray[np.generic]
 
@@ -125,8 +125,11 @@ class Adapter:
                 "where they are the base's own, PEFT leaves them out with save_embedding_layers=False"
             )
 
-    def cleared(self) -> "Adapter":
-        """Returns the same function with θ = 0 and α = 1 outside of the config's subspace, along the last axis.
+    def cleared(self, axis: int = -1) -> "Adapter":
+        """Returns the same function with θ = 0 and α = 1 outside of the config's subspace.
+
+        Args:
+            axis: the axis of θ and α that runs over a layer's own parameters; the others are stacks'.
 
         Raises:
             AdapterError: the group size doesn't divide a layer's outputs, or the subspace contains no block of it.
@@ -135,17 +138,19 @@ class Adapter:
             return self
         modules = {}
         for path, arrays in self.modules.items():
-            out = output_size(self.config.variant, arrays[0].shape[-1])
+            variant, group_size = self.config.variant, self.config.group_size
+            own = own_axis(arrays[0].shape, axis, variant=variant, group_size=group_size, where=path)
             mask = subspace_mask(
-                out,
-                variant=self.config.variant,
-                group_size=self.config.group_size,
+                output_size(variant, arrays[0].shape[own]),
+                variant=variant,
+                group_size=group_size,
                 subspace=self.config.subspace,
                 where=path,
             )
             theta, alpha = (array.copy() for array in arrays)
-            theta[..., ~mask] = np.zeros((), theta.dtype)
-            alpha[..., ~mask] = np.array((0x3F80,), bfloat16) if alpha.dtype == bfloat16 else 1
+            np.moveaxis(theta, own, -1)[..., ~mask] = np.zeros((), theta.dtype)
+            one = np.array((0x3F80,), bfloat16) if alpha.dtype == bfloat16 else 1
+            np.moveaxis(alpha, own, -1)[..., ~mask] = one
             modules[path] = theta, alpha
         return dataclasses.replace(self, modules=modules)
 

@@ -8,7 +8,7 @@ Paper: section 4.3.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from road_core._adapter import Adapter, Array, to_float32
 from road_core._config import TARGETS, VARIANTS, RoadConfig
-from road_core._errors import AdapterError
+from road_core._errors import AdapterError, expect
 from road_core._reference import (
     Float64,
     check_group_size,
     coefficients,
     output_size,
+    own_axis,
     parameter_size,
     subspace_mask,
 )
@@ -44,7 +45,11 @@ class Part(NamedTuple):
 
 
 def compose(
-    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, *, names: Sequence[str] | None = None
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    axis: int = -1,
 ) -> Adapter:
     """Returns one adapter that applies others one after the other: ``R_n^w_n ⋯ R_1^w_1``, the first one first.
 
@@ -55,11 +60,13 @@ def compose(
     subspaces compose exactly, in any order. A module that an adapter lacks is left unchanged by it.
 
     Args:
-        adapters: of one group size, for one model and in one layout; the last axis of θ is the layer's own.
+        adapters: of one group size, for one model and in one layout.
         weights: one per adapter, 1 by default; any real number for which the power exists. Whole numbers are always
             possible, except for negative ones of singular blocks. Others are possible for road_1 where α > 0, and for
             road_2 and road_4 where no eigenvalue of the block is real and not positive (the principal power is taken).
         names: the adapters' names in errors.
+        axis: the axis of θ and α that runs over a layer's own parameters, in modules that have more than one; the
+            others are stacks'.
 
     Returns:
         An adapter that selects the modules of all adapters, in float32, or float64 if one of them is. Its subspace is
@@ -67,9 +74,10 @@ def compose(
         metadata are kept only where all agree.
 
     Raises:
-        AdapterError: there are no adapters, the number of weights differs, a weight isn't finite, group sizes or shapes
-            differ, a power doesn't exist (the error names the module), more than one adapter has modules saved whole,
-            such an adapter has a weight other than 1, or an adapter contains weights of its base.
+        AdapterError: there are no adapters, the number of weights or names differs, a weight isn't finite, group sizes
+            or shapes differ, ``axis`` has another size than a layer's parameters, a power doesn't exist (the error
+            names the module), more than one adapter has modules saved whole, such an adapter has a weight other than 1,
+            or an adapter contains weights of its base.
 
     Example:
         >>> half_turn = Adapter(RoadConfig(group_size=2), {"q": (np.full(4, np.pi), np.full(4, 4.0))})
@@ -77,8 +85,14 @@ def compose(
         >>> bool(np.all(theta == np.pi / 2) and np.all(alpha == 2))
         True
     """
-    names = list(names or (f"adapter {i + 1}" for i in range(len(adapters))))
+    adapters = as_list("compose: expected a list of adapters", adapters)
     weights = check_weights(weights, len(adapters))
+    if names is None:
+        names = [f"adapter {i + 1}" for i in range(len(adapters))]
+    elif len(names := as_list("names: expected a list", names)) != len(adapters):
+        raise AdapterError(f"names: expected one for each of {len(adapters)} adapters, found {len(names)}")
+    for adapter, name in zip(adapters, names, strict=True):
+        expect(name, adapter, Adapter)
     check_group_sizes([adapter.config for adapter in adapters], names)
     for adapter, name in zip(adapters, names, strict=True):
         adapter.check_no_base_weights(f"compose: {name}")
@@ -92,17 +106,24 @@ def compose(
             raise AdapterError(f"{path}: expected a module that is rotated or saved whole, found both ({taken[0]})")
         having = [(a, weight) for a, weight in zip(adapters, weights, strict=True) if path in a.modules]
         shapes = {(a.config.variant, a.modules[path][0].shape) for a, _ in having}
-        if len({(*shape[:-1], output_size(kind, shape[-1])) for kind, shape in shapes}) > 1:
+        group_size = adapters[0].config.group_size
+        owns = [own_axis(shape, axis, variant=kind, group_size=group_size, where=path) for kind, shape in shapes]
+        layers = [
+            (*shape[:own], output_size(kind, shape[own]), *shape[own + 1 :])
+            for (kind, shape), own in zip(shapes, owns, strict=True)
+        ]
+        if len(set(layers)) > 1:
             found = " and ".join(f"{kind} {list(shape)}" for kind, shape in sorted(shapes))
             raise AdapterError(f"{path}: expected θ for one layer in all adapters, found {found}")
         parts, dtype = [], np.dtype(np.float32)
         for adapter, weight in having:
             theta, alpha = adapter.modules[path]
             dtype = np.result_type(dtype, *(array.dtype for array in (theta, alpha) if _wide(array)))
-            parts.append(Part(_to_float(theta), _to_float(alpha), adapter.config, weight))
+            theta, alpha = (np.moveaxis(_to_float(array), owns[0], -1) for array in (theta, alpha))
+            parts.append(Part(theta, alpha, adapter.config, weight))
         with np.errstate(over="ignore"):
-            theta, alpha = (array.astype(dtype) for array in compose_module(parts, variant, path))
-        modules[path] = theta, alpha
+            theta, alpha = (np.moveaxis(array, -1, owns[0]) for array in compose_module(parts, variant, path))
+            modules[path] = theta.astype(dtype, order="C"), alpha.astype(dtype, order="C")
     configs = [adapter.config for adapter in adapters]
     agreed = set.intersection(*(set(adapter.metadata.items()) for adapter in adapters))
     return Adapter(compose_configs(configs, list(modules), variant), modules, saved, dict(sorted(agreed)))
@@ -114,7 +135,7 @@ def compose_module(parts: Sequence[Part], variant: str, where: str) -> tuple[Flo
     """Composes what adapters do to one module; see `compose`.
 
     Args:
-        parts: all of one group size and for one layer.
+        parts: all of one group size and for one layer, whose own parameters are on the last axis.
         variant: the result's variant; no part may have a larger one.
         where: the module's name, for errors.
 
@@ -187,17 +208,34 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Returns one weight for each of ``count`` adapters.
 
     Raises:
-        AdapterError: no adapters, another number of weights, or one that isn't a finite number.
+        AdapterError: no adapters, another number of weights, no list of them, or one that isn't a finite number.
     """
     if not count:
         raise AdapterError("compose: expected at least one adapter, found none")
-    numbers = [1.0] * count if weights is None else list(weights)
+    each = f"weights: expected one for each of {count} adapters"
+    numbers = [1.0] * count if weights is None else as_list(each, weights)
     if len(numbers) != count:
-        raise AdapterError(f"weights: expected one for each of {count} adapters, found {len(numbers)}")
+        raise AdapterError(f"{each}, found {len(numbers)}")
     for number in numbers:
         if not isinstance(number, int | float | np.number) or not math.isfinite(number):
             raise AdapterError(f"weights: expected finite numbers, found {number!r}")
     return [float(number) for number in numbers]
+
+
+def as_list(expected: str, values: Iterable[Any]) -> list[Any]:
+    """Returns the values as a list.
+
+    Raises:
+        AdapterError: they are a single one; it begins with ``expected``, which says where and what.
+    """
+    try:
+        # A dict or a text would become a list of its keys or letters.
+        found = None if isinstance(values, Mapping | str) else list(values)
+    except TypeError:
+        found = None
+    if found is None:
+        raise AdapterError(f"{expected}, found {type(values).__name__}")
+    return found
 
 
 def check_group_sizes(configs: Sequence[RoadConfig], names: Sequence[str]) -> None:

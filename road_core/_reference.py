@@ -5,6 +5,8 @@ Paper: "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batchin
 ``g`` outputs is paired with element ``i + g/2``. ``group_size=2`` is the paper's pairing.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -39,6 +41,41 @@ def check_group_size(out: int, group_size: int, where: str) -> None:
         raise AdapterError(f"{where}: expected an even group_size from 2 up, found {group_size}")
     if out % group_size:
         raise AdapterError(f"{where}: expected a number of outputs that group_size {group_size} divides, found {out}")
+
+
+def own_axis(shape: Sequence[int], axis: int, *, variant: str, group_size: int, where: str) -> int:
+    """Returns the axis of θ and α that runs over a layer's own parameters, counted from the start; others are stacks'.
+
+    Args:
+        shape: of θ. If it has one axis, that one is returned.
+        axis: the axis that is meant where there are more; may be negative.
+        variant: ``"road_1"``, ``"road_2"`` or ``"road_4"``.
+        group_size: even; divides the layer's outputs.
+        where: the layer, for errors.
+
+    Raises:
+        AdapterError: there is no such axis, or its size isn't that of a layer's parameters; if another axis has such a
+            size, the error names it.
+    """
+    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+        raise AdapterError(f"axis: expected a whole number, found {axis!r:.60}")
+    if len(shape) == 1:
+        axis = 0
+    if not -len(shape) <= axis < len(shape):
+        raise AdapterError(f"{where}: expected an axis of θ {list(shape)}, found axis={axis}")
+    outs = [output_size(variant, size) for size in shape]
+    sizes = zip(outs, shape, strict=True)
+    fitting = [out > 0 and out % group_size == 0 and parameter_size(variant, out) == size for out, size in sizes]
+    if fitting[axis]:
+        return int(axis) % len(shape)
+    if any(fitting):
+        other = fitting.index(True)
+        raise AdapterError(
+            f"{where}: expected outputs that group_size {group_size} divides on axis {axis} of θ {list(shape)}, found "
+            f"{outs[axis]} there and {outs[other]} on axis {other}: say axis={other} if the others are stacks'"
+        )
+    check_group_size(outs[axis], group_size, where)
+    raise AdapterError(f"{where}: expected θ for whole groups of {group_size} outputs, found {shape[axis]}")
 
 
 def subspace_blocks(out: int, subspace: Subspace, where: str = "subspace") -> tuple[int, int]:

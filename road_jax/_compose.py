@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from road_core import AdapterError, RoadConfig, check_group_size, output_size, parameter_size, subspace_mask
-from road_core._compose import check_group_sizes, compose_configs
+from road_core import AdapterError, RoadConfig, output_size, parameter_size, subspace_mask
+from road_core._compose import as_list, check_group_sizes, compose_configs
 from road_core._config import VARIANTS
 from road_core._errors import expect
+from road_core._reference import own_axis
 from road_jax._rotate import coefficients, within
 from road_jax._tree import ROAD_LEAVES, Tree, adapted_paths, dotted, flatten, unflatten
 
@@ -35,6 +36,7 @@ def compose(
     weights: Sequence[Weight] | None = None,
     *,
     variant: str | None = None,
+    axis: int = -1,
 ) -> tuple[Tree, RoadConfig]:
     """Returns one adapter that applies others one after the other: ``R_n^w_n ⋯ R_1^w_1``, the first one first.
 
@@ -43,18 +45,21 @@ def compose(
     that adapter's θ and α unchanged.
 
     Args:
-        adapters: trees as returned by `Road.init`; they may adapt different modules. Stack axes come first.
+        adapters: trees as returned by `Road.init`; they may adapt different modules.
         configs: the adapters' configs, all of one group size.
         weights: one per adapter; 1 by default. For adapters of road_1 any number where α > 0, also as an array that is
             traced or learned; for road_2 and road_4 only whole numbers (`road_core.compose` takes others too).
         variant: the result's variant, if it is to be a larger one than needed: adapters can be stacked only if they
             have the same variant.
+        axis: the axis of θ and α that runs over a layer's own parameters, in modules that have more than one; the
+            others are stacks'. With ``nn.scan(…, variable_axes={"params": 1})`` it is 0.
 
     Returns:
         The adapter, and a config that selects the modules of all adapters.
 
     Raises:
-        AdapterError: group sizes or shapes differ, a weight can't be used, more than one adapter contains whole
+        AdapterError: there isn't a list of adapters with a config for each, group sizes or shapes differ, ``axis`` has
+            another size than a layer's parameters, a weight can't be used, more than one adapter contains whole
             modules, or a power doesn't exist (not checked under ``jit``, where the values are then not finite).
 
     Example:
@@ -65,13 +70,16 @@ def compose(
         >>> both["proj"]["road_theta"].tolist(), both["proj"]["road_alpha"].tolist()
         ([0.5], [2.0])
     """
+    adapters = as_list("compose: expected a list of adapters", adapters)
+    configs = as_list("compose: expected a list of configs, one for each adapter", configs)
     if not adapters or len(configs) != len(adapters):
         raise AdapterError(
             f"compose: expected adapters, and a config for each, found {len(adapters)} and {len(configs)}"
         )
-    numbers: list[Weight] = [1.0] * len(adapters) if weights is None else list(weights)
+    each = f"weights: expected one for each of {len(adapters)} adapters"
+    numbers: list[Weight] = [1.0] * len(adapters) if weights is None else as_list(each, weights)
     if len(numbers) != len(adapters):
-        raise AdapterError(f"weights: expected one for each of {len(adapters)} adapters, found {len(numbers)}")
+        raise AdapterError(f"{each}, found {len(numbers)}")
     names = [f"adapter {i + 1}" for i in range(len(adapters))]
     for name, config in zip(names, configs, strict=True):
         expect(f"config of {name}", config, RoadConfig)
@@ -90,7 +98,9 @@ def compose(
     for path, parts in modules.items():
         if any(leaf[: len(path)] == path for leaf in leaves if leaf[-1] not in ROAD_LEAVES):
             raise AdapterError(f"{dotted(path)}: expected a module that is rotated or saved whole, found both")
-        leaves[(*path, "road_theta")], leaves[(*path, "road_alpha")] = _compose_module(parts, chosen, dotted(path))
+        leaves[(*path, "road_theta")], leaves[(*path, "road_alpha")] = _compose_module(
+            parts, chosen, axis, dotted(path)
+        )
     config = compose_configs(configs, list(map(dotted, modules)), chosen)
     return unflatten(leaves), config
 
@@ -109,15 +119,31 @@ def _saved(trees: Sequence[Mapping], weights: Sequence[Weight], names: Sequence[
     return found if owners else {}
 
 
-def _compose_module(parts: Sequence[_Part], variant: str, where: str) -> tuple[jax.Array, jax.Array]:
+def _compose_module(parts: Sequence[_Part], variant: str, axis: int, where: str) -> tuple[jax.Array, jax.Array]:
     group_size = parts[0].config.group_size
     dtype = functools.reduce(jnp.promote_types, [v.dtype for part in parts for v in part[:2]], jnp.float32)
-    out = output_size(parts[0].config.variant, parts[0].theta.shape[-1])
-    check_group_size(out, group_size, where)
-    shapes = {(*v.shape[:-1], output_size(part.config.variant, v.shape[-1])) for part in parts for v in part[:2]}
-    if len(shapes) > 1:
-        found = " and ".join(f"{p.config.variant} {list(p.theta.shape)}" for p in parts)
+    owns = [
+        own_axis(part.theta.shape, axis, variant=part.config.variant, group_size=group_size, where=where)
+        for part in parts
+    ]
+    found = " and ".join(f"{p.config.variant} {list(p.theta.shape)}" for p in parts)
+    # What follows has a layer's own parameters on the last axis.
+    parts = [
+        part._replace(theta=jnp.moveaxis(part.theta, own, -1), alpha=jnp.moveaxis(part.alpha, own, -1))
+        for part, own in zip(parts, owns, strict=True)
+    ]
+    layers = [(*p.theta.shape[:-1], output_size(p.config.variant, p.theta.shape[-1])) for p in parts]
+    if len({*zip(owns, layers, strict=True)}) > 1:
         raise AdapterError(f"{where}: expected θ and α for one layer in all adapters, found {found}")
+    out = layers[0][-1]
+    theta, alpha = _compose_last(parts, variant, out, dtype, where)
+    return jnp.moveaxis(theta, -1, owns[0]), jnp.moveaxis(alpha, -1, owns[0])
+
+
+def _compose_last(
+    parts: Sequence[_Part], variant: str, out: int, dtype: Any, where: str
+) -> tuple[jax.Array, jax.Array]:
+    group_size = parts[0].config.group_size
     powers, masks = [], []
     for part in parts:
         kind, subspace = part.config.variant, part.config.subspace
@@ -147,17 +173,20 @@ def _power(theta: jax.Array, alpha: jax.Array, part: _Part, where: str) -> tuple
     if isinstance(weight, jax.Array):
         if kind != "road_1" or weight.ndim:
             raise AdapterError(f"weights: expected a number for an adapter of {kind}, found an array {weight.shape}")
-        weight = weight.astype(theta.dtype)
-        return theta * weight, alpha**weight
+        if isinstance(weight, jax.core.Tracer):
+            weight = weight.astype(theta.dtype)
+            return theta * weight, alpha**weight
+        # Its value is known, so it is checked like a number.
+        weight = weight.item()
     if not isinstance(weight, int | float | np.number) or not math.isfinite(weight):
         raise AdapterError(f"weights: expected finite numbers, found {weight!r}")
     if weight == 1:
         return theta, alpha
     whole = float(weight).is_integer()
-    known = None if isinstance(alpha, jax.core.Tracer) else alpha
     if kind == "road_1":
-        least = 0.0 if known is None else float(jnp.abs(known).min() if whole else known.min())
-        if known is not None and least <= 0 and (weight < 0 or not whole):
+        least = (jnp.abs(alpha) if whole else alpha).min()
+        # Under jit an array that isn't traced may give one that is.
+        if not isinstance(least, jax.core.Tracer) and least <= 0 and (weight < 0 or not whole):
             raise AdapterError(f"{where}: expected scales that have the power {weight:g}, found α = {least:g}")
         return theta * float(weight), alpha ** (int(weight) if whole else float(weight))
     if not whole:
@@ -168,7 +197,7 @@ def _power(theta: jax.Array, alpha: jax.Array, part: _Part, where: str) -> tuple
     if weight < 0:
         a, b, c, d = step
         determinant = a * d - b * c
-        if known is not None and bool((determinant == 0).any()):
+        if not isinstance(determinant, jax.core.Tracer) and bool((determinant == 0).any()):
             raise AdapterError(
                 f"{where}: expected blocks that have an inverse for weight {weight:g}, found a singular one"
             )

@@ -19,7 +19,8 @@ def save_adapter(directory: str | os.PathLike, adapter: Tree, config: RoadConfig
 
     Args:
         directory: a new or empty folder; with ``overwrite``, one whose two adapter files are replaced.
-        adapter: as returned by ``Road.init``; any floating dtypes, kept bit for bit.
+        adapter: as returned by ``Road.init``; any floating dtypes, kept bit for bit. One adapter: several from
+            `stack_adapters` can't be told from a stack of layers on the first axis, and would be written as one.
         config: the config that the adapter was made with.
         overwrite: see ``directory``.
 

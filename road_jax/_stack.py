@@ -8,22 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from road_core import AdapterError
+from road_core import AdapterError, RoadConfig
+from road_core._compose import as_list
+from road_core._errors import expect
+from road_jax._compose import compose
 from road_jax._tree import ROAD_LEAVES, Tree, check_floating, dotted, flatten, is_cut, unflatten
 
 
-def stack_adapters(adapters: Sequence[Tree]) -> Tree:
+def stack_adapters(adapters: Sequence[Tree], *, configs: Sequence[RoadConfig] | None = None, axis: int = -1) -> Tree:
     """Combines adapters of one variant and group size, for ``Road.apply(..., adapter_ids=…)``.
+
+    A Road applies its own config's subspace to all adapters of a stack. So give ``configs`` if theirs aren't all the
+    same, and apply the stack with a Road whose config has no subspace.
 
     Args:
         adapters: trees as returned by `Road.init`; they may adapt different modules.
+        configs: the adapters' configs. Each adapter is set to the identity outside of its own subspace.
+        axis: with ``configs``, the axis of θ and α that runs over a layer's own parameters; see `road_jax.compose`.
 
     Returns:
         A tree with the modules of all adapters and one more axis, the last: index 0 is the identity, and adapter ``i``
         is at index ``i + 1`` (the identity in modules that it lacks). float32, or float64 if one of the adapters is.
 
     Raises:
-        AdapterError: there are no adapters, their shapes differ, or one contains modules that were trained whole.
+        AdapterError: there are no adapters, their shapes, variants or group sizes differ, or one contains modules that
+            were trained whole.
 
     Example:
         >>> import jax.numpy as jnp, road_jax
@@ -43,6 +52,9 @@ def stack_adapters(adapters: Sequence[Tree]) -> Tree:
             )
         for path, leaf in tree.items():
             check_floating(path, leaf)
+    if configs is not None:
+        pairs = zip(adapters, _check_alike(configs, len(trees)), strict=True)
+        trees = [flatten(compose([adapter], [config], axis=axis)[0]) for adapter, config in pairs]
     stacked = {}
     for path in sorted({path for tree in trees for path in tree}):
         shapes = {tree[path].shape for tree in trees if path in tree}
@@ -57,6 +69,23 @@ def stack_adapters(adapters: Sequence[Tree]) -> Tree:
         rows = [identity if leaf is None else leaf.astype(identity.dtype) for leaf in (None, *leaves)]
         stacked[path] = jnp.stack(rows, axis=-1)
     return unflatten(stacked)
+
+
+def _check_alike(configs: Sequence[RoadConfig], count: int) -> list[RoadConfig]:
+    """Returns the configs of ``count`` adapters as a list, if adapters with these may be stacked."""
+    each = f"stack_adapters: expected a config for each of {count} adapters"
+    configs = as_list(each, configs)
+    if len(configs) != count:
+        raise AdapterError(f"{each}, found {len(configs)}")
+    for i, config in enumerate(configs):
+        expect(f"config of adapter {i}", config, RoadConfig)
+        if (config.variant, config.group_size) != (configs[0].variant, configs[0].group_size):
+            raise AdapterError(
+                "stack_adapters: expected adapters of one variant and group size, found "
+                f"{configs[0].variant} and {configs[0].group_size} in adapter 0, "
+                f"{config.variant} and {config.group_size} in adapter {i}"
+            )
+    return configs
 
 
 def as_ids(adapter_ids: Any) -> jax.Array:

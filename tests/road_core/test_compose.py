@@ -290,6 +290,32 @@ def test_stacks_compose_layer_by_layer(variant):
             np.testing.assert_array_equal(found[layer], expected)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("axis", "lead"), [(0, (32,)), (-2, (32,)), (1, (3, 16)), (-3, (3, 16))])
+def test_a_layers_own_parameters_on_any_axis(variant, axis, lead):
+    """There are so many layers that another axis could be the outputs' too."""
+    a, b = make("a", variant, lead=lead, subspace=(0.25, 0.75)), make("b", variant, lead=lead, modules=("q", "k"))
+
+    def turned(adapter, back=False):
+        order = (axis, -1) if back else (-1, axis)
+        modules = {path: tuple(np.moveaxis(v, *order) for v in pair) for path, pair in adapter.modules.items()}
+        return dataclasses.replace(adapter, modules=modules)
+
+    found, expected = compose([turned(a), turned(b)], [2, -1], axis=axis), compose([a, b], [2, -1])
+    assert found.config == expected.config
+    for path, pair in expected.modules.items():
+        for mine, other in zip(turned(found, back=True).modules[path], pair, strict=True):
+            np.testing.assert_array_equal(mine, other)
+    cleared = turned(turned(a).cleared(axis), back=True)
+    for mine, other, given_ in zip(cleared.modules["q"], a.cleared().modules["q"], a.modules["q"], strict=True):
+        np.testing.assert_array_equal(mine, other)
+        assert (mine != given_).any()
+    # One axis needs no choice.
+    plain = make("c", variant, subspace=(0, 0.5))
+    for mine, other in zip(plain.cleared(axis).modules["q"], plain.cleared().modules["q"], strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
 def test_rounded_once_to_float32_or_wider():
     a, b = make("a", "road_2", dtype=np.float32), make("b", "road_2", dtype=np.float32)
     wide = compose([make("a", "road_2"), make("b", "road_2")])
@@ -334,8 +360,37 @@ def test_a_module_saved_whole_comes_along():
     assert compose([make("a"), saved("b")]).modules_to_save["head.weight"].sum() == 4
 
 
+def layers_last(layers=3):
+    """An adapter whose layers are on the last axis of θ."""
+    adapter = make("a", lead=(layers,), subspace=(0, 0.5))
+    return dataclasses.replace(adapter, modules={"q": tuple(v.T for v in adapter.modules["q"])})
+
+
 REFUSED = {
     "none": (lambda: compose([]), "at least one adapter, found none"),
+    "one": (lambda: compose(make("a")), "^compose: expected a list of adapters, found Adapter$"),
+    "no adapter": (lambda: compose([make("a"), {}]), "^adapter 2: expected Adapter, found dict$"),
+    "names": (
+        lambda: compose([make("a")], names=["a", "b"]),
+        "^names: expected one for each of 1 adapters, found 2$",
+    ),
+    "one name": (lambda: compose([make("a")], names="a"), "^names: expected a list, found str$"),
+    "one number": (
+        lambda: compose([make("a"), make("b")], 0.5),
+        "^weights: expected one for each of 2 adapters, found float$",
+    ),
+    "axis": (
+        lambda: compose([layers_last()]),
+        r"^q: expected outputs that group_size 8 divides on axis -1 of θ \[16, 3\], found 6 there and 32 on axis 0: "
+        "say axis=0 if the others are stacks'$",
+    ),
+    "axis of cleared": (lambda: layers_last().cleared(), r"q: expected outputs .* found 6 there and 32 on axis 0: say"),
+    "no axis": (lambda: compose([layers_last()], axis=2), r"^q: expected an axis of θ \[16, 3\], found axis=2$"),
+    "odd axis": (lambda: compose([layers_last()], axis="0"), "^axis: expected a whole number, found '0'$"),
+    "odd size": (
+        lambda: compose([Adapter(RoadConfig(variant="road_4", group_size=8), {"q": (np.ones(33), np.ones(33))})]),
+        "^q: expected θ for whole groups of 8 outputs, found 33$",
+    ),
     "number": (lambda: compose([make("a")], [1, 2]), "one for each of 1 adapters, found 2"),
     "finite": (lambda: compose([make("a")], [float("inf")]), "finite numbers, found inf"),
     "group size": (

@@ -29,13 +29,14 @@ class Net(nn.Module):
     """A stack, on either axis, and a layer beside it."""
 
     axis: int = 0
+    layers: int = LAYERS
 
     @nn.compact
     def __call__(self, x):
         def body(layer, x, _):
             return layer(x), None
 
-        scan = nn.scan(body, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=LAYERS)
+        scan = nn.scan(body, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=self.layers)
         x, _ = scan(nn.Dense(OUT, name="stack"), x, None)
         return nn.Dense(OUT, name="top")(x)
 
@@ -44,10 +45,10 @@ def config(variant="road_1", **fields):
     return RoadConfig(**{"variant": variant, "group_size": 8, "target_modules": ["stack", "top"], **fields})
 
 
-def values(name, variant="road_1", modules=("stack", "top"), std=0.4):
+def values(name, variant="road_1", modules=("stack", "top"), std=0.4, layers=LAYERS):
     """An adapter of `Net` whose values depend on its name."""
     size = parameter_size(variant, OUT)
-    shapes = {"stack": (LAYERS, size), "top": (size,)}
+    shapes = {"stack": (layers, size), "top": (size,)}
     return {
         module: {
             "road_theta": jnp.asarray(named_values(f"{name} {module} t", *shapes[module], std=std)),
@@ -67,7 +68,7 @@ def expected(variables, *pairs):
     """The net's output with adapters applied one after the other, in float64."""
     y = np.asarray(X, np.float64)
     params = variables["params"]
-    for layer in [("stack", i) for i in range(LAYERS)] + [("top", None)]:
+    for layer in [("stack", i) for i in range(len(params["stack"]["bias"]))] + [("top", None)]:
         name, i = layer
         kernel, bias = (np.asarray(params[name][leaf], np.float64) for leaf in ("kernel", "bias"))
         y = y @ (kernel if i is None else kernel[i]) + (bias if i is None else bias[i])
@@ -230,6 +231,81 @@ def test_disjoint_subspaces_compose_exactly_in_any_order(first, second):
             np.testing.assert_array_equal(one[module][leaf], array)
 
 
+def turn(tree):
+    """Moves a stack's layers from axis 0 to axis 1, or back."""
+    return {**tree, "stack": {name: jnp.swapaxes(leaf, 0, 1) for name, leaf in tree["stack"].items()}}
+
+
+@pytest.mark.parametrize(("first", "second"), [("road_1", "road_1"), ("road_1", "road_2"), ("road_2", "road_2")])
+def test_a_stack_on_another_axis(first, second):
+    """As many layers as could be outputs: taken for them, they'd be composed without an error."""
+    model = Net(axis=1, layers=8)
+    variables = model.init(jax.random.key(0), X)
+    pairs = [
+        (values("a", first, layers=8), config(first, subspace=(0, 0.5))),
+        (values("b", second, layers=8), config(second, subspace=(0.25, 1))),
+    ]
+    configs = [c for _, c in pairs]
+    plain = {"params": turn(variables["params"])}
+    found, both = road_jax.compose([turn(a) for a, _ in pairs], configs, [1, -1], axis=0)
+    traced = jax.jit(lambda adapters: road_jax.compose(adapters, configs, [1, -1], axis=0)[0])(
+        [turn(a) for a, _ in pairs]
+    )
+    undone, _ = road_jax.compose([pairs[1][0]], [configs[1]], [-1])
+    reference = expected(plain, pairs[0], (undone, config(second)))
+    assert_close(
+        road_jax.transform(model, both).apply(variables, found, X), reference, "float32", moved_from=expected(plain)
+    )
+    jax.tree.map(lambda one, other: assert_close(one, other, "float32"), traced, found)
+    record = road_core.compose([to_record(turn(a), c) for a, c in pairs], [1, -1], axis=0)
+    for module, arrays in record.modules.items():
+        for leaf, array in zip(("road_theta", "road_alpha"), arrays, strict=True):
+            assert_close(found[module][leaf], array, "float32")
+    # Of road_4 so few layers can't be outputs.
+    with pytest.raises(
+        AdapterError, match=r"stack: expected outputs .* axis -1 of θ \[128, 8\], found 4 there and 64 on"
+    ):
+        road_jax.compose([turn(values("a", "road_4", layers=8))], [config("road_4")])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapters_on_several_subspaces_in_a_batch(variant, axis):
+    model = Net(axis, layers=8)
+    variables = model.init(jax.random.key(0), X)
+    pairs = [
+        (values("a", variant, layers=8), config(variant, subspace=(0, 0.5))),
+        (values("b", variant, ["top"]), config(variant, subspace=(0.5, 1), target_modules=["top"])),
+        (values("c", variant, layers=8), config(variant)),
+    ]
+    plain = {"params": turn(variables["params"])} if axis else variables
+    laid = [turn(a) if axis and "stack" in a else a for a, _ in pairs]
+    # In a Dense's stack θ has its layers where the kernel has them.
+    several = road_jax.stack_adapters(laid, configs=[c for _, c in pairs], axis=0 if axis else -1)
+    road = road_jax.transform(model, config(variant))
+    found = jax.jit(road.apply)(variables, several, X, adapter_ids=np.asarray([2, 1, 0, 3], np.int32))
+    for row, chosen in enumerate([pairs[1:2], pairs[:1], [], pairs[2:]]):
+        reference = expected(plain, *chosen)[row]
+        assert_close(found[row], reference, "float32", moved_from=expected(plain)[row] if chosen else None)
+
+
+def test_configs_that_do_not_stack_are_refused():
+    a, b = values("a"), values("b")
+
+    def refused(message, *configs):
+        with pytest.raises(AdapterError, match=message) as caught:
+            road_jax.stack_adapters([a, b], configs=configs[0] if len(configs) == 1 else configs)
+        assert "\n" not in str(caught.value)
+
+    refused("one variant and group size, found road_1 and 8 in adapter 0, road_2 and 8 in", config(), config("road_2"))
+    refused("found road_1 and 8 in adapter 0, road_1 and 16 in adapter 1", config(), config(group_size=16))
+    refused("stack_adapters: expected a config for each of 2 adapters, found RoadConfig", config())
+    refused("stack_adapters: expected a config for each of 2 adapters, found 3", config(), config(), config())
+    refused("config of adapter 1: expected RoadConfig, found dict", config(), {})
+    with pytest.raises(AdapterError, match=r"stack: expected outputs .* found 6 there and 64 on axis 0: say axis=0"):
+        road_jax.stack_adapters([turn(a)], configs=[config()])
+
+
 def test_weights(net):
     a, b = values("a"), values("b")
     found, _ = road_jax.compose([a, b], [config(), config()], [0.7, -1])
@@ -241,6 +317,12 @@ def test_weights(net):
         found, both = road_jax.compose([c, d, c], [config(variant)] * 3, [3, 0, -2.0])
         whole = road_jax.transform(net[0], both).apply(net[1], found, X)
         assert_close(whole, expected(net[1], (c, config(variant))), "float32")
+    # Known numbers as arrays are numbers, under jit too, around adapters that aren't its arguments.
+    for weights in ([jnp.float32(0.5), jnp.int32(2)], jnp.asarray([0.5, 2])):
+        found = [road_jax.compose([a, b], [config()] * 2, w)[0] for w in (weights, [0.5, 2])]
+        found.append(jax.jit(lambda: road_jax.compose([a, b], [config()] * 2, [0.5, 2])[0])())
+        same(found[0], found[1])
+        jax.tree.map(lambda one, other: assert_close(one, other, "float32"), found[2], found[1])
     # Weights may be learned.
     loss = jax.jit(
         jax.grad(lambda w: jnp.sum(road_jax.compose([a, b], [config()] * 2, [w, 1 - w])[0]["top"]["road_theta"]))
@@ -324,6 +406,12 @@ A = (values("a"), config())
 HEAD = ({**values("h"), "head": {"kernel": jnp.ones((2, 2))}}, config(modules_to_save=["head"]))
 REFUSED = {
     "none": (lambda: call(), "expected adapters, and a config for each, found 0 and 0"),
+    "one": (lambda: road_jax.compose(*A), "^compose: expected a list of adapters, found dict$"),
+    "one config": (
+        lambda: road_jax.compose([A[0]] * 2, config()),
+        "^compose: expected a list of configs, one for each adapter, found RoadConfig$",
+    ),
+    "one number": (lambda: call(A, weights=0.5), "^weights: expected one for each of 1 adapters, found float$"),
     "config": (lambda: call((values("a"), {})), "config of adapter 1: expected RoadConfig, found dict"),
     "number": (lambda: call(A, weights=[1, 2]), "one for each of 1 adapters, found 2"),
     "finite": (lambda: call(A, weights=[float("nan")]), "finite numbers, found nan"),
@@ -345,6 +433,11 @@ REFUSED = {
         lambda: call((singular("road_1"), config()), weights=[0.5]),
         r"stack: expected scales .* power 0.5, found α = 0",
     ),
+    "power as an array": (
+        lambda: call((singular("road_1"), config()), weights=[jnp.float32(0.5)]),
+        r"stack: expected scales .* power 0.5, found α = 0",
+    ),
+    "finite array": (lambda: call(A, weights=jnp.asarray([float("nan")])), "finite numbers, found nan"),
     "inverse": (
         lambda: call((singular("road_2"), config("road_2")), weights=[-1]),
         "stack: expected blocks that have an inverse for weight -1, found a singular one",
