@@ -14,11 +14,11 @@ from rich.table import Table
 from convert import _diff as differences
 from convert._compose import compose
 from convert._convert import to_flax, to_torch
-from convert._inspect import Summary, draw, inspect
+from convert._inspect import Summary, draw, inspect, read_adapter
 from convert._many import convert_all
 from convert._merge import merge
 from convert._verify import Verification, verify
-from road_core import AdapterError
+from road_core import Adapter, AdapterError
 
 _Flax = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FLAX-DIR")]
 _Peft = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PEFT-DIR")]
@@ -27,6 +27,7 @@ _Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 _Family = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
 _Base = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 _Rules = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+_Axis = Annotated[int | None, tyro.conf.arg(metavar="N")]
 _Every = Annotated[bool, tyro.conf.arg(name="all")]
 _Layout = Literal["scanned", "unrolled", "transformers", "easydel", "tunix", "maxtext", "maxtext-unrolled"]
 
@@ -114,16 +115,23 @@ def _to_flax(
     _convert(to_flax, peft_dir, out, options, every)
 
 
-def _inspect(directory: _Either, /, *, plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None) -> None:
+def _inspect(
+    directory: _Either,
+    /,
+    *,
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None,
+    axis: _Axis = None,
+) -> None:
     """Prints an adapter of either format: its config, modules, sizes, angles and scales.
 
     Args:
         directory: folder of the adapter.
         plot: PNG file to draw its rotations to.
+        axis: the axis of θ with a layer's own parameters, in stacks of a Flax model of your own; by default the last.
     """
-    summary = inspect(directory)
+    summary = inspect(directory, axis=axis)
     if plot is not None:
-        draw(summary.adapter, plot)
+        draw(summary.adapter, plot, axis=summary.axis)
     console = _console()
     _show(summary, directory, console)
     if plot is not None:
@@ -138,6 +146,7 @@ def _diff(
     family: _Family = None,
     tolerance: float = 0.0,
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None,
+    axis: _Axis = None,
 ) -> None:
     """Prints how two adapters differ, by module and layer.
 
@@ -149,10 +158,11 @@ def _diff(
         family: model family of a Flax adapter, if the two formats or layouts differ.
         tolerance: greatest difference allowed in θ, α and tensors that are saved whole.
         plot: PNG file to draw the differences to.
+        axis: the axis of θ with a layer's own parameters, in stacks of a Flax model of your own; by default the last.
     """
     if not tolerance >= 0:
         raise AdapterError(f"tolerance: expected a number from 0 up, found {tolerance}")
-    found = differences.diff(first, second, family=family)
+    found = differences.diff(first, second, family=family, axis=axis)
     if plot is not None:
         differences.draw(found, plot)
     console = _console()
@@ -209,6 +219,7 @@ def _compose(
     /,
     *,
     weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W ...")] = (),
+    axis: _Axis = None,
     overwrite: bool = False,
 ) -> None:
     """Writes one adapter that applies others one after the other, A first.
@@ -216,12 +227,13 @@ def _compose(
     Args:
         folders: adapters, all in Flax's or all in PEFT's format, followed by a new or empty folder.
         weights: how often each adapter is applied, by default 1; give them after the folders. -1 undoes an adapter.
+        axis: the axis of θ with a layer's own parameters, in stacks of a Flax model of your own; by default the last.
         overwrite: replace an adapter that is already there.
     """
     if len(folders) < 2:
         raise AdapterError(f"compose: expected adapters and a folder to write, found {len(folders)} folders")
     *sources, out = folders
-    compose(sources, out, weights=weights or None, overwrite=overwrite)
+    compose(sources, out, weights=weights or None, axis=axis, overwrite=overwrite)
     _done(out)
 
 
@@ -278,20 +290,20 @@ def _convert(
 
 def _done(out: Path) -> None:
     """Prints what was written."""
-    summary = inspect(out)
-    _say(_console(), f"{summary.kind} adapter, {_modules(summary)}: {out}")
+    kind, adapter = read_adapter(out)
+    _say(_console(), f"{kind} adapter, {_modules(adapter)}: {out}")
 
 
-def _modules(summary: Summary) -> str:
-    count = len(summary.modules)
-    return f"{count} module{'s' if count > 1 else ''}, {summary.parameters:,} parameters"
+def _modules(adapter: Adapter) -> str:
+    count, parameters = len(adapter.modules), sum(theta.size + alpha.size for theta, alpha in adapter.modules.values())
+    return f"{count} module{'s' if count > 1 else ''}, {parameters:,} parameters"
 
 
 def _show(summary: Summary, directory: Path, console: Console) -> None:
     adapter = summary.adapter
     saved = f" and {summary.saved_parameters:,} in modules saved whole" if adapter.modules_to_save else ""
     size = f"{summary.nbytes / 1024:,.1f} KiB"
-    _say(console, f"{directory}: {summary.kind} adapter, {_modules(summary)}{saved}, {size}")
+    _say(console, f"{directory}: {summary.kind} adapter, {_modules(adapter)}{saved}, {size}")
     for name, value in adapter.config.to_dict().items():
         if value is not None:
             _say(console, f"  {name}: {json.dumps(value, ensure_ascii=False)}")

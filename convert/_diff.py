@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from convert._inspect import drawn, read_adapter
+from convert._inspect import axis_of, drawn, read_adapter
 from convert._mapping import map_to_torch, natural
 from road_core import Adapter, AdapterError, to_float32
 from road_core._adapter import Array
+from road_core._reference import own_axis
 from road_core._safetensors import HEAD
 
 
@@ -59,20 +60,28 @@ class Comparison:
         return one_reading and not (self.first_only or self.second_only) and max(numbers, default=0.0) <= tolerance
 
 
-def diff(first: str | os.PathLike, second: str | os.PathLike, *, family: str | None = None) -> Comparison:
+def diff(
+    first: str | os.PathLike, second: str | os.PathLike, *, family: str | None = None, axis: int | None = None
+) -> Comparison:
     """Compares two adapter folders. If formats or layouts differ, Flax adapters are first mapped to PyTorch's layout.
 
     Args:
         first: an adapter folder of either format.
         second: the other adapter folder.
         family: the model family of a Flax adapter, if formats or layouts differ.
+        axis: see `convert.compose`.
 
     Raises:
-        AdapterError: a folder contains no complete adapter, or a Flax adapter can't be converted.
+        AdapterError: a folder contains no complete adapter, a Flax adapter can't be converted, or ``axis`` can't be a
+            layer's own.
     """
     folders = (first, second)
     kinds, adapters = zip(*(read_adapter(folder) for folder in folders), strict=True)
-    if kinds[0] != kinds[1] or (kinds[0] == "Flax" and _is_stacked(adapters[0]) != _is_stacked(adapters[1])):
+    axes = [
+        axis_of(kind, adapter, family) if axis is None else axis for kind, adapter in zip(kinds, adapters, strict=True)
+    ]
+    stacked = [_is_stacked(adapter) for adapter in adapters]
+    if len(set(kinds)) > 1 or (kinds[0] == "Flax" and (len(set(stacked)) > 1 or (stacked[0] and len(set(axes)) > 1))):
         # The adapter in PEFT's format shows whether a head follows an embedding that was trained whole.
         model = {"tie_word_embeddings": any(f"{HEAD}.weight" in adapter.modules_to_save for adapter in adapters)}
         mapped = []
@@ -81,8 +90,8 @@ def diff(first: str | os.PathLike, second: str | os.PathLike, *, family: str | N
                 mapped.append(map_to_torch(adapter, family, model=model) if kind == "Flax" else adapter)
             except AdapterError as error:
                 raise AdapterError(f"{folder}: {error}") from None
-        adapters = tuple(mapped)
-    return compare(*adapters)
+        adapters, axes = tuple(mapped), [-1]
+    return compare(*adapters, axis=axes[0])
 
 
 def _is_stacked(adapter: Adapter) -> bool:
@@ -90,16 +99,16 @@ def _is_stacked(adapter: Adapter) -> bool:
     return any(theta.ndim > 1 for theta, _ in adapter.modules.values())
 
 
-def compare(first: Adapter, second: Adapter) -> Comparison:
-    """Compares two adapters that have the same layout."""
+def compare(first: Adapter, second: Adapter, *, axis: int = -1) -> Comparison:
+    """Compares two adapters of one layout, in whose stacks ``axis`` of θ runs over a layer's own parameters."""
     configs = first.config.to_dict(), second.config.to_dict()
     fields = {
         name: (configs[0].get(name), configs[1].get(name))
         for name in sorted(configs[0].keys() | configs[1].keys())
         if configs[0].get(name) != configs[1].get(name)
     }
-    first, second = first.cleared(), second.cleared()
-    layers = _layers(first), _layers(second)
+    first, second = first.cleared(axis), second.cleared(axis)
+    layers = _layers(first, axis), _layers(second, axis)
     shared = [p for p in layers[0] if p in layers[1] and layers[0][p][0].shape == layers[1][p][0].shape]
     modules = tuple(_difference(path, layers[0][path], layers[1][path]) for path in sorted(shared, key=natural))
     whole = [{**a.modules_to_save, **a.base_weights} for a in (first, second)]
@@ -143,14 +152,17 @@ def draw(comparison: Comparison, path: str | os.PathLike) -> None:
     drawn(path, paint)
 
 
-def _layers(adapter: Adapter) -> dict[str, tuple[Array, Array]]:
+def _layers(adapter: Adapter, axis: int) -> dict[str, tuple[Array, Array]]:
     """Returns θ and α by module, and by layer for a stack."""
     found: dict[str, tuple[Array, Array]] = {}
     for path, (theta, alpha) in adapter.modules.items():
         if theta.ndim == 1:
             found[path] = (theta, alpha)
         else:
-            found.update({f"{path}[{layer}]": (theta[layer], alpha[layer]) for layer in range(len(theta))})
+            config = adapter.config
+            own = own_axis(theta.shape, axis, variant=config.variant, group_size=config.group_size, where=path)
+            rows = zip(np.moveaxis(theta, own, -1), np.moveaxis(alpha, own, -1), strict=True)
+            found.update({f"{path}[{layer}]": pair for layer, pair in enumerate(rows)})
     return found
 
 

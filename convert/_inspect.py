@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from convert._mapping import natural
+from convert._mapping import find_stacks, natural
 from road_core import Adapter, AdapterError, output_size, read_flax, read_peft, to_float32
 from road_core._adapter import dtype_name
+from road_core._reference import own_axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,13 @@ class Summary:
         kind: ``"Flax"`` or ``"PEFT"``.
         adapter: the adapter itself.
         modules: in the order of their layers.
+        axis: the axis of θ that runs over a layer's own parameters, in stacks.
     """
 
     kind: str
     adapter: Adapter
     modules: tuple[Module, ...]
+    axis: int = -1
 
     @property
     def parameters(self) -> int:
@@ -68,15 +71,26 @@ class Summary:
         return sum(array.nbytes for array in self.adapter.tensors().values())
 
 
-def inspect(directory: str | os.PathLike) -> Summary:
+def inspect(directory: str | os.PathLike, *, axis: int | None = None) -> Summary:
     """Reads an adapter folder of either format.
 
+    Args:
+        directory: the folder.
+        axis: see `convert.compose`.
+
     Raises:
-        AdapterError: the folder contains no complete adapter, or one of each format.
+        AdapterError: the folder contains no complete adapter or one of each format, or ``axis`` can't be a layer's own.
     """
     kind, adapter = read_adapter(directory)
-    modules = tuple(_module(path, adapter) for path in sorted(adapter.modules, key=natural))
-    return Summary(kind, adapter, modules)
+    axis = axis_of(kind, adapter) if axis is None else axis
+    modules = tuple(_module(path, adapter, axis) for path in sorted(adapter.modules, key=natural))
+    return Summary(kind, adapter, modules, axis)
+
+
+def axis_of(kind: str, adapter: Adapter, family: str | None = None) -> int:
+    """Returns the axis of θ that runs over a layer's own parameters; the last one for models that no table knows."""
+    stacks = find_stacks(adapter, family) if kind == "Flax" else None
+    return stacks.axis if stacks else -1
 
 
 _KINDS = {"Flax": ("road_config.json", read_flax), "PEFT": ("adapter_config.json", read_peft)}
@@ -103,7 +117,7 @@ def check_apart(directory: str | os.PathLike, kind: str) -> None:
             raise AdapterError(f"{directory}: expected a folder for an adapter of {kind}, found {name}, one of {other}")
 
 
-def draw(adapter: Adapter, path: str | os.PathLike) -> None:
+def draw(adapter: Adapter, path: str | os.PathLike, *, axis: int = -1) -> None:
     """Draws where the adapter sends each output's unit vector, in one panel per kind of layer.
 
     Raises:
@@ -111,7 +125,7 @@ def draw(adapter: Adapter, path: str | os.PathLike) -> None:
     """
     from road_core._picture import draw_rotations
 
-    drawn(path, lambda draft: draw_rotations(adapter, draft))
+    drawn(path, lambda draft: draw_rotations(adapter, draft, axis=axis))
 
 
 def drawn(path: str | os.PathLike, paint: Callable[[Path], None]) -> None:
@@ -125,14 +139,16 @@ def drawn(path: str | os.PathLike, paint: Callable[[Path], None]) -> None:
         draft.replace(target)
 
 
-def _module(path: str, adapter: Adapter) -> Module:
+def _module(path: str, adapter: Adapter, axis: int) -> Module:
     theta, alpha = adapter.modules[path]
+    variant = adapter.config.variant
+    own = own_axis(theta.shape, axis, variant=variant, group_size=adapter.config.group_size, where=path)
     angles, scales = np.abs(to_float32(theta)), to_float32(alpha)
     return Module(
         path=path,
         shape=theta.shape,
         dtype=dtype_name(theta.dtype),
-        outputs=output_size(adapter.config.variant, theta.shape[-1]),
+        outputs=output_size(variant, theta.shape[own]),
         mean_angle=float(angles.mean(dtype=np.float64)),
         max_angle=float(angles.max()),
         min_scale=float(scales.min()),

@@ -5,7 +5,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,6 +73,70 @@ class _Paths:
     saved: list[str]
     model_type: str
     classifier: bool
+
+
+class Stacks(NamedTuple):
+    """How the layers of a Flax adapter lie.
+
+    Attributes:
+        axis: the axis of a stack's θ that runs over a layer's own parameters.
+        stacked: whether there are stacks.
+        numbered: whether there are layers with a path of their own.
+    """
+
+    axis: int
+    stacked: bool
+    numbered: bool
+
+
+def find_stacks(adapter: Adapter, family_name: str | None = None) -> Stacks | None:
+    """Tells how the layers of a Flax adapter lie, by the table that `map_to_torch` would take.
+
+    Returns:
+        None if no table knows every key.
+    """
+    origin = _read_record(adapter.metadata.get(TORCH_ORIGIN))
+    choice = tables(family_name or _known(origin.get("family"), FAMILIES))
+    tried = _tried(tuple(adapter.modules), tuple(adapter.modules_to_save), "flax", tuple(choice))
+    # Tables of one style have their stacks on one axis, so that none of them need be named.
+    known = next(((table, spots) for table, spots, lost in tried if not lost), None)
+    if known is None:
+        return None
+    table, spots = known
+    places = [spot.place for spot in spots]
+    return Stacks(
+        # θ of a stack has two axes.
+        axis=0 if table.axis else -1,
+        stacked=any(place.stacked for place in places),
+        numbered=any(place.layer is not None for place in places),
+    )
+
+
+def join_records(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Returns the metadata about earlier conversions that hold for a composition of adapters of one format."""
+    joined = {}
+    for name in (FLAX_ORIGIN, TORCH_ORIGIN):
+        records = [_read_record(a.metadata[name]) if name in a.metadata else None for a in adapters]
+        kept: dict[str, Any] = {}
+        if all(record is not None for record in records):
+            found = [record or {} for record in records]
+            kept = {field: value for field, value in found[0].items() if all(r.get(field) == value for r in found[1:])}
+            # One without layers says nothing of the layout, one of a road_jax model nothing of the family.
+            for field in ("family", "layout"):
+                said = {str(record[field]) for record in found if record.get(field) is not None}
+                if len(said) == 1:
+                    kept[field] = said.pop()
+                elif said:
+                    # What else they say is meant for different models.
+                    kept = {}
+        # Only the one that brings an embedding says whether the head shares it.
+        kept.pop(_TIED, None)
+        for adapter, record in zip(adapters, records, strict=True):
+            if record and _TIED in record and adapter.modules_to_save:
+                kept[_TIED] = record[_TIED]
+        if kept:
+            joined[name] = _dump_record(kept)
+    return joined
 
 
 def map_to_torch(
@@ -341,9 +405,7 @@ def _place(adapter: Adapter, side: str, choice: Sequence[Family]) -> tuple[Famil
 def _search(
     modules: tuple[str, ...], saved: tuple[str, ...], side: str, choice: tuple[Family, ...]
 ) -> tuple[Family, list[_Spot], list[str]]:
-    if len({table.name for table in choice}) > 1:
-        choice = tuple(table for table in choice if not table.asked)
-    tried = [(table, *_spots(modules, saved, table, side)) for table in choice]
+    tried = _tried(modules, saved, side, choice)
     fitting = [found for found in tried if not found[2]]
     if fitting:
         first = fitting[0]
@@ -356,9 +418,17 @@ def _search(
             raise AdapterError(f"family: expected one of {names} to be named, for all of them know these modules")
         return first[0], first[1], _apart(first[1])
     table, spots, lost = min(tried, key=lambda found: len(found[2]))
-    known = list(dict.fromkeys(table.name for table in choice))
+    known = list(dict.fromkeys(table.name for table, _, _ in tried))
     whose = f"the family {known[0]}" if len(known) == 1 else f"one of the families {', '.join(known)}"
     return table, spots, [f"expected modules of {whose}, found without a partner: {', '.join(lost)}"]
+
+
+def _tried(
+    modules: Sequence[str], saved: Sequence[str], side: str, choice: Sequence[Family]
+) -> list[tuple[Family, list[_Spot], list[str]]]:
+    """Looks all keys up in each table, and returns with it what it knows and the keys that it doesn't know."""
+    several = len({table.name for table in choice}) > 1
+    return [(table, *_spots(modules, saved, table, side)) for table in choice if not (several and table.asked)]
 
 
 def _acts(spots: Sequence[_Spot]) -> list[tuple[object, ...]]:
@@ -613,5 +683,6 @@ def _form(array: Array) -> str:
 
 
 def natural(path: str) -> list[tuple[int, int | str]]:
-    """Returns a sort key that puts layer 10 after layer 9."""
-    return [(0, int(name)) if name.isascii() and name.isdigit() else (1, name) for name in path.split(".")]
+    """Returns a sort key that puts layer 10 after layer 9, also where a stack's layers are in brackets."""
+    names = re.split(r"[.\[\]]", path)
+    return [(0, int(name)) if name.isascii() and name.isdigit() else (1, name) for name in names]

@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 
 import numpy as np
@@ -81,6 +82,46 @@ def test_stacked_and_numbered_layers_in_flax(tmp_path):
     assert [module.path for module in found.modules] == PATHS
     assert not found.same()
     assert found.same(0.26)
+
+
+@pytest.mark.parametrize("layers", [32, 64])
+def test_layers_that_are_not_first(layers, tmp_path):
+    """MaxText's stacks have their layers on axis 1; as many could be outputs too."""
+    theta = {f"model.layers.{i}.mlp.up_proj": named_values(f"{i}", 64) for i in range(layers)}
+    late = {path: value + (int(path.split(".")[2]) >= 16) for path, value in theta.items()}
+    for name, angles in (("a", theta), ("b", {p: v.astype(np.float32) for p, v in late.items()})):
+        config = RoadConfig(target_modules=["up_proj"], subspace=(0, 0.5))
+        write_peft(tmp_path / name, Adapter(config, {p: (v, np.ones(64, np.float32)) for p, v in angles.items()}))
+        for layout in ("scanned", "maxtext"):
+            convert.to_flax(tmp_path / name, tmp_path / f"{name}-{layout}", family="llama", layout=layout)
+    expected = convert.diff(tmp_path / "a", tmp_path / "b")
+    found = convert.diff(tmp_path / "a-maxtext", tmp_path / "b-maxtext")
+    assert not found.same()
+    assert [module.path for module in found.modules] == [f"decoder.layers.mlp.wi_1[{i}]" for i in range(layers)]
+    numbers = [[dataclasses.astuple(module)[1:] for module in some.modules] for some in (found, expected)]
+    assert numbers[0] == numbers[1]
+    assert [module.max_angle > 0.9 for module in found.modules] == [i >= 16 for i in range(layers)]
+    assert convert.diff(tmp_path / "a-maxtext", tmp_path / "a-maxtext").same()
+    # Another layout is another's layers; PyTorch's names are compared then.
+    assert convert.diff(tmp_path / "a-maxtext", tmp_path / "a-scanned", family="llama").same()
+    mixed = convert.diff(tmp_path / "a-scanned", tmp_path / "b-maxtext", family="llama")
+    assert [module.path for module in mixed.modules] == list(theta)
+    assert not mixed.same()
+
+
+def test_the_axis_of_a_model_of_ones_own(tmp_path):
+    for name, change in (("a", 0), ("b", 1)):
+        angles = named_values("a", 16, 8)
+        angles[:, 5] += change
+        config = RoadConfig(group_size=8, target_modules=["w"], subspace=(0, 0.5))
+        write_flax(tmp_path / name, Adapter(config, {"blocks.w": (angles, np.ones((16, 8), np.float32))}))
+        few = Adapter(config, {"blocks.w": (angles[:, :3].copy(), np.ones((16, 3), np.float32))})
+        write_flax(tmp_path / f"few-{name}", few)
+    found = convert.diff(tmp_path / "a", tmp_path / "b", axis=0)
+    assert [module.path for module in found.modules if module.max_angle] == ["blocks.w[5]"]
+    assert [len(found.modules), found.modules[5].mean_angle] == [8, pytest.approx(0.5)]
+    with pytest.raises(AdapterError, match=r"blocks.w: .* θ \[16, 3\], found 6 there and 32 on axis 0: say axis=0"):
+        convert.diff(tmp_path / "few-a", tmp_path / "few-b")
 
 
 def test_the_command_tells_by_its_exit_code_and_draws(tmp_path, monkeypatch, capsys):

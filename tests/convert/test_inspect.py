@@ -1,10 +1,14 @@
+import sys
+
 import numpy as np
 import pytest
 from _compare import named_values
 
 import convert
+from convert.__main__ import main
 from convert._inspect import draw
 from road_core import Adapter, AdapterError, RoadConfig, write_flax, write_peft
+from road_core._picture import _by_kind
 
 
 def make(layers=None):
@@ -47,6 +51,39 @@ def test_a_picture(layers, tmp_path):
     for name in ("a.pdf", "missing/a.png"):
         with pytest.raises(AdapterError, match=r"expected a name that ends with \.png in a folder that exists"):
             draw(make(layers), tmp_path / name)
+
+
+def test_layers_that_are_not_first(tmp_path, monkeypatch, capsys):
+    """MaxText's stacks have their layers on axis 1; as many could be outputs too."""
+    pairs = {
+        f"model.layers.{i}.mlp.up_proj": (named_values(f"{i}", 64), named_values(f"{i} a", 64, mean=2))
+        for i in range(32)
+    }
+    write_peft(tmp_path / "a", Adapter(RoadConfig(target_modules=["up_proj"]), pairs))
+    convert.to_flax(tmp_path / "a", tmp_path / "flax", family="llama", layout="maxtext")
+    summary = convert.inspect(tmp_path / "flax")
+    [module] = summary.modules
+    assert (module.path, module.shape, module.outputs) == ("decoder.layers.mlp.wi_1", (64, 32), 128)
+    # The picture has each layer's points, those of the adapter in PEFT's format.
+    kinds = [
+        sorted(_by_kind(adapter, axis).popitem()[1], key=lambda points: points[0])
+        for adapter, axis in ((summary.adapter, summary.axis), (convert.inspect(tmp_path / "a").adapter, -1))
+    ]
+    for mine, other in zip(*kinds, strict=True):
+        for found, expected in zip(mine, other, strict=True):
+            np.testing.assert_array_equal(found, expected)
+    # A model of one's own.
+    own = Adapter(
+        RoadConfig(target_modules=["w"]), {"h.w": (np.ones((64, 3), np.float32), np.ones((64, 3), np.float32))}
+    )
+    write_flax(tmp_path / "own", own)
+    with pytest.raises(AdapterError, match=r"h.w: expected outputs .* found 6 there and 128 on axis 0: say axis=0"):
+        convert.inspect(tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["road-convert", "inspect", "own", "--axis", "0", "--plot", "a.png"])
+    main()
+    assert capsys.readouterr().out.splitlines()[-2].split()[:2] == ["h.w", "128"]
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_one_format_only(tmp_path):

@@ -164,7 +164,7 @@ def test_a_narrow_terminal_folds_paths_and_no_numbers():
     pair = (np.full((30, 288), 0.1234, np.float32), np.ones((30, 288), np.float32))
     name = "model.layers.self_attn.a_module_with_quite_a_long_name"
     adapter = Adapter(RoadConfig(target_modules=[name], group_size=2), {name: pair})
-    module = _inspect._module(name, adapter)
+    module = _inspect._module(name, adapter, -1)
     out = io.StringIO()
     _cli._show(_inspect.Summary("Flax", adapter, (module,)), Path("a"), Console(file=out, width=80, highlight=False))
     rows = out.getvalue().splitlines()
