@@ -362,7 +362,7 @@ class RoadModel(nn.Module):
         self._check_one_copy("set_adapter", names)
         self._place(names, also_active=names)
         self._shared.active = tuple(names)
-        self._shared.plain = Routing(self._shared, None, lasting=True)
+        self._shared.renew()
         trainable = () if inference_mode else [name for name in names if not self._shared.configs[name].inference_mode]
         for layer in layers(self):
             for name in layer.adapters:
@@ -441,7 +441,7 @@ class RoadModel(nn.Module):
             self._shared.rows[adapter_name] = self._shared.new_row()
             for layer in layers(self):
                 layer.place(adapter_name)
-        self._shared.plain = Routing(self._shared, None, lasting=True)
+        self._shared.renew()
 
     @_locked
     def delete_adapter(self, adapter_name: str) -> None:
@@ -475,7 +475,7 @@ class RoadModel(nn.Module):
         del self._shared.configs[adapter_name]
         self._base_weights.pop(adapter_name, None)
         # The old routing still holds plans of the unwrapped layers.
-        self._shared.plain = Routing(self._shared, None, lasting=True)
+        self._shared.renew()
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -985,7 +985,7 @@ class RoadModel(nn.Module):
         # Without wrapped layers the shared state must not report adapters.
         self._shared.active, self._shared.merged, self._shared.rows, self._shared.configs = (), (), {}, {}
         self._shared.paused = ()
-        self._shared.plain = Routing(self._shared, None, lasting=True)
+        self._shared.renew()
         self._base_weights = {}
         return self.base_model
 

@@ -167,6 +167,11 @@ class Shared:
         """True for an adapter whose θ and α stay on the CPU, whatever the layers' device."""
         return self.limit is not None and config.inference_mode
 
+    def renew(self) -> None:
+        """Makes later calls gather anew; what was gathered before is let go."""
+        self.plain = Routing(self, None, lasting=True)
+        self.spare = None
+
     def route(self, names: Sequence[Name] | None, *, with_grad: bool) -> "Routing":
         """Returns the routing of a call, whose names have rows: the spare one, if it is of the same call, or a new one.
 
