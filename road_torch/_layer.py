@@ -1,6 +1,5 @@
 """`RoadLayer`: wraps any linear layer and rotates its output."""
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -329,10 +328,7 @@ class RoadLayer(nn.Module):
             or self._kernel is not _kernels.DEFAULT
             or default.transformed()
         ):
-            plan.steps = [
-                functools.partial(self._kernel.rotate_, first=first, cross=cross, group_size=size, index=rows)
-                for first, cross, size, rows in plan.passes
-            ]
+            plan.steps = [self._kernel.prepare_(*one) for one in plan.passes]
         else:
             # Layers run one after another, so layers with outputs of one shape can share scratch memory.
             key = (y.shape, y.dtype, y.device)
@@ -340,8 +336,10 @@ class RoadLayer(nn.Module):
                 with torch.inference_mode(False):
                     routing.scratch[key] = torch.empty_like(y, memory_format=torch.contiguous_format)
             plan.steps = [default.prepare_(*one[:3], routing.scratch[key]) for one in plan.passes]
-        # Last, because another thread may pick the plan up from here.
-        routing.plans[self] = plan
+        # What a transform gathers is wrapped for it, and not for later calls.
+        if not default.transformed():
+            # Last, because another thread may pick the plan up from here.
+            routing.plans[self] = plan
         return plan
 
     def _gather(self, y: Tensor, routing: Routing) -> Plan:
