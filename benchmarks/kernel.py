@@ -11,11 +11,16 @@ index:
 
 In each round every arm runs once, in random order. A figure is an arm's bandwidth divided by that of the copy in the
 same round, as the median over rounds. Only bytes that have to move are counted: the output is read and written, and the
-rows' float32 coefficients are read. An arm that moves more gets a smaller figure. Writes
-``benchmarks/results/kernel.json`` and ``.png``; on a GPU their names include the GPU's.
+rows' float32 coefficients are read. An arm that moves more gets a smaller figure. With one token a row there is so
+little to move that calls and launches are timed, not bandwidth.
+
+On a GPU a prompt is longer, and each call takes the next of several outputs and tables, which together are too large
+for the GPU's cache; in a model, too, other layers come between two calls. Writes ``benchmarks/results/kernel.json`` and
+``.png``; on a GPU their names include the GPU's.
 """
 
 import dataclasses
+import itertools
 import random
 import re
 import statistics
@@ -39,7 +44,10 @@ from road_torch._kernels import default
 GROUP_SIZE = 64
 COPY = "copy"
 # Shapes of one layer's output: in decoding, and for a prompt, whose bytes far exceed the caches.
-SHAPES = {"a token a row": (32, 1, 4096), "a prompt": (32, 256, 4096)}
+SHAPES = {
+    "cpu": {"a token a row": (32, 1, 4096), "a prompt": (32, 256, 4096)},
+    "cuda": {"a token a row": (32, 1, 4096), "a prompt": (32, 4096, 4096)},
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Call = Callable[[], Any]
@@ -60,7 +68,7 @@ def main() -> None:
     console = Console()
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {"device": device(), "options": settings(options), "cases": {}}
-    for what, shape in SHAPES.items():
+    for what, shape in SHAPES[where.type].items():
         for name, dtype in DTYPES.items():
             results["cases"][f"{what}, {name}"] = measure(shape, dtype, where, options.rounds, console)
     console.print(table(results))
@@ -110,56 +118,75 @@ def measure(
 def _arms(shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> dict[str, Call]:
     rows, _, out = shape
     torch.manual_seed(0)
-    y = torch.randn(shape, device=where).to(dtype)
-    theta, alpha = torch.randn(rows, out // 2, device=where), torch.ones(rows, out // 2, device=where)
-    first, cross = default.coefficients(theta, alpha, "road_1", GROUP_SIZE)
+    # The copy reads one output and writes the next. All arms rotate the same outputs again and again; α = 1 keeps the
+    # values in range.
+    sets = range(_sets(shape, dtype, where))
+    outputs = [torch.randn(shape, device=where, dtype=dtype) for _ in range(len(sets) + 1)]
+    thetas, alpha = [torch.randn(rows, out // 2, device=where) for _ in sets], torch.ones(rows, out // 2, device=where)
+    tables = [default.coefficients(theta, alpha, "road_1", GROUP_SIZE) for theta in thetas]
     # Shuffled, like the rows of a batch.
     index = torch.randperm(rows, device=where)
-    # Each arm rotates its own output again and again; α = 1 keeps the values in range.
-    own = {arm: y.clone() for arm in (COPY, "default", "compiled", "triton", "PEFT RoAd")}
-    compiled = torch.compile(default.rotate)
-    arms: dict[str, Call] = {
-        COPY: lambda: own[COPY].copy_(y),
-        "default": lambda: default.rotate_(own["default"], first, cross, GROUP_SIZE, index),
-        "compiled": lambda: compiled(own["compiled"], first, cross, GROUP_SIZE, index),
+    compiled = torch.compile(default.rotate, dynamic=False)
+    arms: dict[str, Callable[[int], Any]] = {
+        COPY: lambda i: outputs[i + 1].copy_(outputs[i]),
+        "default": lambda i: default.rotate_(outputs[i], *tables[i], GROUP_SIZE, index),
+        "compiled": lambda i: compiled(outputs[i], *tables[i], GROUP_SIZE, index),
     }
     if (kernel := _kernels.choose("auto", where)) is not _kernels.DEFAULT:
-        arms["triton"] = lambda: kernel.rotate_(own["triton"], first, cross, GROUP_SIZE, index)
+        prepared = [kernel.prepare_(*pair, GROUP_SIZE, index) for pair in tables]
+        arms["triton"] = lambda i: prepared[i](outputs[i])
     # In the base's dtype, with which PEFT's mixed batch is fastest.
-    thetas, alphas, order = theta.to(dtype), alpha.to(dtype), index.tolist()
+    ours, ones, order = [theta.to(dtype) for theta in thetas], alpha.to(dtype), index.tolist()
 
-    def peft_mixed() -> Tensor:
-        result = own["PEFT RoAd"]
+    def peft_mixed(i: int) -> Tensor:
+        result = outputs[i]
         for row, adapter in enumerate(order):
-            result[[row]] = _apply_road("road_1", GROUP_SIZE, thetas[adapter], alphas[adapter], result[[row]])
+            result[[row]] = _apply_road("road_1", GROUP_SIZE, ours[i][adapter], ones[adapter], result[[row]])
         return result
 
     arms["PEFT RoAd"] = peft_mixed
-    _check(arms, y, first, cross, index, own)
-    return arms
-
-
-def _check(
-    arms: dict[str, Call], y: Tensor, first: Tensor, cross: Tensor, index: Tensor, own: dict[str, Tensor]
-) -> None:
-    """Checks that each arm's first result agrees with the rotation in float64."""
-    expected = default.rotate(y.double(), first.double(), cross.double(), GROUP_SIZE, index)
-    # The tolerance allows for PEFT, which computes cosines and sines in the output's dtype.
-    near = 2e-2 if y.dtype is torch.bfloat16 else 1e-5
     for arm, call in arms.items():
-        error = (call().double() - (y if arm == COPY else expected)).norm() / expected.norm()
-        if error > near:
-            raise SystemExit(f"{arm}: expected the rotation to within {near}, found an error of {error:.2e}")
+        _check(arm, call, outputs[0], tables[0], index)
+    return {arm: _in_turn(call, sets) for arm, call in arms.items()}
+
+
+def _sets(shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> int:
+    """Returns how many outputs and tables are needed so that none is still in a GPU's cache when its turn comes."""
+    if where.type == "cpu":
+        return 1
+    rows, tokens, out = shape
+    cache = torch.cuda.get_device_properties(where).L2_cache_size
+    return 2 + 4 * cache // (rows * out * (tokens * dtype.itemsize + 2 * 4))
+
+
+def _in_turn(call: Callable[[int], Any], sets: range) -> Call:
+    turns = itertools.cycle(sets)
+    return lambda: call(next(turns))
+
+
+def _check(arm: str, call: Callable[[int], Any], output: Tensor, table: tuple[Tensor, Tensor], index: Tensor) -> None:
+    """Checks that an arm's result agrees with the rotation in float64, for a row's first tokens."""
+    before = output[:, :64].double()
+    expected = before if arm == COPY else default.rotate(before, *(part.double() for part in table), GROUP_SIZE, index)
+    # The tolerance allows for PEFT, which computes cosines and sines in the output's dtype.
+    near = 2e-2 if output.dtype is torch.bfloat16 else 1e-5
+    error = (call(0)[:, :64].double() - expected).norm() / expected.norm()
+    if error > near:
+        raise SystemExit(f"{arm}: expected the rotation to within {near}, found an error of {error:.2e}")
 
 
 def _seconds(call: Call, where: torch.device) -> float:
-    """Times one call. On a GPU it times twenty by the GPU's clock, so that launches are hidden behind their work."""
+    """Times one call. On a GPU it times twenty by the GPU's clock.
+
+    Launches are hidden as far as they take less time than the GPU is kept busy beforehand and by earlier calls. PEFT's
+    hundreds of launches per call take longer, where there is one token a row.
+    """
     if where.type == "cpu":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Keeps the GPU busy until all calls are launched.
+    # Keeps the GPU busy for some milliseconds, until most arms' calls are launched.
     torch.cuda._sleep(20_000_000)
     begin.record()
     for _ in range(20):
