@@ -326,6 +326,7 @@ class RoadLayer(nn.Module):
             plan.shape is None
             or y.numel() > default.LARGE
             or self._kernel is not _kernels.DEFAULT
+            or type(y) is not Tensor
             or default.transformed()
         ):
             plan.steps = [self._kernel.prepare_(*one) for one in plan.passes]

@@ -119,7 +119,8 @@ def rotate_(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Ten
         first, cross = (table.to(y.dtype) for table in gather(y, first, cross, index))
     if y.nbytes >= HUGE and y.device.type == "cpu" and not transformed():
         return _rotate_in_parts_(y, first, cross, group_size)
-    if y.numel() > SMALL:
+    # A subclass might leave an index of its own kind, such as a fake one, for all later calls.
+    if y.numel() > SMALL or type(y) is not Tensor:
         other = partner(y, group_size)
     else:
         other = torch.index_select(y.view(-1, 2, group_size // 2), 1, _swap(y.device)).view(y.shape)

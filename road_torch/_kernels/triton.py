@@ -124,7 +124,9 @@ def rotate_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations i
     first1 = first1.to(dtype).to(tl.float32)
     cross0 = cross0.to(dtype).to(tl.float32)
     cross1 = cross1.to(dtype).to(tl.float32)
-    for _ in range(tl.minimum(rows, repeats - before)):
+    end = tl.minimum(before + rows, repeats)
+    # Not a range, as Triton 3.6 interprets none up to a tensor with newer versions of NumPy.
+    while before < end:
         y0, y1 = _load(y, start, pairs, half, tiled, block)
         y0 = y0.to(tl.float32)
         y1 = y1.to(tl.float32)
@@ -134,6 +136,7 @@ def rotate_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations i
         _store(result, result0, result1, start, pairs, half, tiled, block)
         y += 2 * pairs
         result += 2 * pairs
+        before += 1
 
 
 def rotate(y: Tensor, first: Tensor, cross: Tensor, group_size: int, index: Tensor | None = None) -> Tensor:
@@ -196,8 +199,8 @@ def prepare_(first: Tensor, cross: Tensor, group_size: int, index: Tensor | None
 
 def launch_once(device: torch.device) -> None:
     """Compiles and launches the kernel on a tensor of two elements; raises what Triton raises if it can't."""
-    # Fake tensors, for one, couldn't be launched on.
-    with _disable_current_modes():
+    # The first call may be one with fake tensors, or within a transform. Their tensors couldn't be launched on.
+    with _disable_current_modes(), torch._C._DisableFuncTorch():
         y = torch.ones(2, device=device)
         _launch(y, y, y, y, 2, None)
 

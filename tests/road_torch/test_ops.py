@@ -3,6 +3,7 @@
 import pytest
 import torch
 from _compare import assert_close, named_values
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import road_core
 from road_torch import _ops
@@ -38,6 +39,16 @@ def test_rotate_against_the_reference(shape, dtype, variant, group_size):
         over = before.clone()
         assert in_place(over) is over
         assert torch.equal(over, given)
+
+
+def test_fake_tensors_leave_nothing_behind():
+    default._swap.cache_clear()
+    table = [torch.from_numpy(named_values(name, OUT)) for name in ("first", "cross")]
+    y = torch.from_numpy(named_values("y", 3, OUT))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert isinstance(default.rotate_(mode.from_tensor(y), *table, 8), FakeTensor)
+    expected = default.rotate(y, *table, 8)
+    assert torch.equal(default.rotate_(y, *table, 8), expected)
 
 
 def test_a_row_of_a_batch_has_its_own_coefficients():

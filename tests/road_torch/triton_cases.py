@@ -249,6 +249,15 @@ def test_float64():
         x = x.detach()
 
 
+def test_trying_it_within_a_transform(monkeypatch):
+    with counted(monkeypatch) as launches:
+        tried = torch.func.vmap(lambda x: triton.launch_once(x.device) or x)
+        torch.func.jvp(tried, (torch.ones(2, device=DEVICE),), (torch.ones(2, device=DEVICE),))
+        with FakeTensorMode():
+            triton.launch_once(torch.device(DEVICE))
+    assert [type(one) for one, *_ in launches] == [torch.Tensor] * 2
+
+
 def test_tensors_of_other_classes():
     class Special(torch.Tensor):
         pass
