@@ -14,7 +14,7 @@ def lines_of(element: Any, examples: Sequence[_data.Example]) -> list[_data.Exam
     return [examples[i] for i in np.unique(element["example"][element["input_ids_segment_ids"] > 0])]
 
 
-def pad(examples: Sequence[_data.Example]) -> dict[str, torch.Tensor]:
+def pad(examples: Sequence[_data.Example], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """Returns ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[lines, longest]``, padded on the right.
 
     Labels are -100 where there is no target; transformers leaves those out of the loss.
@@ -25,4 +25,5 @@ def pad(examples: Sequence[_data.Example]) -> dict[str, torch.Tensor]:
         n = len(example.input_ids)
         ids[row, :n], mask[row, :n] = example.input_ids, 1
         labels[row, :n] = np.where(example.is_target == 1, example.input_ids, -100)
-    return {k: torch.from_numpy(v) for k, v in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

@@ -184,7 +184,7 @@ def _at_once(checkpoint: Path, study: Study, seed: int, options: Options, consol
 
     def loss(skill: list[_data.Example], format_: list[_data.Example]) -> torch.Tensor:
         names = ["skill"] * len(skill) + ["format"] * len(format_)
-        return model(**pad(skill + format_), adapter_names=names).loss
+        return model(**pad(skill + format_, base.device), adapter_names=names).loss
 
     losses = ((lambda pair=pair: loss(*pair)) for pair in zip(*lines, strict=True))
     _train(model.train(), losses, options.learning_rate, options, "RoAd, at once", console)
@@ -207,7 +207,7 @@ def _lora(checkpoint: Path, study: Study, seed: int, options: Options, console: 
         model.set_adapter(task)
         model.train()
         lines = _lines(study.data[task], tokenizer, seed, options)
-        losses = ((lambda batch=batch: model(**pad(batch)).loss) for batch in lines)
+        losses = ((lambda batch=batch: model(**pad(batch, base.device)).loss) for batch in lines)
         _train(model, losses, options.lora_learning_rate, options, f"LoRA, {task}", console)
     model.eval()
     arms = {"LoRA: A": "skill", "LoRA: B": "format"}
@@ -225,14 +225,14 @@ def _loreft(checkpoint: Path, study: Study, seed: int, options: Options, console
     """Trains LoReFT on the same lines, half of its rows per task, and answers with each half and with all rows."""
     torch.manual_seed(seed)
     base, tokenizer = road_torch.load(checkpoint, dtype="float32")
-    model = LoReFT(base, rank=8, positions=4)
+    model = LoReFT(base, rank=8, positions=4).to(base.device)
     rows = {"skill": slice(0, 4), "format": slice(4, 8)}
     lines = [_lines(study.data[task], tokenizer, seed, options) for task in rows]
 
     def loss(*pair: list[_data.Example]) -> torch.Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=base.device)
         for model.rows, batch in zip(rows.values(), pair, strict=True):
-            total = total + model.loss(**pad(batch))
+            total = total + model.loss(**pad(batch, base.device))
         return total
 
     losses = ((lambda pair=pair: loss(*pair)) for pair in zip(*lines, strict=True))
@@ -253,10 +253,10 @@ def _train(
 ) -> None:
     """Trains all parameters that require gradients with road-train's optimiser and schedule, one loss per step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
-    _, schedule = _step.optimizer(learning_rate, options.steps, warmup=0.1, weight_decay=0.0)
+    _, rates = _step.optimizer(learning_rate, options.steps, warmup=0.1, weight_decay=0.0)
     for step, loss in enumerate(track(losses, what, total=options.steps, console=console)):
         for group in optimizer.param_groups:
-            group["lr"] = float(schedule(step))
+            group["lr"] = rates[step].item()
         optimizer.zero_grad(set_to_none=True)
         loss().backward()
         optimizer.step()
@@ -274,10 +274,11 @@ def _answers(
 ) -> list[str]:
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     tokenizer.padding_side = "left"
+    where = next(model.parameters()).device
     answers = []
     for start in range(0, len(texts), 50):
         rows = slice(start, start + 50)
-        inputs = tokenizer(texts[rows], return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = tokenizer(texts[rows], return_tensors="pt", padding=True, add_special_tokens=False).to(where)
         named = {} if adapter_names is None else {"adapter_names": adapter_names[rows]}
         with torch.inference_mode():
             out = model.generate(**inputs, max_new_tokens=16, do_sample=False, **named)

@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainResu
     and ``checkpoints``. ``eval_exact`` is the share of held-out lines in which every completion token is the model's
     first choice given the tokens before it, so that greedy generation reproduces the line.
 
-    An interrupt (SIGINT or SIGTERM) ends the run after the current step, with a checkpoint, or without one before the
-    first step.
+    An interrupt (SIGINT or SIGTERM) ends the run after the steps that the devices have, one or two, with a checkpoint,
+    or without one before the first step.
 
     With a ``coordinator``, several processes form one run: each calls this with the same options except ``process``, on
     a folder that all of them see, and computes its share of every batch. The result is that of one process with as many
@@ -117,7 +117,7 @@ def _train(options: TrainOptions, console: Console | None, interrupted: "_Interr
         # Modules that are trained whole are float32 too; their layers still compute in the base's dtype.
         adapter = jax.tree.map(jnp.float32, road.init(jax.random.key(options.seed), variables, sample))
         _check_targets(road)
-        tx, schedule = _step.optimizer(
+        tx, rates = _step.optimizer(
             options.learning_rate, total, warmup=options.warmup, weight_decay=options.weight_decay
         )
         state = _step.State(adapter, tx.init(adapter))
@@ -155,29 +155,28 @@ def _train(options: TrainOptions, console: Console | None, interrupted: "_Interr
             task = progress.add_task("training", total=total, completed=step, loss=float("nan"), rate=0.0)
             first = step
             profile = _Profile(options.out / "profile", first + 1, first + 1 + options.profile_steps)
+            reports = _Reports(run, rates, functools.partial(progress.update, task))
             while step < total:
                 profile.at(step)
                 started = time.perf_counter()
                 batch = run.next_batch()
-                rate = float(schedule(step))
                 state, metrics = program.train(state, variables, batch)
-                step, loss = step + 1, float(metrics.loss)
-                if not np.isfinite(loss):
-                    raise AdapterError(
-                        f"step {step}: expected a finite loss, found {loss} (a lower --learning-rate may help)"
-                    )
-                seconds = time.perf_counter() - started
-                run.log_step(step, loss, rate, float(metrics.gradient_norm), batch.tokens, seconds)
-                progress.update(task, completed=step, loss=loss, rate=batch.tokens / seconds)
+                step += 1
+                reports.add(step, metrics, batch.tokens, started)
                 stopping = _processes.any_of(interrupted.seen)
+                evaluating = step < total and step % (options.eval_every or total) == 0
+                saving = step % options.checkpoint_every == 0 or step == total
+                if stopping or evaluating or saving or profile.turns_at(step):
+                    # A checkpoint's steps are logged and found finite before it is written.
+                    reports.read()
                 if stopping or step == total:
                     profile.stop()
                 if stopping:
                     checkpoint(step)
                     raise KeyboardInterrupt
-                if options.eval_every and step % options.eval_every == 0 and step < total:
+                if evaluating:
                     evaluate(step)
-                if step % options.checkpoint_every == 0 or step == total:
+                if saving:
                     checkpoint(step)
         if not any("eval_loss" in record and record["step"] == total for record in run.records):
             with console.status("evaluating the adapter"):
@@ -267,6 +266,10 @@ class _Profile:
         self._folder, self._first, self._last = folder, first, last
         self._running = False
 
+    def turns_at(self, step: int) -> bool:
+        """True if the trace starts or stops after so many steps, all of which must have ended by then."""
+        return self._first < self._last and step in (self._first, self._last)
+
     def at(self, step: int) -> None:
         """Starts or stops the trace, if it is to start or stop before this step."""
         if step == self._first < self._last:
@@ -279,6 +282,46 @@ class _Profile:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+
+
+class _Reports:
+    """Reads, logs and shows each step's metrics, one step late.
+
+    By then the devices have the next step, and needn't wait until the host has read this one's.
+    """
+
+    def __init__(self, run: "_Run", rates: np.ndarray, show: Callable[..., None]) -> None:
+        self._run, self._rates, self._show = run, rates, show
+        self._unread: tuple[int, _step.Metrics, int, float] | None = None
+        self._last = 0.0
+
+    def add(self, step: int, metrics: _step.Metrics, tokens: int, started: float) -> None:
+        """Takes the metrics of a step that the devices have begun, and reads those of the step before.
+
+        Raises:
+            AdapterError: the step before has a loss that isn't finite.
+        """
+        self.read()
+        self._unread = step, metrics, tokens, started
+
+    def read(self) -> None:
+        """Waits until the last step has ended, and reads its metrics, unless that was done.
+
+        Raises:
+            AdapterError: its loss isn't finite.
+        """
+        if self._unread is None:
+            return
+        (step, metrics, tokens, started), self._unread = self._unread, None
+        loss = float(metrics.loss)
+        if not np.isfinite(loss):
+            raise AdapterError(f"step {step}: expected a finite loss, found {loss} (a lower --learning-rate may help)")
+        ended = time.perf_counter()
+        # A step begins when the one before has ended, even if it was handed over earlier.
+        seconds = ended - max(started, self._last)
+        self._last = ended
+        self._run.log_step(step, loss, self._rates[step - 1].item(), float(metrics.gradient_norm), tokens, seconds)
+        self._show(completed=step, loss=loss, rate=tokens / seconds)
 
 
 class _Run:

@@ -35,24 +35,33 @@ class State(NamedTuple):
 class Metrics(NamedTuple):
     """A step's mean loss in nats per target token, and the Euclidean norm of its gradient."""
 
-    loss: jax.Array | np.ndarray
-    gradient_norm: jax.Array | np.ndarray
+    loss: jax.Array
+    gradient_norm: jax.Array
 
 
 def optimizer(
     learning_rate: float, steps: int, *, warmup: float, weight_decay: float
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns AdamW and the paper's schedule: a linear rise over ``warmup`` of the steps, then a linear fall to 0."""
+) -> tuple[optax.GradientTransformation, np.ndarray]:
+    """Returns AdamW with the paper's schedule, and each step's learning rate in float32.
+
+    The rate rises linearly over ``warmup`` of the steps, then falls linearly to 0.
+    """
     up = max(1, round(steps * warmup)) if warmup else 0
-    # join_schedules counts the second schedule from its own start; step 0 already has a rate above 0.
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(learning_rate / max(up, 1), learning_rate, max(up - 1, 1)),
-            optax.linear_schedule(learning_rate, 0.0, max(steps - up, 1)),
-        ],
-        [up],
-    )
-    return optax.adamw(schedule, weight_decay=weight_decay), schedule
+    # Begin, end and number of steps of each line; step 0 already has a rate above 0.
+    rise = learning_rate / max(up, 1), learning_rate, max(up - 1, 1)
+    fall = learning_rate, 0.0, max(steps - up, 1)
+    # join_schedules counts the second schedule from its own start.
+    schedule = optax.join_schedules([optax.linear_schedule(*rise), optax.linear_schedule(*fall)], [up])
+    # On the host, where asking for a rate doesn't wait for a device.
+    number = np.arange(steps)
+    rates = np.where(number < up, _on_line(number, *rise), _on_line(number - up, *fall))
+    return optax.adamw(schedule, weight_decay=weight_decay), rates
+
+
+def _on_line(number: np.ndarray, begin: float, end: float, steps: int) -> np.ndarray:
+    """Returns the values of ``optax.linear_schedule``, bit for bit."""
+    left = np.float32(1) - np.clip(number, 0, steps).astype(np.float32) / np.float32(steps)
+    return np.float32(begin - end) * left + np.float32(end)
 
 
 def summed_loss(
@@ -81,7 +90,8 @@ class Program(NamedTuple):
         place: puts the base's variables onto the devices.
         place_state: puts a state onto them.
         fetch: brings a state back to the host.
-        train: ``(state, variables, batch) -> (state, metrics)``; the state is donated.
+        train: ``(state, variables, batch) -> (state, metrics)``; the state is donated, and the metrics may still be
+            under way.
         evaluate: ``(adapter, variables, batch) -> (summed loss, right [rows, n])``, on the host.
     """
 
@@ -264,7 +274,8 @@ def _pmap_program(road: Road, tx: optax.GradientTransformation, accumulate: int)
 
     def run_train(state: State, variables: Any, batch: Batch) -> tuple[State, Metrics]:
         state, metrics = train_pmap(state, variables, deal(batch))
-        return state, Metrics(*map(_first, metrics))
+        # Left on the device, so that the caller decides when to wait for them.
+        return state, Metrics(*(array.addressable_shards[0].data.reshape(()) for array in metrics))
 
     def run_evaluate(adapter: Tree, variables: Any, batch: Batch) -> tuple[float, np.ndarray]:
         total, right = evaluate_pmap(adapter, variables, deal(batch))

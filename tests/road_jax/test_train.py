@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from _compare import assert_close
 from _models import small_checkpoint
@@ -147,6 +148,50 @@ def test_resuming_is_as_if_never_stopped(parallel, stops, options, tmp_path, mon
     run(stopped)
     assert contents(stopped.out) == contents(options.out)
     assert same_but_for_times(log(stopped.out)) == same_but_for_times(log(options.out))
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_a_loss_is_read_once_the_devices_have_the_next_step(parallel, options, monkeypatch):
+    from road_jax.train import _step
+
+    whole, events = _step.make_program, []
+
+    class Watched:
+        def __init__(self, value):
+            assert isinstance(value, jax.Array)
+            self.value, self.step = value, len([event for event in events if event[0] == "train"])
+
+        def __float__(self):
+            events.append(("read", self.step))
+            return float(self.value)
+
+    def watched(*arguments, **keywords):
+        program = whole(*arguments, **keywords)
+
+        def step(*arguments):
+            events.append(("train", len([event for event in events if event[0] == "train"]) + 1))
+            state, metrics = program.train(*arguments)
+            return state, metrics._replace(loss=Watched(metrics.loss))
+
+        return program._replace(train=step)
+
+    monkeypatch.setattr(_step, "make_program", watched)
+    run(dataclasses.replace(options, steps=6, eval_lines=0, parallel=parallel))
+    # A checkpoint is written at step 4, and for that the step is waited for.
+    told = " ".join(f"{what[0]}{step}" for what, step in events)
+    assert told == "t1 t2 r1 t3 r2 t4 r3 r4 t5 t6 r5 r6"
+    assert [record["step"] for record in log(options.out)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(60, 0.1), (333, 0.37), (7, 0.0), (50, 1.0)])
+def test_the_rates_on_the_host_are_optaxs(steps, warmup):
+    from road_jax.train import _step
+
+    _, rates = _step.optimizer(3e-3, steps, warmup=warmup, weight_decay=0.0)
+    up = round(steps * warmup)
+    lines = [(3e-3 / max(up, 1), 3e-3, max(up - 1, 1)), (3e-3, 0.0, max(steps - up, 1))]
+    schedule = optax.join_schedules([optax.linear_schedule(*line) for line in lines], [up])
+    assert rates.tolist() == [float(schedule(step)) for step in range(steps)]
 
 
 def test_every_way_of_running_learns_the_same(options, tmp_path):
