@@ -1,10 +1,13 @@
-"""What every test stands on: the frameworks' thread counts, quiet hubs and strict numerics."""
+"""What every test stands on: the frameworks' thread counts and devices, quiet hubs and strict numerics."""
 
 import os
 
 # No test may reach a hub; the tokenizers' own threads would fork under pytest.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# JAX's tests are for the CPU: meshes of pretend devices, float32 that is float32, and a GPU's memory left to PyTorch,
+# whose tests use it.
+os.environ["JAX_PLATFORMS"] = "cpu"
 # In JAX no dtype or rank is promoted silently, neither here nor in the commands that tests start.
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")

@@ -1,4 +1,4 @@
-"""Eight pretend devices, set before JAX reads its flags."""
+"""Eight pretend devices of the CPU (tests/conftest.py), set before JAX reads its flags."""
 
 import os
 

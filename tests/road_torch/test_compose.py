@@ -283,8 +283,8 @@ def test_powers_in_training_are_traced():
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_quantised_bases(quantize, tmp_path):
     small_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
-    ids = torch.arange(6, 14).reshape(2, 4)
     base, _ = load(tmp_path / "base", quantize=quantize, dtype="float32")
+    ids = torch.arange(6, 14, device=base.device).reshape(2, 4)
     model = RoadModel(base)
     for name, variant in (("a", "road_1"), ("b", "road_2")):
         model.add_adapter(name, RoadConfig(variant=variant, target_modules="all-linear", inference_mode=True))

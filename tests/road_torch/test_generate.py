@@ -173,7 +173,7 @@ def test_token_for_token_on_every_kind_of_base(quantize, dtype, checkpoint):
     base, _ = road_torch.load(checkpoint, quantize=quantize, dtype=dtype)
     model = with_adapters(base)
     names = ["a", "b", "__base__", "c", "b", "a", "c", "a"]
-    ids, mask = (torch.cat([v, v.flip(0)]) for v in (IDS, MASK))
+    ids, mask = (torch.cat([v, v.flip(0)]).to(base.device) for v in (IDS, MASK))
     kwargs = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
     mixed = model.generate(ids, attention_mask=mask, adapter_names=names, **kwargs)
     for name in dict.fromkeys(names):

@@ -39,10 +39,11 @@ def test_token_for_token_what_each_adapter_gives_alone(quantize, dtype, checkpoi
         for key, parameter in model.named_parameters():
             if key.endswith((f"road_theta.{name}", f"road_alpha.{name}")):
                 with torch.no_grad():
-                    parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter += 0.15 * noise.to(parameter.device)
     model.eval()
     tokenizer.padding_side = "left"
-    inputs = tokenizer(PROMPTS * 3, return_tensors="pt", padding=True)
+    inputs = tokenizer(PROMPTS * 3, return_tensors="pt", padding=True).to(base.device)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mixed = model.generate(**inputs, adapter_names=ROWS, **options)
     new = {}
