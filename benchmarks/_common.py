@@ -1,6 +1,7 @@
 """Shared by the benchmarks: where figures go, the machine's name, ratios within a round, bar charts."""
 
 import contextlib
+import functools
 import json
 import logging
 import multiprocessing
@@ -62,13 +63,27 @@ class Arm:
 
     def __init__(self, serve: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Starts ``serve(pipe, *args, **kwargs)``, which first sends None, or the reason why it can't start."""
-        # Forked from a process that has imported everything but computed nothing.
-        context = multiprocessing.get_context("forkserver")
+        import torch
+
+        # Forked from a process that has imported everything but computed nothing. With a GPU some imports ask CUDA for
+        # its devices, and after that a fork can't use them.
+        on_gpu = torch.cuda.is_available()
+        context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
         self._pipe, theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, *args), kwargs=kwargs, daemon=True).start()
         # So that waiting for an answer ends if the arm dies.
         theirs.close()
-        self.begun: str | None = self._pipe.recv()
+        if not on_gpu:
+            # One after the other, because several arms at once would fight for the cores.
+            _ = self.failure
+
+    @functools.cached_property
+    def failure(self) -> str | None:
+        """The reason why the arm can't start, or None. Reading it waits until that is known."""
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            return "its process ended"
 
     def tell(self, what: str) -> None:
         """Sends an order."""

@@ -11,11 +11,13 @@ The arms take turns at every token, in random order, so that a busy machine slow
 divided by the bare model's in the same round, as the median over rounds. Decoding is the time from the first new token
 to the last, without the prompt. The time to the first token is measured separately, in generations that end there. With
 ``--compiled`` every arm decodes as transformers compiles it, with a cache of fixed size and one graph per step. Writes
-``benchmarks/results/mixed_batch.json`` and ``.png``; other names for other rows, targets or ``--compiled``.
+``benchmarks/results/mixed_batch.json`` and ``.png``; other names for other rows, targets, ``--compiled`` or
+``--random-weights``.
 """
 
 import copy
 import dataclasses
+import importlib.util
 import logging
 import random
 import statistics
@@ -39,7 +41,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks._common import RESULTS, Arm, device, settings, write
-from examples.demo.model import prepare_model
+from benchmarks._model import checkpoint, described
 from road_torch import RoadConfig, RoadModel, load
 
 TARGETS: dict[str, Any] = {"all-linear": "all-linear", "qv": ["q_proj", "v_proj"]}
@@ -71,6 +73,8 @@ class Options:
     only: tuple[str, ...] = ()
     # Models to run besides the bare one; all if none is named. PEFT's loops over adapters take many minutes to compile.
     arms: tuple[str, ...] = ()
+    # Whether to take random weights in the model's shape; then nothing is fetched.
+    random_weights: bool = False
     # Folder for the model.
     cache: Path = Path("runs/cache")
     # Folder for the figures.
@@ -97,13 +101,14 @@ class Options:
         """The path of the figures without a suffix."""
         plain = (self.rows, self.targets) == (8, "all-linear")
         name = "mixed_batch" if plain else f"mixed_batch_{self.rows}_{self.targets}"
-        return self.out / (f"{name}_compiled" if self.compiled else name)
+        name += "_compiled" if self.compiled else ""
+        return self.out / (name + ("_random" if self.random_weights else ""))
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console()
-    checkpoint = prepare_model(options.cache / "smollm2-135m-instruct", options.cache, console=console)
+    folder = checkpoint(options.cache, console, random_weights=options.random_weights)
     results: dict[str, Any] = {
         "device": device(),
         "options": settings(options),
@@ -111,7 +116,7 @@ def main() -> None:
     }
     for name, quantize, dtype in BASES:
         if not options.only or name in options.only:
-            results["bases"][name] = measure(checkpoint, name, quantize, dtype, options, console)
+            results["bases"][name] = measure(folder, name, quantize, dtype, options, console)
             console.print(table(f"{name}, {options.title}", results["bases"][name], results["device"]))
             # After each base, so that an interrupted run keeps its results.
             write(options.path.with_suffix(".json"), results)
@@ -120,20 +125,28 @@ def main() -> None:
 
 
 def measure(
-    checkpoint: Path, name: str, quantize: str | None, dtype: str, options: Options, console: Console
+    folder: Path, name: str, quantize: str | None, dtype: str, options: Options, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Returns each arm's times and ratios, or the reason why it failed."""
-    arms: dict[str, Arm] = {}
-    failed: dict[str, str] = {}
-    for label in _makers(options):
-        if options.arms and label not in ("bare", *options.arms):
-            continue
-        for way in ("",) if label == "bare" else (", one", options.mixed):
-            arm = Arm(_serve, checkpoint, quantize, dtype, label, mixed=way == options.mixed, options=options)
-            if isinstance(arm.begun, str):
-                failed[label + way] = arm.begun
-            else:
-                arms[label + way] = arm
+    wanted = [
+        (label, way)
+        for label in _makers(options)
+        if not options.arms or label in ("bare", *options.arms)
+        for way in (("",) if label == "bare" else (", one", options.mixed))
+    ]
+    if quantize and importlib.util.find_spec("bitsandbytes") is None:
+        return {label + way: {"failed": "bitsandbytes isn't installed"} for label, way in wanted}
+    begun = {
+        label + way: Arm(_serve, folder, quantize, dtype, label, mixed=way == options.mixed, options=options)
+        for label, way in wanted
+    }
+    failed = {arm: process.failure for arm, process in begun.items() if process.failure is not None}
+    arms = {arm: process for arm, process in begun.items() if arm not in failed}
+    if "bare" in failed:
+        for arm, process in arms.items():
+            process.tell("stop")
+            failed[arm] = "there are no times of the bare model"
+        arms = {}
     random.seed(0)
     firsts: dict[str, list[float]] = {arm: [] for arm in arms}
     decodes: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -174,13 +187,17 @@ def measure(
 
 
 def _serve(
-    pipe: Any, checkpoint: Path, quantize: str | None, dtype: str, label: str, *, mixed: bool, options: Options
+    pipe: Any, folder: Path, quantize: str | None, dtype: str, label: str, *, mixed: bool, options: Options
 ) -> None:
     """Follows an `Arm`'s orders; answers with seconds."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    # Frozen, as in all arms.
-    model = _makers(options)[label](load(checkpoint, quantize=quantize, dtype=dtype)[0]).eval().requires_grad_(False)
+    try:
+        # Frozen, as in all arms.
+        model = _makers(options)[label](load(folder, quantize=quantize, dtype=dtype)[0]).eval().requires_grad_(False)
+    except Exception as error:
+        pipe.send(_reason(error))
+        return
     kwargs: dict[str, Any] = {"adapter_names": options.adapters} if mixed else {}
     if options.compiled:
         kwargs["cache_implementation"] = "static"
@@ -221,7 +238,7 @@ def _serve(
     try:
         generate(2)
     except Exception as error:  # a peer that can't do it is a result
-        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        pipe.send(_reason(error))
         return
     pipe.send(None)
     while (order := pipe.recv()) != "stop":
@@ -234,6 +251,10 @@ def _serve(
             start = time.perf_counter()
             generate(options.new_tokens, token)
             pipe.send(passed())
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _makers(options: Options) -> dict[str, Callable[[Any], Any]]:
@@ -314,7 +335,8 @@ def draw(results: dict[str, Any], options: Options) -> None:
         axis.set_xticks(range(len(bases)), list(bases))
         axis.set_ylim(0, axis.get_ylim()[1] * 1.12)
         axis.set_ylabel(f"{what} time / bare model")
-    axes[0].set_title(f"SmolLM2-135M, {options.title}\n{results['device']}", fontsize=9)
+    model = described(random_weights=options.random_weights)
+    axes[0].set_title(f"{model}, {options.title}\n{results['device']}", fontsize=9)
     axes[0].legend(fontsize=8, ncols=2)
     figure.savefig(options.path.with_suffix(".png"), dpi=150)
     plt.close(figure)

@@ -8,10 +8,14 @@ The model is SmolLM2-135M-Instruct in float32 with adapters on all linear layers
 
 In both, all arms' first losses are checked to be equal.
 
-PEFT's arms run eagerly and, if every step has the same shape, also through ``torch.compile``, all on the device that
-JAX uses. Each arm is a separate process. In each round every arm takes a step, in random order, so that a busy machine
-slows all of them. A figure is an arm's time divided by that of ``Flax RoAd`` in the same round, as the median over
-rounds; for ``a task`` it is time per line. Writes ``benchmarks/results/train_step.json`` and ``.png``.
+PEFT's arms run eagerly and, if every step has the same shape, also through ``torch.compile``. They run on a GPU if both
+frameworks have one, and otherwise on the CPU. Each arm is a separate process. In each round every arm takes a step, in
+random order, so that a busy machine slows all of them. A figure is an arm's time divided by that of ``Flax RoAd`` in
+the same round, as the median over rounds; for ``a task`` it is time per line. Writes
+``benchmarks/results/train_step.json`` and ``.png``.
+
+With ``--random-weights`` the model has SmolLM2-135M's shape and random weights. Nothing is fetched then, so ``a task``
+is left out, and the files are named ``train_step_random``.
 """
 
 import dataclasses
@@ -38,8 +42,8 @@ from rich.table import Table
 import road_jax
 from benchmarks._common import RESULTS, Arm, bars, device, median_ratios, settings, write
 from benchmarks._lines import lines_of, pad
+from benchmarks._model import checkpoint, described
 from examples.demo import tasks
-from examples.demo.model import prepare_model
 from road_jax import RoadConfig, models
 from road_jax.train import _data, _step
 
@@ -57,6 +61,8 @@ class Options:
     rounds: int = 16
     # Batches of the task; each round takes the next one.
     batches: int = 8
+    # Whether to take random weights in the model's shape; then nothing is fetched, and there are no lines for the task.
+    random_weights: bool = False
     # Folder for the model and the data.
     cache: Path = Path("runs/cache")
     # Folder for the figures.
@@ -72,26 +78,33 @@ Maker = tuple[Callable[..., Step], tuple[Any, ...]]
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console()
-    checkpoint = prepare_model(options.cache / "smollm2-135m-instruct", options.cache, console=console)
+    folder = checkpoint(options.cache, console, random_weights=options.random_weights)
     results: dict[str, Any] = {"device": device("jax"), "options": settings(options)}
-    for name, make in (("same work", _same_work), ("a task", _task)):
-        makers, lines = make(checkpoint, options, console)
+    workloads = {"same work": _same_work} if options.random_weights else {"same work": _same_work, "a task": _task}
+    for name, make in workloads.items():
+        makers, lines = make(folder, options, console)
         results[name] = measure(name, makers, lines, options.rounds, console)
         console.print(table(name, results[name], results["device"]))
-    write(options.out / "train_step.json", results)
-    shown = {name: {arm: row["ratio"] for arm, row in results[name].items()} for name in ("same work", "a task")}
-    bars(shown, options.out / "train_step.png", title=f"Training SmolLM2-135M, float32\n{results['device']}", of=OURS)
-    console.print(f"{options.out / 'train_step.json'} and .png")
+    path = options.out / ("train_step_random.json" if options.random_weights else "train_step.json")
+    write(path, results)
+    shown = {name: {arm: row["ratio"] for arm, row in results[name].items() if "ratio" in row} for name in workloads}
+    model = described(random_weights=options.random_weights)
+    bars(shown, path.with_suffix(".png"), title=f"Training {model}, float32\n{results['device']}", of=OURS)
+    console.print(f"{path} and .png")
 
 
 def measure(
     name: str, makers: dict[str, Maker], lines: list[int], rounds: int, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Returns each arm's seconds per step, and its time per line relative to ours.
+    """Returns each arm's seconds per step, and its time per line relative to ours; or why a peer failed.
 
     Batch i has ``lines[i]`` lines. Every arm goes through the batches in the same order; the first step is a warm-up.
     """
-    arms = {arm: Arm(_serve, make, args) for arm, (make, args) in makers.items()}
+    begun = {arm: Arm(_serve, make, args) for arm, (make, args) in makers.items()}
+    failed = {arm: process.failure for arm, process in begun.items() if process.failure is not None}
+    if OURS in failed:
+        raise SystemExit(f"{name}: expected {OURS} to run, found {failed[OURS]}")
+    arms = {arm: process for arm, process in begun.items() if arm not in failed}
     losses = {arm: process.ask("step")[1] for arm, process in arms.items()}
     # All adapters, including LoRA's, start as the identity, so every arm begins with the base's loss.
     if max(losses.values()) - min(losses.values()) > 1e-3 * min(losses.values()):
@@ -116,13 +129,17 @@ def measure(
             "first_loss": losses[arm],
         }
         for arm in arms
-    }
+    } | {arm: {"failed": reason} for arm, reason in failed.items()}
 
 
 def _serve(pipe: Any, make: Callable[..., Step], args: tuple[Any, ...]) -> None:
     """Takes a step on each order, and answers with its seconds and loss."""
     warnings.simplefilter("ignore")
-    step = make(*args)
+    try:
+        step = make(*args)
+    except Exception as error:  # a peer that can't do it is a result
+        pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return
     pipe.send(None)
     while pipe.recv() != "stop":
         start = time.perf_counter()
@@ -130,21 +147,21 @@ def _serve(pipe: Any, make: Callable[..., Step], args: tuple[Any, ...]) -> None:
         pipe.send((time.perf_counter() - start, loss))
 
 
-def _same_work(checkpoint: Path, options: Options, console: Console) -> tuple[dict[str, Maker], list[int]]:
+def _same_work(folder: Path, options: Options, console: Console) -> tuple[dict[str, Maker], list[int]]:
     rng = np.random.default_rng(0)
     ids = rng.integers(1000, 40000, (options.rows, options.length)).astype(np.int32)
     everywhere = np.tile(np.arange(options.length - 1, dtype=np.int32), (options.rows, 1))
     ones = np.ones_like(ids)
     batch = _data.Batch(ids, ones, everywhere, ids[:, 1:], np.ones(everywhere.shape, np.float32))
     theirs = {"input_ids": ids, "attention_mask": ones, "labels": ids}
-    return _makers(checkpoint, [batch], [theirs]), [options.rows]
+    return _makers(folder, [batch], [theirs]), [options.rows]
 
 
-def _task(checkpoint: Path, options: Options, console: Console) -> tuple[dict[str, Maker], list[int]]:
+def _task(folder: Path, options: Options, console: Console) -> tuple[dict[str, Maker], list[int]]:
     """Makes batches of as many real lines as fill a step's rows when packed; the peers get the same lines."""
     task = tasks.sentiment(options.cache, console)
     path, _ = task.write(options.cache / "benchmark")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     examples = _data.tokenize(_data.read_lines(path), tokenizer, str(path))
     packed, padded, counts = [], [], []
     for element in _data.packed(examples, rows=options.rows, length=options.length, seed=0, epochs=1):
@@ -154,25 +171,25 @@ def _task(checkpoint: Path, options: Options, console: Console) -> tuple[dict[st
         packed.append(_data.to_batch(element, options.rows))
         padded.append({name: tensor.numpy() for name, tensor in pad(held).items()})
         counts.append(len(held))
-    return _makers(checkpoint, packed, padded), counts
+    return _makers(folder, packed, padded), counts
 
 
-def _makers(checkpoint: Path, ours: list[_data.Batch], theirs: list[dict[str, np.ndarray]]) -> dict[str, Maker]:
+def _makers(folder: Path, ours: list[_data.Batch], theirs: list[dict[str, np.ndarray]]) -> dict[str, Maker]:
     configs = {
         "PEFT RoAd": peft.RoadConfig(target_modules="all-linear"),
         "PEFT LoRA r8": peft.LoraConfig(target_modules="all-linear", r=8, lora_alpha=16),
     }
-    makers: dict[str, Maker] = {OURS: (_flax, (checkpoint, ours))}
+    makers: dict[str, Maker] = {OURS: (_flax, (folder, ours))}
     for name, config in configs.items():
-        makers[name] = _torch, (checkpoint, config, theirs, False)
+        makers[name] = _torch, (folder, config, theirs, False)
         # Every other length of a padded batch would be compiled again.
         if len(theirs) == 1:
-            makers[f"{name}, compiled"] = _torch, (checkpoint, config, theirs, True)
+            makers[f"{name}, compiled"] = _torch, (folder, config, theirs, True)
     return makers
 
 
-def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
-    module, variables = models.load(checkpoint, dtype=jnp.float32)
+def _flax(folder: Path, batches: list[_data.Batch]) -> Step:
+    module, variables = models.load(folder, dtype=jnp.float32)
     road = road_jax.transform(module, RoadConfig(target_modules="all-linear"))
     # On the host, because the step donates its state's memory.
     adapter = jax.device_get(road.init(jax.random.key(0), variables, jnp.zeros((1, 8), jnp.int32)))
@@ -197,12 +214,12 @@ def _flax(checkpoint: Path, batches: list[_data.Batch]) -> Step:
     return step
 
 
-def _torch(checkpoint: Path, config: Any, batches: list[dict[str, np.ndarray]], compiled: bool) -> Step:
-    where = "cpu" if jax.default_backend() == "cpu" else "cuda"
+def _torch(folder: Path, config: Any, batches: list[dict[str, np.ndarray]], compiled: bool) -> Step:
+    where = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     if where == "cuda":
         # TF32, as XLA uses for products on such a GPU.
         torch.set_float32_matmul_precision("high")
-    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(where)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(where)
     base.config.use_cache = False
     model = peft.get_peft_model(base, config).train()
     called = torch.compile(model) if compiled else model
@@ -237,6 +254,9 @@ def table(name: str, arms: dict[str, dict[str, Any]], machine: str) -> Table:
     for column in ("arm", f"time / {OURS}", "spread", "seconds a step", "lines/s", "first loss"):
         shown.add_column(column, justify="left" if column == "arm" else "right")
     for arm, row in arms.items():
+        if "failed" in row:
+            shown.add_row(arm, "fails", row["failed"][:40])
+            continue
         spread = f"{min(row['ratios']):.2f}–{max(row['ratios']):.2f}"
         shown.add_row(
             arm,

