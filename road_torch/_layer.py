@@ -437,7 +437,7 @@ class RoadLayer(nn.Module):
             first = torch.cat((torch.ones_like(first[:1]), first))
             cross = torch.cat((torch.zeros_like(cross[:1]), cross))
             rows = [here.index(name) + 1 if name in here else 0 for name in routing.names]
-            index = torch.tensor(rows, device=y.device).repeat_interleave(repeats)
+            index = routing.index(rows, repeats, y.device)
             y = self._recorded(y, first, cross, size, index)
         return y
 

@@ -277,13 +277,14 @@ class Routing:
         self.plans: dict[RoadLayer, Plan] = {}
         self.scratch: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
         self._indices: dict[tuple[int, torch.device], list[tuple[int, Tensor]]] = {}
+        self._tensors: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
         self.steps: dict[torch.device, list[tuple[int, Tensor]]] = {}
         for device in shared.devices:
             self.steps[device] = self.indices(1, device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what layers gathered, which doesn't belong to a copy's θ and α."""
-        return {**self.__dict__, "plans": {}, "scratch": {}}
+        return {**self.__dict__, "plans": {}, "scratch": {}, "_tensors": {}}
 
     def _state_now(self) -> tuple[Any, ...]:
         """What a routing is made of besides names and rows; each change replaces one of these objects."""
@@ -325,11 +326,19 @@ class Routing:
                     (size, [self.rows[name] if self.sizes.get(name) == size else 0 for name in self.names])
                     for size in sizes
                 ]
-            with torch.inference_mode(False):
-                self._indices[key] = [
-                    (size, torch.tensor(rows, device=device).repeat_interleave(repeats)) for size, rows in found
-                ]
+            self._indices[key] = [(size, self.index(rows, repeats, device)) for size, rows in found]
         return self._indices[key]
+
+    def index(self, rows: Sequence[int], repeats: int, device: torch.device) -> Tensor:
+        """Returns each of the rows so many times, int64; made once for all layers, as a GPU waits for each copy."""
+        if torch.compiler.is_compiling():
+            # What was made before would be a guard of the graph.
+            return torch.tensor(rows, device=device).repeat_interleave(repeats)
+        key = (tuple(rows), repeats, device)
+        if key not in self._tensors:
+            with torch.inference_mode(False):
+                self._tensors[key] = torch.tensor(rows, device=device).repeat_interleave(repeats)
+        return self._tensors[key]
 
     def repeats(self, y: Tensor, path: str, batch: int | None = None) -> int:
         """Returns how many successive rows of ``y`` belong to one name (beams, returned sequences, flattened tokens).

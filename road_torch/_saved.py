@@ -63,7 +63,7 @@ class SavedModule(nn.Module):
         kinds = [kind for kind in kinds for _ in range(repeats)]
         result = None
         for kind in dict.fromkeys(kinds):
-            rows = torch.tensor([i for i, other in enumerate(kinds) if other == kind], device=x.device)
+            rows = routing.index([i for i, other in enumerate(kinds) if other == kind], 1, x.device)
             y = self._copy_for(kind)(x[rows])
             if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(rows):
                 raise AdapterError(
