@@ -484,7 +484,7 @@ class RoadLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoadLayer":
         # Tables and plans are on the device that the parameters are about to leave.
         self._shared.plain.plans.pop(self, None)
-        self._shared.spare = None
+        self._shared.spare.clear()
         self._bank = None
         if self.unmerged is not None:
             self.unmerged.move(fn)

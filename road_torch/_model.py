@@ -781,7 +781,7 @@ class RoadModel(nn.Module):
                 names = [BASE] * len(names)
             if exporting():
                 return self._exported(names, with_grad)
-            if names is None and (self._shared.off or not generates):
+            if names is None and (self._shared.off or with_grad):
                 routing = self._shared.plain
             else:
                 self._place([name for name in dict.fromkeys(names or ()) if name != BASE])

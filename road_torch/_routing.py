@@ -28,6 +28,9 @@ Mix = tuple[tuple[str, float], ...]
 # How many mixes keep their coefficients if the number of adapters has no limit.
 MIXES = 64
 
+# How many calls' routings are kept for others with the same names.
+SPARE = 4
+
 # What a row of a batch may ask for: an adapter or a mix.
 Name = str | Mix
 
@@ -125,7 +128,8 @@ class Shared:
         limit: how many adapters may have a row at once; None for no limit.
         plain: the routing of plain calls. It is replaced, never changed, so that a running call keeps its own.
         calls: the routings of running calls; their rows are not reassigned.
-        spare: the routing of the last mixed call without gradients, for the next one with the same names.
+        spare: by names, the routings of the last calls without gradients, for the next ones with the same names. Each
+            call has its own, because its layers share memory.
         devices: the devices that have layers.
         kernel: name of the rotation's implementation; ``"auto"`` chooses by device.
         traced: whether a compiled model reads the banks, which must then be up to date before it runs.
@@ -142,7 +146,7 @@ class Shared:
         self.rows: dict[Name, int] = {}
         self.limit = limit
         self.calls: list[Routing] = []
-        self.spare: Routing | None = None
+        self.spare: dict[tuple[Name, ...] | None, Routing] = {}
         self.devices: set[torch.device] = set()
         self.kernel = kernel
         self.traced = False
@@ -151,7 +155,7 @@ class Shared:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out running calls, which a copy doesn't take part in."""
-        return {**self.__dict__, "calls": [], "spare": None}
+        return {**self.__dict__, "calls": [], "spare": {}}
 
     def group_size(self, name: Name) -> int:
         """Returns the group size of an adapter, or of a mix's adapters."""
@@ -170,20 +174,27 @@ class Shared:
     def renew(self) -> None:
         """Makes later calls gather anew; what was gathered before is let go."""
         self.plain = Routing(self, None, lasting=True)
-        self.spare = None
+        self.spare.clear()
 
     def route(self, names: Sequence[Name] | None, *, with_grad: bool) -> "Routing":
-        """Returns the routing of a call, whose names have rows: the spare one, if it is of the same call, or a new one.
+        """Returns the routing of a call, whose names have rows: a spare one, if it still fits, or a new one.
 
-        A loop that calls a model once per token then gathers once, as a generation does. Only one call has the spare
-        routing, because its layers share memory.
+        A loop that calls a model once per token then gathers once, as a generation does.
         """
-        spare, self.spare = self.spare, None
-        if spare is not None and not with_grad and spare.resume(names):
+        # Transforms and modes, such as one of fake tensors, have tensors of their own.
+        reusable = not (with_grad or default.transformed() or torch._C._len_torch_dispatch_stack())
+        spare = self.spare.pop(None if names is None else tuple(names), None) if reusable else None
+        if spare is not None and spare.resume():
             return spare
         routing = Routing(self, names, with_grad=with_grad)
-        routing.reusable = routing.mixed and not with_grad
+        routing.reusable = reusable
         return routing
+
+    def keep(self, routing: "Routing") -> None:
+        """Keeps the routing of a call that has ended, for another one."""
+        self.spare[routing.names] = routing
+        if len(self.spare) > SPARE:
+            del self.spare[next(iter(self.spare))]
 
     def mixes_with(self, adapter: str) -> list[Mix]:
         """Returns the mixes that have a row and contain this adapter."""
@@ -230,9 +241,9 @@ class Shared:
 class Routing:
     """Which adapter each row of a call gets.
 
-    Layers also cache here what they gathered. The routing of a mixed batch or a generation serves one call at a time;
-    that of a mixed batch also serves the next call if its names are the same. Other plain calls share one routing until
-    it is replaced, as when another adapter becomes active.
+    Layers also cache here what they gathered. A routing serves one call at a time and, if no gradients were recorded,
+    later calls with the same names. Plain calls with gradients, and calls of the base itself, share one routing until
+    another adapter becomes active.
 
     Attributes:
         shared: state of the model that was called; layers of another model ignore the routing.
@@ -290,16 +301,14 @@ class Routing:
         """What a routing is made of besides names and rows; each change replaces one of these objects."""
         return (self.shared.active, *self.shared.configs.values(), *self.shared.devices)
 
-    def resume(self, names: Sequence[Name] | None) -> bool:
-        """Prepares for another call, if it has the same names and the adapters are as they were; tells whether it has.
+    def resume(self) -> bool:
+        """Prepares for another call with the same names; returns whether the adapters are as they were.
 
         Layers whose θ or α were written to since must gather anew.
         """
         now = self._state_now()
         if (
-            names is None
-            or self.names != tuple(names)
-            or any(self.shared.rows.get(name) != row for name, row in self.rows.items())
+            any(self.shared.rows.get(name) != row for name, row in self.rows.items())
             or len(now) != len(self._state)
             or any(one is not other for one, other in zip(now, self._state, strict=True))
         ):
@@ -455,4 +464,4 @@ class routed:  # noqa: N801 - a context manager, and so lean because it stands a
         with LOCK:
             routing.shared.calls.remove(routing)
             if routing.reusable and error[0] is None:
-                routing.shared.spare = routing
+                routing.shared.keep(routing)

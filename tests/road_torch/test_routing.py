@@ -10,6 +10,8 @@ import torch
 from _compare import assert_close, named_values
 from _models import Net, small_model
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import road_core
 from road_core import read_peft, write_peft
@@ -648,3 +650,24 @@ def test_a_plain_call_within_a_mixed_one():
     check(model(X, adapter_names=list("baba")), model, "baba")
     assert torch.equal(given[0], plain)
     handle.remove()
+
+
+@pytest.mark.parametrize("names", [None, list("abca")])
+@torch.no_grad()
+def test_transforms_and_modes_neither_take_nor_leave_what_calls_gathered(names):
+    model, given = road("abc"), {} if names is None else {"adapter_names": names}
+    expected = names or list("aaaa")
+
+    def call(x):
+        return model(x, **given)
+
+    for _ in range(2):
+        check(call(X), model, expected)
+        y, tangent = torch.func.jvp(call, (X,), (X,))
+        check(y, model, expected)
+        check(tangent + call(0 * X), model, expected)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert call(mode.from_tensor(X)).shape == X.shape
+        with FlopCounterMode(display=False) as counter:
+            check(call(X), model, expected)
+        assert counter.get_total_flops() > 0
