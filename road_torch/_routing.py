@@ -126,7 +126,8 @@ class Shared:
         configs: the config of each adapter, in the order of addition.
         rows: the banks' row of each adapter and mix that has one, least recently used first. Row 0 is the identity.
         limit: how many adapters may have a row at once; None for no limit.
-        plain: the routing of plain calls. It is replaced, never changed, so that a running call keeps its own.
+        plain: the routing of plain calls with gradients and of calls of the base itself. It is replaced, never changed,
+            so that a running call keeps its own.
         calls: the routings of running calls; their rows are not reassigned.
         spare: by names, the routings of the last calls without gradients, for the next ones with the same names. Each
             call has its own, because its layers share memory.
