@@ -97,6 +97,17 @@ class Arm:
         return self._pipe.recv()
 
 
+def sort_out(begun: dict[str, Arm]) -> tuple[dict[str, Arm], dict[str, str]]:
+    """Waits until all arms have started; returns those that run, and for the others the reason why they don't."""
+    failed = {name: arm.failure for name, arm in begun.items() if arm.failure is not None}
+    return {name: arm for name, arm in begun.items() if name not in failed}, failed
+
+
+def reason(error: Exception) -> str:
+    """Returns in one line why an arm failed."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def write(path: Path, results: Mapping[str, Any]) -> None:
     """Writes figures as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks._common import RESULTS, Arm, device, settings, write
+from benchmarks._common import RESULTS, Arm, device, reason, settings, sort_out, write
 from benchmarks._model import checkpoint, described
 from road_torch import RoadConfig, RoadModel, load
 
@@ -140,8 +140,7 @@ def measure(
         label + way: Arm(_serve, folder, quantize, dtype, label, mixed=way == options.mixed, options=options)
         for label, way in wanted
     }
-    failed = {arm: process.failure for arm, process in begun.items() if process.failure is not None}
-    arms = {arm: process for arm, process in begun.items() if arm not in failed}
+    arms, failed = sort_out(begun)
     if "bare" in failed:
         for arm, process in arms.items():
             process.tell("stop")
@@ -183,7 +182,7 @@ def measure(
         }
     for arm in arms.values():
         arm.tell("stop")
-    return {**found, **{arm: {"failed": reason} for arm, reason in failed.items()}}
+    return {**found, **{arm: {"failed": why} for arm, why in failed.items()}}
 
 
 def _serve(
@@ -196,7 +195,7 @@ def _serve(
         # Frozen, as in all arms.
         model = _makers(options)[label](load(folder, quantize=quantize, dtype=dtype)[0]).eval().requires_grad_(False)
     except Exception as error:
-        pipe.send(_reason(error))
+        pipe.send(reason(error))
         return
     kwargs: dict[str, Any] = {"adapter_names": options.adapters} if mixed else {}
     if options.compiled:
@@ -238,7 +237,7 @@ def _serve(
     try:
         generate(2)
     except Exception as error:  # a peer that can't do it is a result
-        pipe.send(_reason(error))
+        pipe.send(reason(error))
         return
     pipe.send(None)
     while (order := pipe.recv()) != "stop":
@@ -251,10 +250,6 @@ def _serve(
             start = time.perf_counter()
             generate(options.new_tokens, token)
             pipe.send(passed())
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _makers(options: Options) -> dict[str, Callable[[Any], Any]]:

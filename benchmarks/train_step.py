@@ -40,7 +40,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import road_jax
-from benchmarks._common import RESULTS, Arm, bars, device, median_ratios, settings, write
+from benchmarks._common import RESULTS, Arm, bars, device, median_ratios, reason, settings, sort_out, write
 from benchmarks._lines import lines_of, pad
 from benchmarks._model import checkpoint, described
 from examples.demo import tasks
@@ -101,10 +101,9 @@ def measure(
     Batch i has ``lines[i]`` lines. Every arm goes through the batches in the same order; the first step is a warm-up.
     """
     begun = {arm: Arm(_serve, make, args) for arm, (make, args) in makers.items()}
-    failed = {arm: process.failure for arm, process in begun.items() if process.failure is not None}
+    arms, failed = sort_out(begun)
     if OURS in failed:
         raise SystemExit(f"{name}: expected {OURS} to run, found {failed[OURS]}")
-    arms = {arm: process for arm, process in begun.items() if arm not in failed}
     losses = {arm: process.ask("step")[1] for arm, process in arms.items()}
     # All adapters, including LoRA's, start as the identity, so every arm begins with the base's loss.
     if max(losses.values()) - min(losses.values()) > 1e-3 * min(losses.values()):
@@ -129,7 +128,7 @@ def measure(
             "first_loss": losses[arm],
         }
         for arm in arms
-    } | {arm: {"failed": reason} for arm, reason in failed.items()}
+    } | {arm: {"failed": why} for arm, why in failed.items()}
 
 
 def _serve(pipe: Any, make: Callable[..., Step], args: tuple[Any, ...]) -> None:
@@ -138,7 +137,7 @@ def _serve(pipe: Any, make: Callable[..., Step], args: tuple[Any, ...]) -> None:
     try:
         step = make(*args)
     except Exception as error:  # a peer that can't do it is a result
-        pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        pipe.send(reason(error))
         return
     pipe.send(None)
     while pipe.recv() != "stop":

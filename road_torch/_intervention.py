@@ -16,7 +16,7 @@ from road_torch._call import of_base
 from road_torch._checkpoint import checkpointing
 from road_torch._io import to_tensor
 from road_torch._kernels import default
-from road_torch._routing import BASE, HOOKED, LOCK
+from road_torch._routing import BASE, HOOKED, LOCK, check_known, check_name
 
 
 class InterventionModel(nn.Module):
@@ -109,11 +109,11 @@ class InterventionModel(nn.Module):
             AdapterError: the name is taken or invalid, the folder is broken, or its intervention is for another model;
                 nothing is changed.
         """
-        self._check_new(adapter_name)
+        check_name(adapter_name, self._interventions)
         intervention = read_intervention(model_id)
         # Only now, so that calls of other threads don't wait for the file.
         with LOCK:
-            self._check_new(adapter_name)
+            check_name(adapter_name, self._interventions)
             self._check_fits(intervention, model_id)
             self._interventions[adapter_name] = intervention.cleared()
             self._rows[adapter_name] = next(
@@ -130,7 +130,7 @@ class InterventionModel(nn.Module):
         Raises:
             AdapterError: the name is unknown.
         """
-        self._check_known([] if adapter_name is None else [adapter_name])
+        check_known([] if adapter_name is None else [adapter_name], self._interventions)
         self._active = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -141,7 +141,7 @@ class InterventionModel(nn.Module):
                 running call uses it; nothing is changed.
         """
         with LOCK:
-            self._check_known([adapter_name])
+            check_known([adapter_name], self._interventions)
             if any(adapter_name in call.used for call in self._calls):
                 raise AdapterError(
                     f"delete_adapter: expected an intervention that no call uses, found {adapter_name!r}"
@@ -279,12 +279,6 @@ class InterventionModel(nn.Module):
             bank.update(row, [theta, alpha], form)
             bank.forget(row)
 
-    def _check_new(self, name: str) -> None:
-        if not isinstance(name, str) or not name or name == BASE:
-            raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {name!r}")
-        if name in self._interventions:
-            raise AdapterError(f"adapter_name: expected a new name, found {name!r}, which is there already")
-
     def _check_fits(self, intervention: Intervention, model_id: str | os.PathLike) -> None:
         count, hidden = len(self.base_model.get_submodule(self.blocks)), _hidden_size(self.base_model)
         if hidden is None:
@@ -299,13 +293,6 @@ class InterventionModel(nn.Module):
                 f"{model_id}: expected an intervention on hidden vectors of size {hidden}, "
                 f"found one on {intervention.hidden_size}"
             )
-
-    def _check_known(self, names: Sequence[str]) -> None:
-        if wrong := [name for name in names if not isinstance(name, str)]:
-            raise AdapterError(f"adapter: expected a name, found {wrong[0]!r}")
-        if unknown := [name for name in dict.fromkeys(names) if name not in self._interventions]:
-            there = ", ".join(map(repr, self.adapter_names)) or "none"
-            raise AdapterError(f"adapter: expected one of {there}, found {', '.join(map(repr, unknown))}")
 
     def _pad_token(self, kwargs: Mapping[str, Any]) -> int:
         """Returns the padding token as transformers chooses it; -1 for none."""
@@ -344,7 +331,7 @@ class _Call:
         if wrong := [name for name in self._names if not isinstance(name, str)]:
             raise AdapterError(f"adapter_names: expected a name for each row, found {wrong[0]!r}")
         self.used = [name for name in dict.fromkeys(self._names) if name != BASE]
-        model._check_known(self.used)
+        check_known(self.used, model._interventions)
         self._configs = {name: model._interventions[name].config for name in self.used}
         # How many first and last tokens each name touches: (0, 0) for the base, None for all tokens.
         self._spans = [self._configs[name].spans if name in self._configs else (0, 0) for name in self._names]

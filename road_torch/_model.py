@@ -32,7 +32,21 @@ from road_torch import _base, _checkpoint, _kernels, _layer, _merge
 from road_torch._call import Forward, batch_sizes, of_base
 from road_torch._io import to_adapter, to_tensor
 from road_torch._layer import RoadLayer, bare, layers
-from road_torch._routing import BASE, HOOKED, LOCK, Mix, Name, Routing, Shared, exporting, parts, read_name, routed
+from road_torch._routing import (
+    BASE,
+    HOOKED,
+    LOCK,
+    Mix,
+    Name,
+    Routing,
+    Shared,
+    check_known,
+    check_name,
+    exporting,
+    parts,
+    read_name,
+    routed,
+)
 from road_torch._rows import check_generation, check_media, stray
 from road_torch._saved import SavedModule, saved_modules
 
@@ -1003,25 +1017,17 @@ class RoadModel(nn.Module):
                     setattr(parent, key, chosen)
 
     def _check_new(self, name: str) -> None:
-        if not isinstance(name, str) or not name or name == BASE:
-            raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {name!r}")
+        check_name(name, self._shared.configs)
         # The name becomes an attribute of these containers, part of parameter paths and a folder name.
         taken = hasattr(_layer._Parameters([0]), name) or hasattr(nn.ModuleDict(), name)
         if any(sign in name for sign in "./\\") or taken:
             raise AdapterError(
                 f"adapter_name: expected a name without '.', '/' and '\\' that Python leaves free, found {name!r}"
             )
-        if name in self._shared.configs:
-            raise AdapterError(f"adapter_name: expected a new name, found {name!r}, which is there already")
         self._check_unmerged(f"adapter {name!r}")
 
     def _check_known(self, names: Sequence[str]) -> None:
-        if wrong := [name for name in names if not isinstance(name, str)]:
-            raise AdapterError(f"adapter: expected a name, found {wrong[0]!r}")
-        unknown = [name for name in dict.fromkeys(names) if name not in self._shared.configs]
-        if unknown:
-            there = ", ".join(map(repr, self.adapter_names)) or "none"
-            raise AdapterError(f"adapter: expected one of {there}, found {', '.join(map(repr, unknown))}")
+        check_known(names, self._shared.configs)
 
     def _check_one_copy(self, what: str, names: Sequence[str]) -> None:
         for module in saved_modules(self):

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -65,6 +65,31 @@ def read_name(name: object, known: Container[str]) -> Name:
             raise AdapterError(f"adapter_names: expected finite weights, found {number} for {stem!r}")
         found.append((piece, weight))
     return found[0][0] if len(found) == 1 and found[0][1] == 1 else tuple(found)
+
+
+def check_name(name: object, known: Container[str]) -> None:
+    """Refuses what can't be the name of a new adapter or intervention.
+
+    Raises:
+        AdapterError: it isn't a name, or one of those that are known.
+    """
+    if not isinstance(name, str) or not name or name == BASE:
+        raise AdapterError(f"adapter_name: expected a name other than {BASE!r}, found {name!r}")
+    if name in known:
+        raise AdapterError(f"adapter_name: expected a new name, found {name!r}, which is there already")
+
+
+def check_known(names: Sequence[object], known: Collection[str]) -> None:
+    """Refuses names of adapters or interventions that aren't there.
+
+    Raises:
+        AdapterError: something isn't a name, or names are unknown.
+    """
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise AdapterError(f"adapter: expected a name, found {wrong[0]!r}")
+    if unknown := [name for name in dict.fromkeys(names) if name not in known]:
+        there = ", ".join(map(repr, known)) or "none"
+        raise AdapterError(f"adapter: expected one of {there}, found {', '.join(map(repr, unknown))}")
 
 
 # Held while adapters are added, removed or merged, and while rows of the banks are written, read or assigned; never
@@ -296,7 +321,7 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what layers gathered, which doesn't belong to a copy's θ and α."""
-        return {**self.__dict__, "plans": {}, "scratch": {}, "_tensors": {}}
+        return {**self.__dict__, "plans": {}, "scratch": {}}
 
     def _state_now(self) -> tuple[Any, ...]:
         """What a routing is made of besides names and rows; each change replaces one of these objects."""
