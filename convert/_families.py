@@ -456,6 +456,10 @@ _KERNEL = (Leaf("kernel", "weight", 1),)
 TABLES = (
     *_mirrored("road", NORM),
     Family("phi3-apart", _decoder(_PHI3_APART), asked=True),
+    Family("gemma", _decoder(_LAYERS)),
+    Family("smollm3", _decoder(_LAYERS)),
+    Family("olmo2", _decoder(_LAYERS, NORM, *_HEAD_NORMS, _GEMMA_NORMS[1])),
+    Family("granite", _decoder(_LAYERS)),
     *_TRANSFORMERS,
     *_mirrored("easydel", _KERNEL),
     *(Family(name, _tunix(_TUNIX_SEPARATE), style="tunix") for name in ("llama", "qwen3")),

@@ -1,15 +1,79 @@
 """`DecoderConfig`: the parts of a Hugging Face ``config.json`` that decide a decoder's function."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from road_core import AdapterError
+from road_jax.models._reader import Reader
+from road_jax.models._rope import Rope, read_ropes
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# What transformers assumes where a file leaves out a field, if it isn't the same for all types.
+_BIASES = {"attention_bias": False, "mlp_bias": False}
+_SOME_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "layer_types": None, "max_window_layers": 28}
+_GEMMA = {"head_dim": 256, "tie_word_embeddings": True, "attention_bias": False}
+_GEMMA2 = {
+    **_GEMMA,
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "layer_types": None,
+    "query_pre_attn_scalar": 256,
+    "final_logit_softcapping": None,
+}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "llama": _BIASES,
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, **_SOME_WINDOWS},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_SOME_WINDOWS},
+    "gemma": {**_GEMMA, "num_key_value_heads": 16},
+    "gemma2": {
+        **_GEMMA2,
+        "sliding_window_pattern": 2,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {**_GEMMA2, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    "phi3": {"rms_norm_eps": 1e-5, "sliding_window": None},
+    "smollm3": {
+        **_BIASES,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_theta": 2e6,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "layer_types": None,
+    },
+    "olmo2": {"rms_norm_eps": 1e-5, "attention_bias": False},
+    "granite": {
+        **_BIASES,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+}
+MODEL_TYPES = tuple(_FIELDS)
+# These mean something only to types that list them above; other types' files may have them, and transformers ignores
+# them there.
+_OWN = (
+    *("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "layer_types", "max_window_layers"),
+    *("sliding_window_pattern", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("rope_local_base_freq", "no_rope_layers", "no_rope_layer_interval"),
+    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+)
+
+# Fields of `DecoderConfig` that follow from the type.
+_FIXED: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": "head"},
+    "gemma": {"norm_offset": 1.0, "norm_in_float32": True},
+    "gemma2": {"norm_offset": 1.0, "norm_in_float32": True, "norms": "both"},
+    "gemma3_text": {"norm_offset": 1.0, "norm_in_float32": True, "norms": "both", "qk_norm": "head"},
+    "phi3": {"fused": True},
+    "olmo2": {"norm_in_float32": True, "norms": "after", "qk_norm": "all"},
+}
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 
@@ -31,8 +95,9 @@ class DecoderConfig:
     hidden_act: str
     rms_norm_eps: float
     tie_word_embeddings: bool
-    # The angle per position of each of the head_dim / 2 rotary pairs.
-    inverse_frequencies: tuple[float, ...]
+    # The rotary positions that occur, and for each layer which of them it has.
+    ropes: tuple[Rope, ...]
+    rope_by_layer: tuple[int, ...]
     # Windowed layers see only this many positions back, including a token's own.
     sliding_window: int | None
     windowed_layers: tuple[bool, ...]
@@ -40,8 +105,23 @@ class DecoderConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    # Qwen3 normalises each head's query and key.
-    qk_norm: bool
+    # Factors of the embeddings, of the scores, of what attention and MLP add, and of the logits (Gemma, Granite).
+    embedding_scale: float
+    attention_scale: float
+    residual_scale: float
+    logit_scale: float
+    # Scores and logits are bounded to c · tanh(x / c) (Gemma 2).
+    attention_softcap: float | None
+    logit_softcap: float | None
+    # Whether q, k and v are one layer, and gate and up too (Phi-3).
+    fused: bool = False
+    # Whether norms stand before attention and MLP, after them (OLMo 2), or on both sides (Gemma 2 and 3).
+    norms: Literal["before", "after", "both"] = "before"
+    # What is added to a norm's weight (Gemma), and whether it is multiplied before rounding (Gemma, OLMo 2).
+    norm_offset: float = 0.0
+    norm_in_float32: bool = False
+    # Whether queries and keys are normalised, each head by itself (Qwen3, Gemma 3) or all together (OLMo 2).
+    qk_norm: Literal["head", "all"] | None = None
 
     @classmethod
     def from_hugging_face(cls, fields: Mapping[str, Any], where: str) -> "DecoderConfig":
@@ -50,15 +130,20 @@ class DecoderConfig:
         Raises:
             AdapterError: an unknown model type, a missing or impossible value, or a feature that isn't covered.
         """
-        read = _Reader(fields, where)
-        kind = read.choice("model_type", MODEL_TYPES)
+        kind = Reader(fields, where).choice("model_type", MODEL_TYPES)
+        known = {name: value for name, value in fields.items() if name not in _OWN or name in _FIELDS[kind]}
+        read, gemma = Reader({**_FIELDS[kind], **known}, where), kind.startswith("gemma")
+        if gemma and fields.get("use_bidirectional_attention"):
+            raise AdapterError(f"{where}: expected causal attention, found use_bidirectional_attention")
         hidden, heads, layers = (
             read.count(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
         )
-        # Where a file leaves out a field, transformers' own default applies.
-        head_dim = read.count("head_dim", 128 if kind == "qwen3" else hidden // heads)
-        window, windowed = _windows(read, kind, layers)
-        attention_bias = read.flag("attention_bias", default=False) if kind in ("llama", "qwen3") else False
+        head_dim = read.count("head_dim", hidden // heads)
+        window, windowed = _windows(read, layers)
+        ropes, rope_by_layer = read_ropes(read, kind, head_dim, windowed)
+        name = "hidden_activation" if kind in ("gemma2", "gemma3_text") else "hidden_act"
+        activation = read.choice(name, ACTIVATIONS, "gelu_pytorch_tanh" if gemma else "silu")
+        bias = read.flag("attention_bias", default=False)
         config = cls(
             model_type=kind,
             vocab_size=read.count("vocab_size"),
@@ -66,19 +151,27 @@ class DecoderConfig:
             intermediate_size=read.count("intermediate_size"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=read.count("num_key_value_heads", 8 if kind == "mistral" else heads),
+            num_key_value_heads=read.count("num_key_value_heads", heads),
             head_dim=head_dim,
-            hidden_act=read.choice("hidden_act", ACTIVATIONS, "silu"),
+            # The first Gemma files call the approximation by tanh plain gelu.
+            hidden_act="gelu_pytorch_tanh" if kind == "gemma" and activation == "gelu" else activation,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
-            inverse_frequencies=tuple(_inverse_frequencies(read, head_dim).tolist()),
+            ropes=ropes,
+            rope_by_layer=rope_by_layer,
             sliding_window=window,
             windowed_layers=windowed,
-            qkv_bias=attention_bias or kind == "qwen2",
-            o_bias=attention_bias,
-            mlp_bias=read.flag("mlp_bias", default=False) if kind == "llama" else False,
-            qk_norm=kind == "qwen3",
+            qkv_bias=bias,
+            o_bias=bias,
+            mlp_bias=read.flag("mlp_bias", default=False),
+            embedding_scale=read.number("embedding_multiplier", hidden**0.5 if gemma else 1.0),
+            attention_scale=read.number("attention_multiplier", read.number("query_pre_attn_scalar", head_dim) ** -0.5),
+            residual_scale=read.number("residual_multiplier", 1.0),
+            logit_scale=1 / read.number("logits_scaling", 1.0),
+            attention_softcap=read.optional("attn_logit_softcapping"),
+            logit_softcap=read.optional("final_logit_softcapping"),
         )
+        config = dataclasses.replace(config, **_FIXED.get(kind, {}))
         if config.num_attention_heads % config.num_key_value_heads:
             raise AdapterError(
                 f"{where}: expected num_attention_heads in whole groups of num_key_value_heads, "
@@ -89,98 +182,34 @@ class DecoderConfig:
         return config
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """A JSON object, with checks of its values."""
-
-    fields: Mapping[str, Any]
-    where: str
-
-    def _get(self, name: str, default: Any) -> Any:
-        value = self.fields.get(name)
-        if value is None and default is None:
-            raise AdapterError(f"{self.where}: expected a field {name}, found none")
-        return default if value is None else value
-
-    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise AdapterError(f"{self.where}: expected {name} to be an integer from {least} up, found {value!r}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-            raise AdapterError(f"{self.where}: expected {name} to be a positive number, found {value!r}")
-        return float(value)
-
-    def flag(self, name: str, *, default: bool) -> bool:
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise AdapterError(f"{self.where}: expected {name} to be true or false, found {value!r}")
-        return value
-
-    def choice(self, name: str, choices: tuple[str, ...], default: str | None = None) -> str:
-        value = self._get(name, default)
-        if value not in choices:
-            raise AdapterError(f"{self.where}: expected {name} to be one of {', '.join(choices)}, found {value!r}")
-        return value
-
-
-def _windows(read: _Reader, kind: str, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+def _windows(read: Reader, layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """Returns the sliding window (None if no layer has one), and which layers have it."""
-    none = None, (False,) * layers
-    if kind == "llama" or (kind == "mistral" and read.fields.get("sliding_window", 4096) is None):
-        return none
-    if kind != "mistral" and not (
-        read.flag("use_sliding_window", default=False) and read.fields.get("sliding_window", 4096)
+    fields = read.fields
+    if fields.get("sliding_window") is None or (
+        "use_sliding_window" in fields
+        and not (read.flag("use_sliding_window", default=False) and fields["sliding_window"])
     ):
-        return none
-    window = read.count("sliding_window", 4096)
-    types = read.fields.get("layer_types")
-    if kind == "mistral":
-        return window, (True,) * layers
-    if types is None:
-        first = read.count("max_window_layers", 28, least=0)
-        windowed = tuple(layer >= first for layer in range(layers))
-    elif (
-        isinstance(types, list)
-        and len(types) == layers
-        and all(kind in ("full_attention", "sliding_attention") for kind in types)
-    ):
-        windowed = tuple(kind == "sliding_attention" for kind in types)
+        return None, (False,) * layers
+    window, types = read.count("sliding_window"), fields.get("layer_types")
+    if types is not None:
+        if (
+            not isinstance(types, list)
+            or len(types) != layers
+            or any(name not in ("full_attention", "sliding_attention") for name in types)
+        ):
+            raise AdapterError(
+                f"{read.where}: expected layer_types to name full_attention or sliding_attention for each of {layers} "
+                f"layers, found {types!r:.80}"
+            )
+        windowed = [name == "sliding_attention" for name in types]
+    elif "sliding_window_pattern" in fields:
+        pattern = read.count("sliding_window_pattern")
+        windowed = [(layer + 1) % pattern != 0 for layer in range(layers)]
+    elif "max_window_layers" in fields:
+        first = read.count("max_window_layers", least=0)
+        windowed = [layer >= first for layer in range(layers)]
+    elif "layer_types" in fields:
+        raise AdapterError(f"{read.where}: expected a field layer_types beside use_sliding_window, found none")
     else:
-        raise AdapterError(
-            f"{read.where}: expected layer_types to name full_attention or sliding_attention for each of {layers} "
-            f"layers, found {types!r:.80}"
-        )
-    return (window, windowed) if any(windowed) else none
-
-
-def _inverse_frequencies(read: _Reader, head_dim: int) -> np.ndarray:
-    """Returns the rotary frequencies, float64 ``[head_dim / 2]``: plain, or scaled linearly or as in Llama 3."""
-    # transformers 5 writes rope_parameters. Before, rope_theta was beside rope_scaling, which takes precedence.
-    name = "rope_scaling" if read.fields.get("rope_scaling") else "rope_parameters"
-    fields = read.fields.get(name) or {}
-    if not isinstance(fields, Mapping):
-        raise AdapterError(f"{read.where}: expected {name} to be a JSON object, found {fields!r:.60}")
-    if nested := [key for key, value in fields.items() if isinstance(value, Mapping)]:
-        raise AdapterError(f"{read.where}: expected {name} to be the same for all layers, found some for {nested[0]!r}")
-    outer = {key: read.fields[key] for key in ("rope_theta", "partial_rotary_factor") if key in read.fields}
-    trained = {key: read.fields[key] for key in ("original_max_position_embeddings",) if key in read.fields}
-    fields = {**outer, **fields, **trained}
-    rope = _Reader({**fields, "rope_type": fields.get("rope_type") or fields.get("type")}, read.where)
-    kind = rope.choice("rope_type", ("default", "linear", "llama3"), "default")
-    if rope.number("partial_rotary_factor", 1.0) != 1.0:
-        raise AdapterError(f"{read.where}: expected rotary positions on whole heads, found a partial_rotary_factor")
-    plain = rope.number("rope_theta", 10000.0) ** (-np.arange(0, head_dim, 2) / head_dim)
-    if kind == "default":
-        return plain
-    factor = rope.number("factor")
-    if kind == "linear":
-        return plain / factor
-    # Llama 3.1: long wavelengths are stretched, short ones kept, those between blended.
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    turns = rope.number("original_max_position_embeddings") * plain / (2 * np.pi)
-    blend = np.clip((turns - low) / (high - low), 0, 1)
-    return plain * (blend + (1 - blend) / factor)
+        windowed = [True] * layers
+    return (window, tuple(windowed)) if any(windowed) else (None, (False,) * layers)

@@ -1,4 +1,4 @@
-"""A decoder of the Llama family in Linen: Llama, Mistral, Qwen2, Qwen3. Names and maths are those of Hugging Face.
+"""A decoder of the Llama family in Linen, in the variants of `DecoderConfig`. Names and maths are Hugging Face's.
 
 Shapes: ``batch``, ``length`` (new tokens), ``places`` (of a cache), ``heads``, ``kv_heads``, ``head_dim``.
 """
@@ -16,6 +16,7 @@ from road_core import AdapterError
 from road_core._errors import expect
 from road_jax.models import _mesh
 from road_jax.models._config import DecoderConfig
+from road_jax.models._rope import Rope
 
 _ACTIVATIONS = {
     "silu": nn.silu,
@@ -23,6 +24,12 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": nn.gelu,
 }
 
+# The norms before and after attention, and those before and after the MLP, by what `DecoderConfig.norms` says.
+_NORMS = {
+    "before": ("input", None, "post_attention", None),
+    "after": (None, "post_attention", None, "post_feedforward"),
+    "both": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
+}
 
 # "none" recomputes nothing, but repeats the gathers of what fsdp stores in shares. "linears" keeps the results of
 # products with kernels; rotations, norms, activations and attention, a few per cent of the arithmetic, are computed
@@ -65,19 +72,26 @@ class Cache(NamedTuple):
 class _Context(NamedTuple):
     """Values that all layers share in one call."""
 
-    # float32 [batch, length, 1, head_dim / 2]
-    cosines: jax.Array
-    sines: jax.Array
+    # float32 [batch, length, 1, rotary pairs], for each of the config's ropes
+    cosines: list[jax.Array]
+    sines: list[jax.Array]
     # bool [batch, length, places + length]: what a token sees of the cache, followed by the new tokens.
     mask: jax.Array
     # The same for layers with a sliding window; None if the model has none.
     windowed_mask: jax.Array | None
 
 
+class _Layer(NamedTuple):
+    """Whether a layer has the window, and which of the ropes; None where all layers are alike."""
+
+    windowed: jax.Array | None
+    rope: jax.Array | None
+
+
 class RMSNorm(nn.Module):
     """``x / rms(x) · weight``; the quotient is computed in float32."""
 
-    eps: float
+    config: DecoderConfig
     dtype: Any
     param_dtype: Any
 
@@ -85,8 +99,11 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(self.dtype) * weight.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        c = self.config
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + c.rms_norm_eps)
+        dtype = jnp.float32 if c.norm_in_float32 else self.dtype
+        weight = weight.astype(dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide.astype(dtype) * (weight + c.norm_offset if c.norm_offset else weight)).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -98,18 +115,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, windowed: jax.Array | None, context: _Context
+        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, layer: _Layer, context: _Context
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         c = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        counts = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
+        sizes = {name: count * c.head_dim for name, count in counts.items()}
+        products = _products(x, sizes, c.qkv_bias, "qkv" if c.fused else None, types)
 
-        def heads(name: str, count: int) -> jax.Array:
-            y = nn.Dense(count * c.head_dim, use_bias=c.qkv_bias, name=f"{name}_proj", **types)(x)
-            y = y.reshape(*x.shape[:2], count, c.head_dim)
-            return RMSNorm(c.rms_norm_eps, **types, name=f"{name}_norm")(y) if c.qk_norm and name != "v" else y
+        def heads(name: str) -> jax.Array:
+            norm = RMSNorm(c, **types, name=f"{name}_norm") if c.qk_norm else None
+            y = norm(products[name]) if norm and c.qk_norm == "all" else products[name]
+            y = y.reshape(*x.shape[:2], counts[name], c.head_dim)
+            return _turn(norm(y) if norm and c.qk_norm == "head" else y, layer, context)
 
-        query = _turn(heads("q", c.num_attention_heads), context)
-        key, value = _turn(heads("k", c.num_key_value_heads), context), heads("v", c.num_key_value_heads)
+        query, key = heads("q"), heads("k")
+        value = products["v"].reshape(key.shape)
         # [batch, kv_heads, tokens of the heads that share a key head, head_dim]: scores come in the order in which they
         # are masked and summed, so that only small arrays are transposed.
         query = query.swapaxes(1, 2)
@@ -120,8 +141,12 @@ class Attention(nn.Module):
         scores = [jnp.einsum("bkmd,bskd->bkms", query, k, preferred_element_type=jnp.float32) for k in keys]
         mask = context.mask
         if context.windowed_mask is not None:
-            mask = context.windowed_mask if windowed is None else jnp.where(windowed, context.windowed_mask, mask)
-        logits = jnp.concatenate(scores, axis=-1).reshape(*by_head, -1) * c.head_dim**-0.5
+            mask = context.windowed_mask
+            if layer.windowed is not None:
+                mask = jnp.where(layer.windowed, mask, context.mask)
+        logits = _capped(
+            jnp.concatenate(scores, axis=-1).reshape(*by_head, -1) * c.attention_scale, c.attention_softcap
+        )
         logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype).reshape(*grouped, logits.shape[-1])
         parts = jnp.split(weights, [past[0].shape[1]], axis=-1) if past else [weights]
@@ -142,18 +167,15 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-
-        def dense(name: str, size: int) -> nn.Dense:
-            return nn.Dense(
-                size, use_bias=c.mlp_bias, dtype=self.dtype, param_dtype=self.param_dtype, name=f"{name}_proj"
-            )
-
-        gate, up = dense("gate", c.intermediate_size)(x), dense("up", c.intermediate_size)(x)
-        return dense("down", c.hidden_size)(_ACTIVATIONS[c.hidden_act](gate) * up)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        sizes = {"gate": c.intermediate_size, "up": c.intermediate_size}
+        wide = _products(x, sizes, c.mlp_bias, "gate_up" if c.fused else None, types)
+        wide = _ACTIVATIONS[c.hidden_act](wide["gate"]) * wide["up"]
+        return nn.Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj", **types)(wide)
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each with a norm before it and its input added to the result."""
+    """One layer: attention and MLP, each with norms and its input added to the result."""
 
     config: DecoderConfig
     dtype: Any
@@ -164,16 +186,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, windowed: jax.Array | None, context: _Context
+        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, layer: _Layer, context: _Context
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        c = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        before_attention, after_attention, before_mlp, after_mlp = _NORMS[c.norms]
 
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(self.config.rms_norm_eps, **types, name=f"{name}_layernorm")
+        def norm(name: str | None, x: jax.Array) -> jax.Array:
+            return x if name is None else RMSNorm(c, **types, name=f"{name}_layernorm")(x)
 
-        y, new = Attention(self.config, **types, name="self_attn")(norm("input")(x), past, windowed, context)
-        x = x + y
-        x = x + MLP(self.config, **types, name="mlp")(norm("post_attention")(x))
+        y, new = Attention(c, **types, name="self_attn")(norm(before_attention, x), past, layer, context)
+        x = x + _scaled(norm(after_attention, y), c.residual_scale)
+        y = MLP(c, **types, name="mlp")(norm(before_mlp, x))
+        x = x + _scaled(norm(after_mlp, y), c.residual_scale)
         x = _mesh.by_rows(x, self.mesh)
         return x, new if self.keep else None
 
@@ -189,11 +214,11 @@ class Unrolled(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: Any, windowed: jax.Array | None, context: _Context) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, past: Any, layers: _Layer, context: _Context) -> tuple[jax.Array, Any]:
         kept = []
-        for layer in range(self.config.num_hidden_layers):
-            block = self.block(self.config, self.dtype, self.param_dtype, self.keep, self.mesh, name=str(layer))
-            x, new = block(x, *jax.tree.map(lambda array, layer=layer: array[layer], (past, windowed)), context)
+        for number in range(self.config.num_hidden_layers):
+            block = self.block(self.config, self.dtype, self.param_dtype, self.keep, self.mesh, name=str(number))
+            x, new = block(x, *jax.tree.map(lambda array, number=number: array[number], (past, layers)), context)
             kept.append(new)
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
 
@@ -237,10 +262,12 @@ class Trunk(nn.Module):
         else:
             stack = Unrolled(block, c, **types, keep=keep, mesh=self.mesh, name="layers")
         past = (cache.keys, cache.values) if cache is not None else None
-        mixed = len(set(c.windowed_layers)) > 1
+        layers = _Layer(*(jnp.asarray(of) if len(set(of)) > 1 else None for of in (c.windowed_layers, c.rope_by_layer)))
         x = _mesh.by_rows(jnp.take(embed, input_ids, axis=0).astype(self.dtype), self.mesh)
-        x, new = stack(x, past, jnp.asarray(c.windowed_layers) if mixed else None, context)
-        x = RMSNorm(c.rms_norm_eps, **types, name="norm")(x)
+        # Gemma was trained with this factor in the embedding's dtype.
+        x = _scaled(x, float(np.asarray(c.embedding_scale, self.dtype)))
+        x, new = stack(x, past, layers, context)
+        x = RMSNorm(c, **types, name="norm")(x)
         kept = _extend(cache, new[0], new[1], positions, cache_size) if keep else None
         return x, embed.astype(self.dtype), kept
 
@@ -315,6 +342,7 @@ class Decoder(nn.Module):
         else:
             dense = nn.Dense if mesh is None else _gathering(nn.Dense, mesh, "lm_head")
             logits = dense(c.vocab_size, use_bias=False, name="lm_head", **types)(x)
+        logits = _capped(_scaled(logits, c.logit_scale), c.logit_softcap)
         return logits if kept is None else (logits, kept)
 
 
@@ -356,17 +384,53 @@ def _context(config: DecoderConfig, segments: jax.Array, cache: Cache | None) ->
     windowed = None
     if config.sliding_window is not None:
         windowed = mask & (positions[:, :, None] - seen_positions[:, None, :] < config.sliding_window)
-    angles = jnp.maximum(positions, 0).astype(jnp.float32)[..., None, None] * jnp.asarray(
-        np.asarray(config.inverse_frequencies, np.float32).reshape(1, 1, 1, -1)
-    )
-    return _Context(jnp.cos(angles), jnp.sin(angles), mask, windowed), positions
+    angles = [_angles(rope, positions) for rope in config.ropes]
+    cosines = [jnp.cos(a) * rope.scale for a, rope in zip(angles, config.ropes, strict=True)]
+    sines = [jnp.sin(a) * rope.scale for a, rope in zip(angles, config.ropes, strict=True)]
+    return _Context(cosines, sines, mask, windowed), positions
 
 
-def _turn(x: jax.Array, context: _Context) -> jax.Array:
-    """Applies rotary positions to ``[batch, length, heads, head_dim]``; element i is paired with i + head_dim / 2."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [a * context.cosines - b * context.sines, b * context.cosines + a * context.sines]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+def _angles(rope: Rope, positions: jax.Array) -> jax.Array:
+    """Returns float32 ``[batch, length, 1, rotary pairs]``."""
+    frequencies = jnp.asarray(np.asarray(rope.frequencies, np.float32).reshape(1, 1, 1, -1))
+    if rope.long_frequencies is not None:
+        # Unlike in transformers, a row's frequencies don't depend on how long other rows are.
+        long = jnp.asarray(np.asarray(rope.long_frequencies, np.float32).reshape(1, 1, 1, -1))
+        is_long = jnp.max(positions, axis=1) >= rope.trained_length
+        frequencies = jnp.where(is_long[:, None, None, None], long, frequencies)
+    return jnp.maximum(positions, 0).astype(jnp.float32)[..., None, None] * frequencies
+
+
+def _turn(x: jax.Array, layer: _Layer, context: _Context) -> jax.Array:
+    """Applies rotary positions to ``[batch, length, heads, head_dim]``; in what is turned, halves are paired."""
+    cosines, sines = context.cosines[0], context.sines[0]
+    if layer.rope is not None:
+        cosines, sines = (jnp.stack(of)[layer.rope] for of in (context.cosines, context.sines))
+    pairs = cosines.shape[-1]
+    a, b, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    turned = [(a * cosines - b * sines).astype(x.dtype), (b * cosines + a * sines).astype(x.dtype)]
+    return jnp.concatenate([*turned, rest] if rest.size else turned, axis=-1)
+
+
+def _products(
+    x: jax.Array, sizes: dict[str, int], bias: bool, fused: str | None, types: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """Returns ``{name}_proj(x)`` by name: of one layer each, or of one that has the outputs of all side by side."""
+    if fused is None:
+        return {name: nn.Dense(size, use_bias=bias, name=f"{name}_proj", **types)(x) for name, size in sizes.items()}
+    whole = nn.Dense(sum(sizes.values()), use_bias=bias, name=f"{fused}_proj", **types)(x)
+    return dict(zip(sizes, jnp.split(whole, np.cumsum([*sizes.values()])[:-1], axis=-1), strict=True))
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    """Multiplies in float32 and rounds once."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def _capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """Returns ``cap · tanh(x / cap)``, computed in float32."""
+    return x if cap is None else (jnp.tanh(x.astype(jnp.float32) / cap) * cap).astype(x.dtype)
 
 
 def _extend(

@@ -31,6 +31,9 @@ _RULES = {
     "gate_proj": _COLUMNS,
     "up_proj": _COLUMNS,
     "down_proj": _ROWS,
+    # The parts of a fused layer are whole again before they are used, which costs a gather of its outputs.
+    "qkv_proj": _COLUMNS,
+    "gate_up_proj": _COLUMNS,
     "lm_head": _COLUMNS,
 }
 

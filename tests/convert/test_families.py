@@ -67,6 +67,9 @@ MODELS = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _DECODER),
     "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", _DECODER),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", _DECODER),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _DECODER),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", _DECODER),
 }
 # transformers' config has head_dim only for models that have the field.
 SIZES = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -142,11 +145,12 @@ LAYOUTS_OF = [
         "mistral": "scanned unrolled transformers easydel",
         "qwen2": "scanned unrolled easydel tunix",
         "qwen3": "scanned unrolled easydel tunix maxtext maxtext-unrolled",
-        "gemma": "transformers",
+        "gemma": "scanned unrolled transformers",
         "gemma2": "scanned unrolled easydel",
         "gemma3_text": "scanned unrolled easydel tunix",
         "phi3": "scanned unrolled easydel",
         "phi3-apart": "scanned unrolled",
+        **dict.fromkeys(["smollm3", "olmo2", "granite"], "scanned unrolled"),
         **dict.fromkeys(["gpt2", "bert", "roberta", "t5", "opt", "vit", "clip"], "transformers"),
     }.items()
     for layout in layouts.split()

@@ -70,7 +70,9 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-@pytest.mark.parametrize(("kind", "variant"), [("llama", "road_1"), ("qwen2", "road_2"), ("qwen3", "road_4")])
+@pytest.mark.parametrize(
+    ("kind", "variant"), [("llama", "road_1"), ("qwen2", "road_2"), ("qwen3", "road_4"), ("phi3", "road_1")]
+)
 def test_as_peft_merges(kind, variant, tmp_path):
     base = small_model(kind)
     base.save_pretrained(tmp_path / "base", max_shard_size="300KB")

@@ -15,6 +15,7 @@ import road_jax
 from convert._tied import is_tied
 from road_core import Adapter, AdapterError, RoadConfig, read_flax, read_peft, write_peft
 from road_jax import models
+from road_jax.models._config import MODEL_TYPES
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -114,7 +115,7 @@ def test_a_tied_head_has_no_adapter_in_flax(tmp_path):
         assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("kind", [*MODEL_TYPES, "gpt2", "opt"])
 def test_whether_a_head_is_tied_where_the_config_does_not_say(kind):
     assert is_tied({"model_type": kind}) == transformers.AutoConfig.for_model(kind).tie_word_embeddings
     assert is_tied({"model_type": "another"}) is None

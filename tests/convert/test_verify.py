@@ -32,9 +32,12 @@ def make(directory, kind="llama", layout="scanned", **fields):
 PROMPTS = ["one two three four", "ten nine", "five </s> six seven eight nine ten one"]
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("llama", "scanned"), ("qwen3", "unrolled")])
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("llama", "scanned"), ("qwen3", "unrolled"), ("gemma3_text", "scanned"), ("phi3", "scanned")]
+)
 def test_both_frameworks_agree(kind, layout, tmp_path):
-    flax, theirs, base = make(tmp_path, kind, layout, modules_to_save=["lm_head"])
+    saved = {} if kind == "gemma3_text" else {"modules_to_save": ["lm_head"]}
+    flax, theirs, base = make(tmp_path, kind, layout, **saved)
     with open(os.devnull, "w") as quiet:
         result = convert.verify(flax, theirs, base, prompts=PROMPTS, console=Console(file=quiet))
     assert result.positions == 4 + 2 + 8

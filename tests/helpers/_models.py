@@ -15,12 +15,6 @@ WORDS = [
 
 def small_config(kind: str = "llama", **changes) -> transformers.PretrainedConfig:
     """Returns a decoder's config with grouped-query attention and output sizes that are multiples of 64."""
-    classes = {
-        "llama": transformers.LlamaConfig,
-        "mistral": transformers.MistralConfig,
-        "qwen2": transformers.Qwen2Config,
-        "qwen3": transformers.Qwen3Config,
-    }
     fields = {
         "vocab_size": 160,
         "hidden_size": 128,
@@ -34,7 +28,7 @@ def small_config(kind: str = "llama", **changes) -> transformers.PretrainedConfi
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return classes[kind](**{**fields, **changes})
+    return transformers.AutoConfig.for_model(kind, **{**fields, **changes})
 
 
 def small_model(kind: str = "llama", *, seed: int = 0, **changes) -> transformers.PreTrainedModel:

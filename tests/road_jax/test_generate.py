@@ -17,9 +17,9 @@ from road_jax import _generate, models
 PROMPTS = [[6, 7, 8], [9] * 11, [40, 41, 42, 43, 44, 45, 46], [150, 3]]
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3", "gemma3_text", "phi3"])
 def base(request, tmp_path_factory):
-    changes = {"sliding_window": 8} if request.param == "mistral" else {}
+    changes = {"sliding_window": 8} if request.param in ("mistral", "gemma3_text") else {}
     return small_checkpoint(tmp_path_factory.mktemp("base"), request.param, **changes)
 
 

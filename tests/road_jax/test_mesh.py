@@ -98,6 +98,17 @@ def test_a_mesh_trains_as_one_device(sizes, options, checkpoints, expected):
             assert_close(found, wanted, "float16")  # Adam divides by the root of small gradients
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", "phi3", "olmo2"])
+def test_other_families_on_a_mesh(kind, tmp_path):
+    small_checkpoint(tmp_path, kind, num_hidden_layers=2)
+    alone, adapter = run(tmp_path, {"data": 1})
+    losses, shared = run(tmp_path, {"data": 2, "fsdp": 2, "tensor": 2})
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
+    for found, wanted in zip(jax.tree.leaves(shared), jax.tree.leaves(adapter), strict=True):
+        assert_close(found, wanted, "float16")
+
+
 def test_a_quantised_base_trains_in_shares_as_on_one_device(checkpoints, expected):
     whole, adapter = run(checkpoints / "tied", {"data": 1}, quantized=True)
     losses, shared = run(checkpoints / "tied", {"data": 2, "fsdp": 2, "tensor": 2}, quantized=True)

@@ -25,6 +25,18 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+GEMMA3 = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + i / 8 for i in range(12)],
+    "long_factor": [2.0 + i for i in range(12)],
+}
 KINDS = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
@@ -41,6 +53,33 @@ KINDS = {
     "qwen2, some windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("qwen3", {}),
     "qwen3, tied": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"sliding_window": 6, "query_pre_attn_scalar": 48, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", {"sliding_window": 6, "query_pre_attn_scalar": 48, "num_hidden_layers": 7}),
+    "gemma3, scaled rotations": (
+        "gemma3_text",
+        {"rope_parameters": GEMMA3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
+    "gemma3, windows in all layers": ("gemma3_text", {}),
+    "phi3": ("phi3", {}),
+    "phi3, half of each head turned": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}, "sliding_window": 6},
+    ),
+    "phi3, long": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 12}),
+    "phi3, short": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 4.0,
+        },
+    ),
 }
 
 
@@ -79,16 +118,28 @@ def test_logits_are_hugging_faces(name, tmp_path):
 
 
 def test_the_rotary_scaling_and_the_windows_matter(tmp_path):
-    """The two cases above would pass unnoticed if scaling and windows didn't change the function."""
+    """The cases above would pass unnoticed if these fields didn't change the function."""
     ids, mask = tokens(1, 40), np.ones((1, 40), np.int32)
-    for kind, changes in (
-        ("llama", {"rope_parameters": LLAMA3}),
-        ("mistral", {"sliding_window": 6}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    full = ["full_attention"] * 3
+    longer = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 12}
+    for kind, changes, plain in (
+        ("llama", {"rope_parameters": LLAMA3}, {}),
+        ("llama", {"rope_parameters": YARN}, {}),
+        ("mistral", {"sliding_window": 6}, {"sliding_window": None}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}, {}),
+        ("gemma2", {"sliding_window": 6}, {"sliding_window": 6, "layer_types": full}),
+        ("gemma2", {"attn_logit_softcapping": 2.0}, {}),
+        ("gemma2", {"final_logit_softcapping": 2.0}, {}),
+        ("gemma2", {"query_pre_attn_scalar": 48}, {}),
+        ("gemma3_text", {}, {"layer_types": full}),
+        ("phi3", longer, {**longer, "original_max_position_embeddings": 40}),
+        ("phi3", longer, {"rope_parameters": {**LONGROPE, "rope_type": "default"}}),
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, {"no_rope_layers": [1, 1, 1]}),
+        *(("granite", {name: 0.2}, {}) for name in ("embedding_multiplier", "residual_multiplier")),
+        *(("granite", {name: 0.2}, {}) for name in ("attention_multiplier", "logits_scaling")),
     ):
-        plain = {"sliding_window": None} if kind == "mistral" else {}
         with_it, without = (torch_logits(small_model(kind, **c), ids, mask) for c in (changes, plain))
-        assert np.abs(with_it - without).max() > 0.05
+        assert np.abs(with_it - without).max() > 0.05, (kind, changes)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
@@ -122,7 +173,10 @@ def test_logits_where_they_are_wanted(tmp_path):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2, some windows", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [*("llama", "mistral", "qwen2, some windows", "qwen3"), *("gemma2", "gemma3", "phi3, short", "smollm3", "olmo2")],
+)
 def test_a_cache_gives_what_one_call_gives(name, scan, tmp_path):
     kind, changes = KINDS[name]
     small_checkpoint(tmp_path, kind, **changes)
@@ -132,7 +186,7 @@ def test_a_cache_gives_what_one_call_gives(name, scan, tmp_path):
     apply = jax.jit(module.apply, static_argnames="cache_size")
     expected = np.asarray(apply(variables, ids, attention_mask=mask))
     first, cache = apply(variables, ids[:, :10], attention_mask=mask[:, :10], cache_size=24)
-    assert cache.keys.shape == (3, 2, 24, 2, 32)
+    assert cache.keys.shape == (module.config.num_hidden_layers, 2, 24, 2, 32)
     found = [first]
     for start, end in ((10, 13), (13, 14), (14, 18)):
         logits, cache = apply(variables, ids[:, start:end], cache=cache)
@@ -228,14 +282,18 @@ def retensor(directory, change):
         },
         {"rope_parameters": LLAMA3, "original_max_position_embeddings": 64},
         {"rope_theta": 500.0},
+        {"rope_parameters": YARN, "max_position_embeddings": 128},
+        {"rope_parameters": {**YARN, "beta_fast": 8, "beta_slow": 2, "truncate": False, "attention_factor": 1.5}},
+        {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.4}},
     ],
 )
 def test_rotary_fields_are_read_as_transformers_does(fields, tmp_path):
     small_checkpoint(tmp_path)
     edit(tmp_path, lambda f: (f.pop("rope_parameters"), f.update(fields)))
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).model.rotary_emb
-    found = models.read_config(tmp_path).inverse_frequencies
-    np.testing.assert_allclose(found, peer.inv_freq.numpy(), rtol=1e-6)
+    (rope,) = models.read_config(tmp_path).ropes
+    np.testing.assert_allclose(rope.frequencies, peer.inv_freq.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(rope.scale, peer.attention_scaling, rtol=1e-6)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -285,7 +343,7 @@ BAD = {
     ),
     "another type": (
         lambda d: edit(d, lambda f: f.update(model_type="t5")),
-        "expected model_type to be one of llama, mistral, qwen2, qwen3, found 't5'",
+        "expected model_type to be one of llama, mistral, qwen2, qwen3, .*, granite, found 't5'",
     ),
     "no sizes": (
         lambda d: edit(d, lambda f: f.pop("hidden_size")),
@@ -312,8 +370,28 @@ BAD = {
         "whole groups of num_key_value_heads, found 4 and 3",
     ),
     "rotations": (
-        lambda d: edit(d, lambda f: f.update(rope_parameters={"rope_type": "yarn", "factor": 2.0})),
-        "expected rope_type to be one of default, linear, llama3, found 'yarn'",
+        lambda d: edit(d, lambda f: f.update(rope_parameters={"rope_type": "dynamic", "factor": 2.0})),
+        "expected rope_type to be one of default, linear, llama3, yarn, longrope, found 'dynamic'",
+    ),
+    "too few factors": (
+        lambda d: edit(d, lambda f: f.update(rope_parameters={**LONGROPE, "partial_rotary_factor": 1})),
+        "expected short_factor to be 16 positive numbers, found 12 values",
+    ),
+    "a part of each head": (
+        lambda d: edit(d, lambda f: f.update(partial_rotary_factor=0.5)),
+        "expected rotary positions on whole heads, found a partial_rotary_factor",
+    ),
+    "a part that can't be halved": (
+        lambda d: edit(d, lambda f: f.update(model_type="phi3", partial_rotary_factor=0.1)),
+        "expected a partial_rotary_factor of an even part of 32 elements, found 3",
+    ),
+    "both directions": (
+        lambda d: edit(d, lambda f: f.update(model_type="gemma3_text", use_bidirectional_attention=True)),
+        "expected causal attention, found use_bidirectional_attention",
+    ),
+    "layers that turn nothing": (
+        lambda d: edit(d, lambda f: f.update(model_type="smollm3", no_rope_layers=[1, 0])),
+        r"expected no_rope_layers to be 0 or 1 for each of 3 layers, found \[1, 0\]",
     ),
     "rotations that aren't an object": (
         lambda d: edit(d, lambda f: f.update(rope_scaling="yarn")),
