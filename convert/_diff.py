@@ -12,7 +12,6 @@ from convert._inspect import axis_of, drawn, read_adapter
 from convert._mapping import map_to_torch, natural
 from road_core import Adapter, AdapterError, to_float32
 from road_core._adapter import Array
-from road_core._reference import own_axis
 from road_core._safetensors import HEAD
 
 
@@ -159,8 +158,7 @@ def _layers(adapter: Adapter, axis: int) -> dict[str, tuple[Array, Array]]:
         if theta.ndim == 1:
             found[path] = (theta, alpha)
         else:
-            config = adapter.config
-            own = own_axis(theta.shape, axis, variant=config.variant, group_size=config.group_size, where=path)
+            own = adapter.own_axis(path, axis)
             rows = zip(np.moveaxis(theta, own, -1), np.moveaxis(alpha, own, -1), strict=True)
             found.update({f"{path}[{layer}]": pair for layer, pair in enumerate(rows)})
     return found

@@ -11,7 +11,6 @@ import numpy as np
 from convert._mapping import find_stacks, natural
 from road_core import Adapter, AdapterError, output_size, read_flax, read_peft, to_float32
 from road_core._adapter import dtype_name
-from road_core._reference import own_axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +140,13 @@ def drawn(path: str | os.PathLike, paint: Callable[[Path], None]) -> None:
 
 def _module(path: str, adapter: Adapter, axis: int) -> Module:
     theta, alpha = adapter.modules[path]
-    variant = adapter.config.variant
-    own = own_axis(theta.shape, axis, variant=variant, group_size=adapter.config.group_size, where=path)
+    own = adapter.own_axis(path, axis)
     angles, scales = np.abs(to_float32(theta)), to_float32(alpha)
     return Module(
         path=path,
         shape=theta.shape,
         dtype=dtype_name(theta.dtype),
-        outputs=output_size(variant, theta.shape[own]),
+        outputs=output_size(adapter.config.variant, theta.shape[own]),
         mean_angle=float(angles.mean(dtype=np.float64)),
         max_angle=float(angles.max()),
         min_scale=float(scales.min()),

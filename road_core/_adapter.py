@@ -125,6 +125,19 @@ class Adapter:
                 "where they are the base's own, PEFT leaves them out with save_embedding_layers=False"
             )
 
+    def own_axis(self, path: str, axis: int = -1) -> int:
+        """Returns the axis of a module's θ and α that runs over a layer's own parameters; others are stacks'.
+
+        Args:
+            path: the module.
+            axis: the axis that is meant where there are several; may be negative.
+
+        Raises:
+            AdapterError: there is no such axis, or its size isn't that of a layer's parameters.
+        """
+        variant, group_size = self.config.variant, self.config.group_size
+        return own_axis(self.modules[path][0].shape, axis, variant=variant, group_size=group_size, where=path)
+
     def cleared(self, axis: int = -1) -> "Adapter":
         """Returns the same function with θ = 0 and α = 1 outside of the config's subspace.
 
@@ -139,7 +152,7 @@ class Adapter:
         modules = {}
         for path, arrays in self.modules.items():
             variant, group_size = self.config.variant, self.config.group_size
-            own = own_axis(arrays[0].shape, axis, variant=variant, group_size=group_size, where=path)
+            own = self.own_axis(path, axis)
             mask = subspace_mask(
                 output_size(variant, arrays[0].shape[own]),
                 variant=variant,

@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from road_core._adapter import Adapter, to_float32
-from road_core._reference import coefficients, own_axis
+from road_core._reference import coefficients
 
 
 def draw_rotations(adapter: Adapter, path: str | os.PathLike, *, most: int = 12, axis: int = -1) -> None:
@@ -75,8 +75,7 @@ def _by_kind(adapter: Adapter, axis: int) -> dict[str, list[tuple[int, np.ndarra
     """Returns ``{kind of layer: [(depth, first, second)]}``; the first axis of a stack's is its depth."""
     kinds: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     for module, (theta, alpha) in adapter.modules.items():
-        config = adapter.config
-        own = own_axis(theta.shape, axis, variant=config.variant, group_size=config.group_size, where=module)
+        config, own = adapter.config, adapter.own_axis(module, axis)
         first, second = coefficients(
             np.moveaxis(to_float32(theta), own, -1),
             np.moveaxis(to_float32(alpha), own, -1),
