@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from road_core import AdapterError
-from road_jax.models._reader import Reader
+from road_jax.models._reader import INT32, Reader
 from road_jax.models._rope import Rope, read_ropes
 
 # What transformers assumes where a file leaves out a field, if it isn't the same for all types.
@@ -28,12 +28,11 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "gemma": {**_GEMMA, "num_key_value_heads": 16},
     "gemma2": {
         **_GEMMA2,
-        "sliding_window_pattern": 2,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
     "gemma3_text": {**_GEMMA2, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
-    "phi3": {"rms_norm_eps": 1e-5, "sliding_window": None},
+    "phi3": {"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": 4096},
     "smollm3": {
         **_BIASES,
         "num_key_value_heads": 4,
@@ -130,16 +129,19 @@ class DecoderConfig:
         Raises:
             AdapterError: an unknown model type, a missing or impossible value, or a feature that isn't covered.
         """
+        if not isinstance(fields, Mapping):
+            raise AdapterError(f"{where}: expected a JSON object, found {fields!r:.80}")
         kind = Reader(fields, where).choice("model_type", MODEL_TYPES)
         known = {name: value for name, value in fields.items() if name not in _OWN or name in _FIELDS[kind]}
         read, gemma = Reader({**_FIELDS[kind], **known}, where), kind.startswith("gemma")
-        if gemma and fields.get("use_bidirectional_attention"):
-            raise AdapterError(f"{where}: expected causal attention, found use_bidirectional_attention")
-        hidden, heads, layers = (
-            read.count(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-        )
-        head_dim = read.count("head_dim", hidden // heads)
-        window, windowed = _windows(read, layers)
+        if not read.flag("is_causal", default=True) or (
+            gemma and read.flag("use_bidirectional_attention", default=False)
+        ):
+            raise AdapterError(f"{where}: expected causal attention, found tokens that see later ones")
+        hidden, heads = read.count("hidden_size"), read.count("num_attention_heads")
+        layers = read.count("num_hidden_layers", most=1 << 14)
+        head_dim = read.count("head_dim", hidden // heads, most=1 << 16)
+        window, windowed = _windows(read, kind, layers)
         ropes, rope_by_layer = read_ropes(read, kind, head_dim, windowed)
         name = "hidden_activation" if kind in ("gemma2", "gemma3_text") else "hidden_act"
         activation = read.choice(name, ACTIVATIONS, "gelu_pytorch_tanh" if gemma else "silu")
@@ -182,7 +184,7 @@ class DecoderConfig:
         return config
 
 
-def _windows(read: Reader, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+def _windows(read: Reader, kind: str, layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """Returns the sliding window (None if no layer has one), and which layers have it."""
     fields = read.fields
     if fields.get("sliding_window") is None or (
@@ -190,7 +192,8 @@ def _windows(read: Reader, layers: int) -> tuple[int | None, tuple[bool, ...]]:
         and not (read.flag("use_sliding_window", default=False) and fields["sliding_window"])
     ):
         return None, (False,) * layers
-    window, types = read.count("sliding_window"), fields.get("layer_types")
+    # A greater one is none.
+    window, types = min(read.count("sliding_window", most=1 << 63), INT32), fields.get("layer_types")
     if types is not None:
         if (
             not isinstance(types, list)
@@ -202,8 +205,8 @@ def _windows(read: Reader, layers: int) -> tuple[int | None, tuple[bool, ...]]:
                 f"layers, found {types!r:.80}"
             )
         windowed = [name == "sliding_attention" for name in types]
-    elif "sliding_window_pattern" in fields:
-        pattern = read.count("sliding_window_pattern")
+    elif kind in ("gemma2", "gemma3_text"):
+        pattern = 2 if kind == "gemma2" else read.count("sliding_window_pattern")
         windowed = [(layer + 1) % pattern != 0 for layer in range(layers)]
     elif "max_window_layers" in fields:
         first = read.count("max_window_layers", least=0)

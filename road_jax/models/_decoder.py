@@ -31,9 +31,9 @@ _NORMS = {
     "both": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
 }
 
-# "none" recomputes nothing, but repeats the gathers of what fsdp stores in shares. "linears" keeps the results of
-# products with kernels; rotations, norms, activations and attention, a few per cent of the arithmetic, are computed
-# twice, and memory falls to a third.
+# "none" recomputes nothing but the scores of attention in parts, and repeats the gathers of what fsdp stores in shares.
+# "linears" keeps the results of products with kernels; rotations, norms, activations and attention, a few per cent of
+# the arithmetic, are computed twice, and memory falls to a third.
 Remat = Literal["none", "linears", "full"]
 _POLICIES = {
     # A gather over fsdp is pinned by these two operations, see `_mesh.gathered`.
@@ -53,6 +53,11 @@ def check_remat(remat: str) -> None:
         raise AdapterError(f"remat: expected one of {', '.join(get_args(Remat))}, found {remat!r}")
 
 
+def part_of(length: int) -> int:
+    """Returns for how many tokens of a row attention is computed at a time."""
+    return min(length, -(-length // (PART * PARTS)) * PART)
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far.
 
@@ -61,12 +66,19 @@ class Cache(NamedTuple):
         values: the same.
         positions: int32 ``[batch, places]``, a token's position in its row; -1 where there is no token.
         used: int32, the number of places taken; it is the same in every row, because padding counts.
+        longest: int32 ``[batch]``, how many positions a row has if all places are taken. LongRoPE depends on it.
     """
 
     keys: jax.Array
     values: jax.Array
     positions: jax.Array
     used: jax.Array
+    longest: jax.Array
+
+
+# Attention is computed for at least this many tokens of a row at a time, and in at most this many parts, for each of
+# which there is a program of its own.
+PART, PARTS = 128, 8
 
 
 class _Context(NamedTuple):
@@ -97,7 +109,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        weight = self.param(
+            "weight", nn.initializers.constant(1 - self.config.norm_offset), (x.shape[-1],), self.param_dtype
+        )
         wide = x.astype(jnp.float32)
         c = self.config
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + c.rms_norm_eps)
@@ -131,30 +145,72 @@ class Attention(nn.Module):
 
         query, key = heads("q"), heads("k")
         value = products["v"].reshape(key.shape)
-        # [batch, kv_heads, tokens of the heads that share a key head, head_dim]: scores come in the order in which they
-        # are masked and summed, so that only small arrays are transposed.
-        query = query.swapaxes(1, 2)
-        by_head, grouped = query.shape[:3], (len(x), c.num_key_value_heads, -1)
-        query = query.reshape(*grouped, c.head_dim)
-        keys, values = ((past[0], key), (past[1], value)) if past else ((key,), (value,))
-        # A separate product for each part avoids copying the cache together with the new tokens.
-        scores = [jnp.einsum("bkmd,bskd->bkms", query, k, preferred_element_type=jnp.float32) for k in keys]
         mask = context.mask
         if context.windowed_mask is not None:
             mask = context.windowed_mask
             if layer.windowed is not None:
                 mask = jnp.where(layer.windowed, mask, context.mask)
-        logits = _capped(
-            jnp.concatenate(scores, axis=-1).reshape(*by_head, -1) * c.attention_scale, c.attention_softcap
-        )
-        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype).reshape(*grouped, logits.shape[-1])
-        parts = jnp.split(weights, [past[0].shape[1]], axis=-1) if past else [weights]
-        results = [jnp.einsum("bkms,bskd->bkmd", w, v) for w, v in zip(parts, values, strict=True)]
-        result = functools.reduce(jnp.add, results).reshape(*by_head, c.head_dim).swapaxes(1, 2)
-        result = result.reshape(*x.shape[:2], -1)
+        query = query.swapaxes(1, 2)
+        if past:
+            # A separate product for each part avoids copying the cache together with the new tokens.
+            result = _attend(c, query, (past[0], key), (past[1], value), mask)
+        else:
+            result = _attend_in_parts(c, query, key, value, mask)
         y = nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj", **types)(result)
         return y, (key, value)
+
+
+def _attend_in_parts(
+    config: DecoderConfig, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """`_attend` for tokens without a cache, some at a time.
+
+    No token sees a later one, so a part needs only the keys up to its end. The backward pass computes its scores again,
+    and so needs those of one part at a time.
+    """
+    length = query.shape[2]
+    part = part_of(length)
+    if part == length:
+        return _attend(config, query, (key,), (value,), mask)
+    attend = jax.checkpoint(functools.partial(_attend, config))
+    # Where all layers have a window, keys before that of a part's first token are left out too.
+    reach = config.sliding_window if config.sliding_window and all(config.windowed_layers) else length
+    results = []
+    for start in range(0, length, part):
+        of, seen = slice(start, start + part), slice(max(0, start + 1 - reach), start + part)
+        results.append(attend(query[:, :, of], (key[:, seen],), (value[:, seen],), mask[:, of, seen]))
+    return jnp.concatenate(results, axis=1)
+
+
+def _attend(
+    config: DecoderConfig,
+    query: jax.Array,
+    keys: tuple[jax.Array, ...],
+    values: tuple[jax.Array, ...],
+    mask: jax.Array,
+) -> jax.Array:
+    """Returns ``[batch, length, heads · head_dim]``.
+
+    Args:
+        config: the decoder's.
+        query: ``[batch, heads, length, head_dim]``.
+        keys: parts of ``[batch, tokens, kv_heads, head_dim]``.
+        values: the same.
+        mask: bool ``[batch, length, tokens]``, which of the tokens of all parts each token sees.
+    """
+    # [batch, kv_heads, tokens of the heads that share a key head, head_dim]: scores come in the order in which they
+    # are masked and summed, so that only small arrays are transposed.
+    by_head, grouped = query.shape[:3], (len(query), config.num_key_value_heads, -1)
+    query = query.reshape(*grouped, config.head_dim)
+    scores = [jnp.einsum("bkmd,bskd->bkms", query, k, preferred_element_type=jnp.float32) for k in keys]
+    logits = jnp.concatenate(scores, axis=-1).reshape(*by_head, -1) * config.attention_scale
+    logits = _capped(logits, config.attention_softcap)
+    logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype).reshape(*grouped, logits.shape[-1])
+    parts = jnp.split(weights, [keys[0].shape[1]], axis=-1) if len(keys) > 1 else [weights]
+    results = [jnp.einsum("bkms,bskd->bkmd", w, v) for w, v in zip(parts, values, strict=True)]
+    result = functools.reduce(jnp.add, results).reshape(*by_head, config.head_dim).swapaxes(1, 2)
+    return result.reshape(*result.shape[:2], -1)
 
 
 class MLP(nn.Module):
@@ -244,7 +300,7 @@ class Trunk(nn.Module):
         if self.mesh is not None:
             embed = _mesh.gathered({"embedding": embed}, self.mesh, under=("embed_tokens",))["embedding"]
         keep = cache is not None or cache_size is not None
-        context, positions = _context(c, segments, cache)
+        context, positions, longest = _context(c, segments, cache, cache_size)
         block = Block
         if self.mesh is not None:
             block = _gathering(block, self.mesh)
@@ -265,10 +321,11 @@ class Trunk(nn.Module):
         layers = _Layer(*(jnp.asarray(of) if len(set(of)) > 1 else None for of in (c.windowed_layers, c.rope_by_layer)))
         x = _mesh.by_rows(jnp.take(embed, input_ids, axis=0).astype(self.dtype), self.mesh)
         # Gemma was trained with this factor in the embedding's dtype.
-        x = _scaled(x, float(np.asarray(c.embedding_scale, self.dtype)))
+        scale = c.embedding_scale
+        x = _scaled(x, float(np.asarray(scale, self.dtype)) if c.model_type.startswith("gemma") else scale)
         x, new = stack(x, past, layers, context)
         x = RMSNorm(c, **types, name="norm")(x)
-        kept = _extend(cache, new[0], new[1], positions, cache_size) if keep else None
+        kept = _extend(cache, new[0], new[1], positions, longest, cache_size) if keep else None
         return x, embed.astype(self.dtype), kept
 
 
@@ -281,8 +338,9 @@ class Decoder(nn.Module):
         param_dtype: the dtype of the params.
         scan: True for layers stacked under ``params/model/layers`` and compiled once, False for numbered ones
             (``params/model/layers/0``), each compiled on its own.
-        remat: which of a layer's activations are kept for the backward pass: ``"none"`` keeps all, ``"linears"`` the
-            outputs of its linear layers, ``"full"`` only its input. The rest is recomputed.
+        remat: which of a layer's activations are kept for the backward pass: ``"none"`` keeps all but
+            attention's scores in rows of more than 128 tokens, ``"linears"`` the outputs of its linear layers,
+            ``"full"`` only its input. The rest is recomputed.
         mesh: a mesh with the axes data, fsdp and tensor, for params that are sharded as `road_jax.models.shardings`
             says: rows of the batch stay split over data and fsdp, and each layer's params are gathered over fsdp when
             it begins.
@@ -364,8 +422,13 @@ def _gathering(module: type[nn.Module], mesh: Mesh, *under: str) -> Any:
     )
 
 
-def _context(config: DecoderConfig, segments: jax.Array, cache: Cache | None) -> tuple[_Context, jax.Array]:
-    """Returns what all layers share, and the new tokens' positions ``[batch, length]``, -1 for padding."""
+def _context(
+    config: DecoderConfig, segments: jax.Array, cache: Cache | None, cache_size: int | None
+) -> tuple[_Context, jax.Array, jax.Array]:
+    """Returns what all layers share, the new tokens' positions and how long each token's text is or may become.
+
+    Both are ``[batch, length]``; positions are -1 for padding.
+    """
     length = segments.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)[None]
     begins = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
@@ -384,20 +447,24 @@ def _context(config: DecoderConfig, segments: jax.Array, cache: Cache | None) ->
     windowed = None
     if config.sliding_window is not None:
         windowed = mask & (positions[:, :, None] - seen_positions[:, None, :] < config.sliding_window)
-    angles = [_angles(rope, positions) for rope in config.ropes]
+    if cache is not None:
+        longest = jnp.broadcast_to(cache.longest[:, None], segments.shape)
+    else:
+        longest = jnp.max(jnp.where(sees, positions[:, None, :], -1), axis=-1) + 1 + max((cache_size or 0) - length, 0)
+    angles = [_angles(rope, positions, longest) for rope in config.ropes]
     cosines = [jnp.cos(a) * rope.scale for a, rope in zip(angles, config.ropes, strict=True)]
     sines = [jnp.sin(a) * rope.scale for a, rope in zip(angles, config.ropes, strict=True)]
-    return _Context(cosines, sines, mask, windowed), positions
+    return _Context(cosines, sines, mask, windowed), positions, longest
 
 
-def _angles(rope: Rope, positions: jax.Array) -> jax.Array:
+def _angles(rope: Rope, positions: jax.Array, longest: jax.Array) -> jax.Array:
     """Returns float32 ``[batch, length, 1, rotary pairs]``."""
     frequencies = jnp.asarray(np.asarray(rope.frequencies, np.float32).reshape(1, 1, 1, -1))
     if rope.long_frequencies is not None:
-        # Unlike in transformers, a row's frequencies don't depend on how long other rows are.
+        # Unlike in transformers, a text's frequencies don't depend on other texts, nor change while it grows, for which
+        # a cache would have to be computed anew.
         long = jnp.asarray(np.asarray(rope.long_frequencies, np.float32).reshape(1, 1, 1, -1))
-        is_long = jnp.max(positions, axis=1) >= rope.trained_length
-        frequencies = jnp.where(is_long[:, None, None, None], long, frequencies)
+        frequencies = jnp.where((longest > rope.trained_length)[..., None, None], long, frequencies)
     return jnp.maximum(positions, 0).astype(jnp.float32)[..., None, None] * frequencies
 
 
@@ -434,17 +501,24 @@ def _capped(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def _extend(
-    cache: Cache | None, keys: jax.Array, values: jax.Array, positions: jax.Array, cache_size: int | None
+    cache: Cache | None,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    longest: jax.Array,
+    cache_size: int | None,
 ) -> Cache:
     """Puts new tokens into the next places of a cache, which is made if there is none."""
     if cache is None:
         shape = (*keys.shape[:2], cache_size, *keys.shape[3:])
         empty = jnp.full((positions.shape[0], cache_size or 0), -1, jnp.int32)
-        cache = Cache(jnp.zeros(shape, keys.dtype), jnp.zeros(shape, values.dtype), empty, jnp.int32(0))
+        zeros = jnp.zeros(shape, keys.dtype), jnp.zeros(shape, values.dtype)
+        cache = Cache(*zeros, empty, jnp.int32(0), jnp.max(longest, axis=1))
     used = cache.used
     return Cache(
         jax.lax.dynamic_update_slice_in_dim(cache.keys, keys, used, 2),
         jax.lax.dynamic_update_slice_in_dim(cache.values, values, used, 2),
         jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, used, 1),
         used + positions.shape[1],
+        cache.longest,
     )

@@ -56,8 +56,9 @@ def load(
         directory: a Hugging Face folder.
         dtype: the dtype of params and computation; None keeps the checkpoint's (its embedding's, bit for bit).
         scan: True for layers that are stacked and compiled once, False for numbered, unrolled ones.
-        remat: which of a layer's activations are kept for the backward pass: ``"none"`` keeps all, ``"linears"`` the
-            outputs of its linear layers, ``"full"`` only its input. The rest is recomputed.
+        remat: which of a layer's activations are kept for the backward pass: ``"none"`` keeps all but
+            attention's scores in rows of more than 128 tokens, ``"linears"`` the outputs of its linear layers,
+            ``"full"`` only its input. The rest is recomputed.
         mesh: a mesh with the axes data, fsdp and tensor (`make_mesh`): params are placed as `shardings` says, and each
             device gets only its own share. None puts all params on the default device.
         quantize: ``"nf4"`` or ``"int8"``: quantises kernels while they are read, bit for bit as `road_jax.quantize`

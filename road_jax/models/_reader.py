@@ -7,6 +7,8 @@ from typing import Any
 
 from road_core import AdapterError
 
+INT32 = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
@@ -21,18 +23,20 @@ class Reader:
             raise AdapterError(f"{self.where}: expected a field {name}, found none")
         return default if value is None else value
 
-    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def count(self, name: str, default: int | None = None, *, least: int = 1, most: int = INT32) -> int:
         """Returns a whole number."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise AdapterError(f"{self.where}: expected {name} to be an integer from {least} up, found {value!r}")
+            raise AdapterError(f"{self.where}: expected {name} to be an integer from {least} up, found {value!r:.80}")
+        if value > most:
+            raise AdapterError(f"{self.where}: expected {name} to be at most {most}, found {value!s:.80}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """Returns a positive number."""
         value = self._get(name, default)
         if not _is_positive(value):
-            raise AdapterError(f"{self.where}: expected {name} to be a positive number, found {value!r}")
+            raise AdapterError(f"{self.where}: expected {name} to be a positive number, found {value!r:.80}")
         return float(value)
 
     def optional(self, name: str) -> float | None:
@@ -51,14 +55,14 @@ class Reader:
         """Returns true or false."""
         value = self._get(name, default)
         if not isinstance(value, bool):
-            raise AdapterError(f"{self.where}: expected {name} to be true or false, found {value!r}")
+            raise AdapterError(f"{self.where}: expected {name} to be true or false, found {value!r:.80}")
         return value
 
     def choice(self, name: str, choices: tuple[str, ...], default: str | None = None) -> str:
         """Returns one of several names."""
         value = self._get(name, default)
         if value not in choices:
-            raise AdapterError(f"{self.where}: expected {name} to be one of {', '.join(choices)}, found {value!r}")
+            raise AdapterError(f"{self.where}: expected {name} to be one of {', '.join(choices)}, found {value!r:.80}")
         return value
 
 

@@ -50,16 +50,19 @@ def read_ropes(
         AdapterError: a value is missing, impossible, or of a kind that isn't covered.
     """
     # transformers 5 writes rope_parameters. Before, rope_theta was beside rope_scaling, which takes precedence.
-    name = "rope_scaling" if read.fields.get("rope_scaling") else "rope_parameters"
-    fields = read.fields.get(name) or {}
-    if not isinstance(fields, Mapping):
-        raise AdapterError(f"{read.where}: expected {name} to be a JSON object, found {fields!r:.60}")
     if kind == "gemma3_text":
         # Windowed layers have frequencies of their own.
-        apart = "full_attention" in fields or "sliding_attention" in fields
-        full = (fields.get("full_attention") or {}) if apart else fields
-        local = {"rope_theta": read.fields["rope_local_base_freq"], **(fields.get("sliding_attention") or {})}
+        scaling = _mapping(read, read.fields, "rope_scaling")
+        both = _mapping(read, read.fields, "rope_parameters")
+        if both and not both.keys() & {"full_attention", "sliding_attention"}:
+            raise AdapterError(
+                f"{read.where}: expected rope_parameters of full_attention and sliding_attention, found {[*both]!r:.80}"
+            )
+        full = {**_mapping(read, both, "full_attention"), **scaling}
+        local = {"rope_theta": read.fields["rope_local_base_freq"], **_mapping(read, both, "sliding_attention")}
         return _by_layer([_read(read, local if of else full, head_dim) for of in windowed])
+    name = "rope_scaling" if read.fields.get("rope_scaling") else "rope_parameters"
+    fields = _mapping(read, read.fields, name)
     if nested := [key for key, value in fields.items() if isinstance(value, Mapping)]:
         raise AdapterError(f"{read.where}: expected {name} to be the same for all layers, found some for {nested[0]!r}")
     rope, layers = _read(read, fields, head_dim), len(windowed)
@@ -77,23 +80,47 @@ def read_ropes(
     return _by_layer([rope if value else Rope.none(head_dim) for value in turned[:layers]])
 
 
+def _mapping(read: Reader, fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = fields.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise AdapterError(f"{read.where}: expected {name} to be a JSON object, found {found!r:.60}")
+    return found
+
+
 def _by_layer(ropes: Sequence[Rope]) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
     different = tuple(dict.fromkeys(ropes))
     return different, tuple(map(different.index, ropes))
 
 
 def _read(read: Reader, fields: Mapping[str, Any], head_dim: int) -> Rope:
+    try:
+        with np.errstate(all="ignore"):
+            rope = _formed(read, fields, head_dim)
+            whole = np.asarray([*rope.frequencies, *(rope.long_frequencies or ()), rope.scale], np.float32)
+        if np.isfinite(whole).all():
+            return rope
+    except AdapterError:
+        raise
+    except (OverflowError, ValueError):
+        pass
+    raise AdapterError(f"{read.where}: expected rotary positions with finite frequencies, found {dict(fields)!r:.200}")
+
+
+def _formed(read: Reader, fields: Mapping[str, Any], head_dim: int) -> Rope:
     outer = {key: read.fields[key] for key in ("rope_theta", "partial_rotary_factor") if key in read.fields}
     trained = {key: read.fields[key] for key in ("original_max_position_embeddings",) if key in read.fields}
-    fields = {**outer, **fields, **trained}
+    phi3, by_layer = read.fields["model_type"] == "phi3", read.fields["model_type"] == "gemma3_text"
+    fields = {**outer, **trained, **fields} if by_layer else {**outer, **fields, **trained}
     name = fields.get("rope_type") or fields.get("type")
-    rope = Reader({**fields, "rope_type": "longrope" if name == "su" else name}, read.where)
+    # Phi-3's first files call it otherwise.
+    name = "longrope" if phi3 and name in ("su", "yarn") else name
+    rope = Reader({**fields, "rope_type": name}, read.where)
     kind = rope.choice("rope_type", _TYPES, "default")
     part = rope.number("partial_rotary_factor", 1.0)
-    if part != 1 and read.fields["model_type"] != "phi3":
+    if part != 1 and not phi3:
         raise AdapterError(f"{read.where}: expected rotary positions on whole heads, found a partial_rotary_factor")
     size = int(head_dim * part)
-    if size % 2 or not 0 < size <= head_dim:
+    if size % 2 or not 0 < size <= head_dim or part > 1:
         raise AdapterError(
             f"{read.where}: expected a partial_rotary_factor of an even part of {head_dim} elements, found {size}"
         )
@@ -109,6 +136,10 @@ def _read(read: Reader, fields: Mapping[str, Any], head_dim: int) -> Rope:
     if kind == "llama3":
         # Llama 3.1: long wavelengths are stretched, short ones kept, those between blended.
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if low >= high:
+            raise AdapterError(
+                f"{read.where}: expected low_freq_factor below high_freq_factor, found {low:g}, {high:g}"
+            )
         kept = np.clip((length * plain / (2 * np.pi) - low) / (high - low), 0, 1)
         return Rope(_floats(plain * (kept + (1 - kept) / rope.number("factor"))))
     factor = rope.optional("factor") or read.count("max_position_embeddings") / length
@@ -133,7 +164,8 @@ def _kept_by_yarn(rope: Reader, theta: float, size: int, length: int) -> np.ndar
         return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = pair(rope.number("beta_fast", 32)), pair(rope.number("beta_slow", 1))
-    if rope.flag("truncate", default=True):
+    # As in transformers, null is false.
+    if rope.flag("truncate", default="truncate" not in rope.fields):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, size - 1)
     return 1 - np.clip((np.arange(size // 2) - first) / (last - first or 0.001), 0, 1)

@@ -76,8 +76,9 @@ class TrainOptions:
     scan: bool = True
     """Compile one layer and scan over the layers; --no-scan unrolls them (slow to compile, another adapter layout)."""
     remat: Literal["none", "linears", "full"] = "linears"
-    """Which of a layer's activations are kept for the backward pass: with none all of them, with linears the outputs of
-    its linear layers, with full only its input. The rest is recomputed."""
+    """Which of a layer's activations are kept for the backward pass: with none all but scores of attention in rows of
+    more than 128 tokens, with linears the outputs of its linear layers, with full only its input. The rest is
+    recomputed."""
     seed: int = 0
     """Seed for the order of the data and the choice of held-out lines."""
     quantize: Literal["nf4", "int8", "none"] = "none"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from road_core import AdapterError
 from road_jax import models
-from road_jax.models import _load
+from road_jax.models import _decoder, _load
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -142,9 +142,12 @@ def test_the_rotary_scaling_and_the_windows_matter(tmp_path):
         assert np.abs(with_it - without).max() > 0.05, (kind, changes)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_packed_texts_see_themselves_only(kind, tmp_path):
-    small_checkpoint(tmp_path, kind)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "phi3, between"])
+def test_packed_texts_see_themselves_only(name, tmp_path):
+    # Of the two texts below, one is longer than LongRoPE's short frequencies are for.
+    between = ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8})
+    kind, changes = {**KINDS, "phi3, between": between}[name]
+    small_checkpoint(tmp_path, kind, **changes)
     module, variables = models.load(tmp_path)
     ids = tokens(1, 17)
     segments = np.asarray([[1] * 5 + [2] * 9 + [0] * 3], np.int32)
@@ -175,7 +178,10 @@ def test_logits_where_they_are_wanted(tmp_path):
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize(
     "name",
-    [*("llama", "mistral", "qwen2, some windows", "qwen3"), *("gemma2", "gemma3", "phi3, short", "smollm3", "olmo2")],
+    [
+        *("llama", "mistral", "qwen2, some windows", "qwen3"),
+        *("gemma2", "gemma3", "phi3, short", "phi3, long", "smollm3", "olmo2"),
+    ],
 )
 def test_a_cache_gives_what_one_call_gives(name, scan, tmp_path):
     kind, changes = KINDS[name]
@@ -185,14 +191,71 @@ def test_a_cache_gives_what_one_call_gives(name, scan, tmp_path):
     mask[1, :4] = 0
     apply = jax.jit(module.apply, static_argnames="cache_size")
     expected = np.asarray(apply(variables, ids, attention_mask=mask))
-    first, cache = apply(variables, ids[:, :10], attention_mask=mask[:, :10], cache_size=24)
-    assert cache.keys.shape == (module.config.num_hidden_layers, 2, 24, 2, 32)
+    first, cache = apply(variables, ids[:, :10], attention_mask=mask[:, :10], cache_size=20)
+    assert cache.keys.shape == (module.config.num_hidden_layers, 2, 20, 2, 32)
     found = [first]
     for start, end in ((10, 13), (13, 14), (14, 18)):
         logits, cache = apply(variables, ids[:, start:end], cache=cache)
         found.append(logits)
     assert int(cache.used) == 18
     assert_close(np.concatenate(found, axis=1)[mask == 1], expected[mask == 1], "float32")
+
+
+@pytest.mark.parametrize("remat", ["none", "linears"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2, some windows", "gemma2"])
+def test_attention_in_parts_is_attention(name, remat, tmp_path, monkeypatch):
+    kind, changes = KINDS[name]
+    small_checkpoint(tmp_path, kind, **changes)
+    module, variables = models.load(tmp_path, remat=remat)
+    ids, segments = tokens(3, 21), np.ones((3, 21), np.int32)
+    # Padding on either side, and two texts in a row, which end within parts.
+    segments[0, 17:], segments[1, :5], segments[2, 11:] = 0, 0, 2
+
+    def run():
+        def loss(variables):
+            logits = module.apply(variables, ids, attention_mask=segments)
+            return jnp.sum(jnp.square(logits), where=(segments > 0)[..., None]), logits
+
+        (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
+        return np.asarray(logits)[segments > 0], jax.tree.leaves(gradient)
+
+    whole, expected = run()
+    monkeypatch.setattr(_decoder, "PART", 4)
+    monkeypatch.setattr(_decoder, "PARTS", 7)
+    assert _decoder.part_of(21) == 4
+    logits, gradient = run()
+    assert_close(logits, whole, "float32", moved_from=np.zeros_like(whole))
+    for found, wanted in zip(gradient, expected, strict=True):
+        assert_close(found, wanted, "float32")
+
+
+@pytest.mark.parametrize(("length", "part"), [(1, 1), (128, 128), (129, 128), (1024, 128), (1025, 256), (8192, 1024)])
+def test_how_many_tokens_a_part_has(length, part):
+    assert _decoder.part_of(length) == part
+
+
+def test_long_rows_cost_half_the_attention_and_little_memory(monkeypatch):
+    fields = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
+    fields |= {"num_hidden_layers": 2, "num_attention_heads": 8}
+    module = models.Decoder(models.DecoderConfig.from_hugging_face(fields, "test"))
+    ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), ids)
+
+    def cost():
+        def loss(embedding, variables, ids):
+            params = {**variables["params"]["model"], "embed_tokens": {"embedding": embedding}}
+            return jnp.sum(module.apply({"params": {**variables["params"], "model": params}}, ids))
+
+        embedding = variables["params"]["model"]["embed_tokens"]["embedding"]
+        program = jax.jit(jax.grad(loss)).lower(embedding, variables, ids).compile()
+        return program.cost_analysis()["flops"], program.memory_analysis().temp_size_in_bytes
+
+    flops, memory = cost()
+    monkeypatch.setattr(_decoder, "PART", 1024)
+    flops_whole, memory_whole = cost()
+    # Scores and their products with values are most of what this model computes.
+    assert flops < 0.65 * flops_whole
+    assert memory < 0.5 * memory_whole
 
 
 def test_remat_changes_no_number(tmp_path):
@@ -387,7 +450,31 @@ BAD = {
     ),
     "both directions": (
         lambda d: edit(d, lambda f: f.update(model_type="gemma3_text", use_bidirectional_attention=True)),
-        "expected causal attention, found use_bidirectional_attention",
+        "expected causal attention, found tokens that see later ones",
+    ),
+    "both directions in any type": (
+        lambda d: edit(d, lambda f: f.update(is_causal=False)),
+        "expected causal attention, found tokens that see later ones",
+    ),
+    "a size that is none": (
+        lambda d: edit(d, lambda f: f.update(num_hidden_layers=10**30)),
+        "expected num_hidden_layers to be at most 16384, found 10+",
+    ),
+    "a rotation that is none": (
+        lambda d: edit(d, lambda f: f.update(rope_parameters={**YARN, "beta_fast": 1e308})),
+        "expected rotary positions with finite frequencies, found",
+    ),
+    "rotations of layers that aren't objects": (
+        lambda d: edit(d, lambda f: f.update(model_type="gemma3_text", rope_parameters={"full_attention": "abc"})),
+        "expected full_attention to be a JSON object, found 'abc'",
+    ),
+    "rotations of no layers": (
+        lambda d: edit(d, lambda f: f.update(model_type="gemma3_text", rope_parameters=LLAMA3)),
+        "expected rope_parameters of full_attention and sliding_attention, found",
+    ),
+    "factors the wrong way round": (
+        lambda d: edit(d, lambda f: f.update(rope_parameters={**LLAMA3, "low_freq_factor": 4.0})),
+        "expected low_freq_factor below high_freq_factor, found 4, 4",
     ),
     "layers that turn nothing": (
         lambda d: edit(d, lambda f: f.update(model_type="smollm3", no_rope_layers=[1, 0])),
