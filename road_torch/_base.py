@@ -67,7 +67,8 @@ def modules_by_path(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def select(base: nn.Module, config: RoadConfig) -> dict[str, nn.Module]:
-    """Returns the targeted modules by path, following PEFT's rules."""
+    """Returns the targeted modules by path, following PEFT's rules; what is saved whole isn't among them."""
+    config = with_whole(base, config)
     modules = modules_by_path(base)
     linear = {path for path, module in modules.items() if _is_linear(_unwrapped(module))}
     chosen = select_modules(
@@ -126,7 +127,25 @@ def with_head(base: nn.Module, config: RoadConfig) -> RoadConfig:
         for head in _HEADS.get(config.task_type or "", ())
         if head not in named and any(path.endswith(head) for path in modules_by_path(base))
     ]
-    return dataclasses.replace(config, modules_to_save=[*named, *heads]) if heads else config
+    return with_whole(base, dataclasses.replace(config, modules_to_save=[*named, *heads]) if heads else config)
+
+
+def with_whole(base: nn.Module, config: RoadConfig) -> RoadConfig:
+    """Adds to ``modules_to_save`` the paths of layers that are saved whole because their own name ends with one there.
+
+    A name there saves each module whose path ends with it, but keeps only modules of that very name from being rotated,
+    in PEFT too, which then fails: ``"classifier"`` also saves DistilBERT's ``pre_classifier``.
+    """
+    if not (named := config.modules_to_save):
+        return config
+    added = [
+        path
+        for path, module in modules_by_path(base).items()
+        if path.endswith(tuple(named))
+        and not any(f".{path}".endswith(f".{name}") for name in named)
+        and any(map(_is_linear, _unwrapped(module).modules()))
+    ]
+    return dataclasses.replace(config, modules_to_save=[*named, *added]) if added else config
 
 
 def copies(

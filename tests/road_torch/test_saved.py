@@ -14,6 +14,8 @@ from torch import nn
 
 from road_core import compose, read_peft, write_peft
 from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel
+from road_torch._layer import layers
+from road_torch._saved import SavedModule
 
 IDS = torch.arange(3, 31).reshape(4, 7)
 
@@ -68,6 +70,43 @@ def test_peft_loads_what_we_write(dtype, tmp_path):
     again = RoadModel.from_pretrained(classifier(dtype=dtype), tmp_path / "saved" / "a", "x")
     assert torch.equal(logits(again), logits(model))
     assert again.base_model.score.weight.dtype == dtype
+
+
+def distilbert():
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64, "vocab_size": 64, "max_position_embeddings": 32}
+    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**sizes)).eval()
+
+
+WHOLE = {
+    "the end of a head's name": (distilbert, {"target_modules": "all-linear"}, ["pre_classifier", "classifier"]),
+    "a targeted head": (
+        small_model,
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["head"], "task_type": None},
+        ["lm_head"],
+    ),
+    "what holds layers": (
+        small_model,
+        {"target_modules": "all-linear", "modules_to_save": ["lp"], "task_type": None},
+        ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.mlp"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_what_is_saved_whole_by_the_end_of_its_name_is_not_rotated(case, tmp_path):
+    base, changes, paths = WHOLE[case]
+    model = RoadModel(base(), config(**changes)).eval()
+    for path in paths:
+        held = model.base_model.get_submodule(path)
+        assert type(held) is SavedModule
+        assert not list(layers(held))
+        fill(held, "default")
+    model.save_pretrained(tmp_path / "saved")
+    ours = RoadModel.from_pretrained(base(), tmp_path / "saved")
+    assert torch.equal(logits(ours), logits(model))
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "saved").eval()
+    assert_close(logits(theirs), logits(model), "float32", moved_from=logits(base()))
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
