@@ -189,18 +189,17 @@ class RoadLayer(nn.Module):
                 copy = values.detach().to(device or self._device(), torch.float32, copy=True)
                 parameters[name] = nn.Parameter(copy, requires_grad=False)
 
-    def replace(self, name: str, theta: Tensor, alpha: Tensor) -> None:
-        """Overwrites an adapter's θ and α."""
-        with torch.no_grad():
-            for own, value in ((self.road_theta[name], theta), (self.road_alpha[name], alpha)):
-                own.copy_(_like(own, value))
-
     def remove(self, name: str) -> None:
-        """Removes an adapter."""
-        if name in self.road_theta:
-            del self.road_theta[name], self.road_alpha[name]
-            if name in self._shared.rows:
-                self.bank.forget(self._shared.rows[name])
+        """Removes an adapter, or what there is of one."""
+        for parameters in (self.road_theta, self.road_alpha):
+            if name in parameters:
+                del parameters[name]
+        self.forget(name)
+
+    def forget(self, name: Name) -> None:
+        """Releases the θ and α of an adapter's or mix's row."""
+        if self._bank is not None and name in self._shared.rows:
+            self._bank.forget(self._shared.rows[name])
 
     @property
     def bank(self) -> Bank:
@@ -520,7 +519,7 @@ def on_cpu(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
-def _like(own: Tensor, value: Tensor) -> Tensor:
+def like(own: Tensor, value: Tensor) -> Tensor:
     """Shards a value across processes in the way ``own`` is sharded."""
     mesh: Any = getattr(own, "device_mesh", None)
     if mesh is None:

@@ -31,7 +31,7 @@ from road_core._files import check_free, new_directory
 from road_torch import _base, _checkpoint, _kernels, _layer, _merge
 from road_torch._call import Forward, batch_sizes, of_base
 from road_torch._io import to_adapter, to_tensor
-from road_torch._layer import RoadLayer, bare, layers
+from road_torch._layer import RoadLayer, bare, layers, like
 from road_torch._routing import (
     BASE,
     HOOKED,
@@ -345,12 +345,8 @@ class RoadModel(nn.Module):
             size = parameter_size(config.variant, _base.check_layer(self.base_model, path, chosen[path], config))
             tensors[path] = (torch.zeros(size, device="cpu"), torch.ones(size, device="cpu"))
         saved = {path: to_tensor(array) for path, array in adapter.modules_to_save.items()}
-        self._install(
-            adapter_name, config, tensors, _base.copies(self.base_model, config, saved, model_id, strict=strict)
-        )
-        with torch.no_grad():
-            for own, value in base_weights:
-                own.copy_(value)
+        copies = _base.copies(self.base_model, config, saved, model_id, strict=strict)
+        self._install(adapter_name, config, tensors, copies, base_weights)
         self._base_weights[adapter_name] = tuple(adapter.base_weights)
         if not is_trainable:
             self.eval()
@@ -387,14 +383,15 @@ class RoadModel(nn.Module):
                 own.requires_grad_(name in trainable)
 
     def hotswap_adapter(self, model_name_or_path: str | os.PathLike, adapter_name: str) -> None:
-        """Replaces an adapter's θ and α with those of a PEFT folder, in place.
+        """Replaces an adapter's θ and α, and its copies of whole modules, with those of a PEFT folder, in place.
 
         A compiled model isn't recompiled. Calls of this model that are already running in other threads keep the old
-        adapter to their end, and later calls use the new one; no call sees a mixture.
+        adapter to their end, and later calls use the new one; no call sees a mixture. An adapter with copies of whole
+        modules can't be replaced while calls use it.
 
         Raises:
-            AdapterError: the name is unknown or merged, the folder is broken, either adapter has ``modules_to_save``,
-                or variant, group size or modules differ; nothing is changed.
+            AdapterError: the name is unknown or merged, the folder is broken, variant, group size, modules or
+                ``modules_to_save`` differ, or a call uses copies of whole modules; nothing is changed.
         """
         self._check_swappable(adapter_name)
         adapter = _read(model_name_or_path)
@@ -406,16 +403,10 @@ class RoadModel(nn.Module):
         self._check_known([adapter_name])
         if adapter_name in self.merged_adapters:
             raise AdapterError(f"hotswap_adapter: expected an adapter that is not merged, found {adapter_name!r}")
-        self._check_no_copies("hotswap_adapter", [adapter_name])
 
     def _swap(self, adapter: Adapter, model_name_or_path: str | os.PathLike, adapter_name: str) -> None:
         old = self._shared.configs[adapter_name]
         _base.check_base_weights(self.base_model, model_name_or_path, adapter, in_use=True)
-        if adapter.modules_to_save:
-            raise AdapterError(
-                f"{model_name_or_path}: expected an adapter without modules_to_save, "
-                f"found {next(iter(adapter.modules_to_save))}"
-            )
         for field in ("variant", "group_size"):
             here, there = getattr(old, field), getattr(adapter.config, field)
             if here != there:
@@ -439,23 +430,48 @@ class RoadModel(nn.Module):
                 raise AdapterError(
                     f"{model_name_or_path}: expected θ of shape {list(size)} for {path}, found {list(theta.shape)}"
                 )
-        tensors = {path: (to_tensor(theta), to_tensor(alpha)) for path, (theta, alpha) in adapter.modules.items()}
-        config = dataclasses.replace(adapter.config, inference_mode=old.inference_mode)
-        resident, mixes = adapter_name in self._shared.rows, self._shared.mixes_with(adapter_name)
-        read: list[Name] = [*mixes, *[adapter_name] * resident]
-        for path, layer in mine.items():
+        values = {path: to_tensor(array) for path, array in adapter.modules_to_save.items()}
+        copies = _base.copies(self.base_model, adapter.config, values, model_name_or_path)
+        held = {m.module_path: state for m in saved_modules(self) if (state := m.state_of(adapter_name))}
+        if held.keys() != copies.keys():
+            here, there = (listed(list(paths), 3) or "none" for paths in (held, copies))
+            raise AdapterError(
+                f"{model_name_or_path}: expected modules_to_save with the whole modules of {adapter_name!r} ({here}), "
+                f"found {there}"
+            )
+        if held and self._in_call(adapter_name):
+            raise AdapterError(
+                f"hotswap_adapter: expected an adapter with modules_to_save that no call uses, found {adapter_name!r}"
+            )
+        pairs = [
+            (own[adapter_name], to_tensor(array))
+            for path, arrays in adapter.modules.items()
+            for own, array in zip((mine[path].road_theta, mine[path].road_alpha), arrays, strict=True)
+        ]
+        pairs += [(held[path][key], v) for path, module in copies.items() for key, v in module.state_dict().items()]
+        row, mixes = self._shared.rows.get(adapter_name), self._shared.mixes_with(adapter_name)
+        read: list[Name] = [*mixes, *([] if row is None else [adapter_name])]
+        for layer in mine.values():
             # A call that is already running reads these rows, but may not have done so yet.
             for name in read:
                 layer.place(name)
-            layer.replace(adapter_name, *tensors[path])
-        self._shared.configs[adapter_name] = config
+        try:
+            with _overwritten(pairs):
+                self._shared.configs[adapter_name] = dataclasses.replace(
+                    adapter.config, inference_mode=old.inference_mode
+                )
+                self._forget(mixes)
+                if row is not None:
+                    self._shared.rows[adapter_name] = self._shared.new_row()
+                    for layer in layers(self):
+                        layer.place(adapter_name)
+                self._shared.renew()
+        except BaseException:
+            self._shared.configs[adapter_name] = old
+            if row is not None:
+                self._shared.rows[adapter_name] = row
+            raise
         self._base_weights[adapter_name] = tuple(adapter.base_weights)
-        self._forget(mixes)
-        if resident:
-            self._shared.rows[adapter_name] = self._shared.new_row()
-            for layer in layers(self):
-                layer.place(adapter_name)
-        self._shared.renew()
 
     @_locked
     def delete_adapter(self, adapter_name: str) -> None:
@@ -475,21 +491,9 @@ class RoadModel(nn.Module):
             )
         if adapter_name in self.merged_adapters:
             raise AdapterError(f"delete_adapter: expected an adapter that is not merged, found {adapter_name!r}")
-        if any(adapter_name in dict(parts(name)) for call in self._shared.calls for name in call.rows):
+        if self._in_call(adapter_name):
             raise AdapterError(f"delete_adapter: expected an adapter that no call uses, found {adapter_name!r}")
-        for layer in list(layers(self)):
-            layer.remove(adapter_name)
-        for module in saved_modules(self):
-            if adapter_name in module.modules_to_save:
-                del module.modules_to_save[adapter_name]
-        self._unwrap(lambda layer: not layer.adapters)
-        self._put_back(lambda module: None if module.modules_to_save else module.original_module)
-        self._shared.rows.pop(adapter_name, None)
-        self._forget(self._shared.mixes_with(adapter_name))
-        del self._shared.configs[adapter_name]
-        self._base_weights.pop(adapter_name, None)
-        # The old routing still holds plans of the unwrapped layers.
-        self._shared.renew()
+        self._remove(adapter_name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -906,9 +910,9 @@ class RoadModel(nn.Module):
             for layer in layers(self) if missing else ():
                 for name in missing:
                     # Another mix of the same adapters may have had this row.
-                    layer.bank.forget(self._shared.rows[name])
+                    layer.forget(name)
                     layer.place(name)
-        except AdapterError:
+        except BaseException:
             self._forget(missing)
             raise
         for name in names:
@@ -918,9 +922,9 @@ class RoadModel(nn.Module):
     def _forget(self, names: Sequence[Name]) -> None:
         """Frees the rows of mixes whose adapters changed, and of names that couldn't be placed."""
         for name in names:
-            row = self._shared.rows.pop(name)
             for layer in layers(self):
-                layer.bank.forget(row)
+                layer.forget(name)
+            del self._shared.rows[name]
 
     def _check_mix(self, mix: Mix) -> None:
         names = [name for name, _ in mix]
@@ -929,12 +933,31 @@ class RoadModel(nn.Module):
         self._check_no_copies("adapter_names", [name for name, weight in mix if weight != 1])
 
     def _install(
-        self, name: str, config: RoadConfig, parameters: _Parameters, saved: Mapping[str, nn.Module] | None = None
+        self,
+        name: str,
+        config: RoadConfig,
+        parameters: _Parameters,
+        saved: Mapping[str, nn.Module],
+        base_weights: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
-        """Wraps layers that aren't wrapped yet and stores θ, α and copies in them. All are known to fit."""
+        """Adds an adapter whose parts are known to fit. If this is interrupted, nothing of it is left."""
+        trained = [parameter for parameter in self.base_model.parameters() if parameter.requires_grad]
+        active = self._shared.active
+        try:
+            with _overwritten(base_weights):
+                self._wrap(name, config, parameters, saved)
+        except BaseException:
+            self._shared.active = active
+            self._remove(name)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
+
+    def _wrap(self, name: str, config: RoadConfig, parameters: _Parameters, saved: Mapping[str, nn.Module]) -> None:
+        """Wraps layers that aren't wrapped yet and stores θ, α and copies in them."""
         modules = _base.modules_by_path(self.base_model)
         wrapped: dict[nn.Module, RoadLayer | SavedModule] = {}
-        for path, own in (saved or {}).items():
+        for path, own in saved.items():
             module = modules[path]
             holder = (
                 module
@@ -974,6 +997,25 @@ class RoadModel(nn.Module):
                 if ".road_" not in parameter_name:
                     parameter.requires_grad_(False)
             self.set_adapter(name)
+
+    def _remove(self, name: str) -> None:
+        """Removes an adapter that isn't active, or what there is of one."""
+        for layer in list(layers(self)):
+            layer.remove(name)
+        for module in saved_modules(self):
+            if name in module.modules_to_save:
+                del module.modules_to_save[name]
+        self._unwrap(lambda layer: not layer.adapters)
+        self._put_back(lambda module: None if module.modules_to_save else module.original_module)
+        self._shared.rows.pop(name, None)
+        self._forget(self._shared.mixes_with(name))
+        self._shared.configs.pop(name, None)
+        self._base_weights.pop(name, None)
+        # The old routing still holds plans of the unwrapped layers.
+        self._shared.renew()
+
+    def _in_call(self, name: str) -> bool:
+        return any(name in dict(parts(used)) for call in self._shared.calls for used in call.rows)
 
     def _held_twice(self) -> list[RoadLayer]:
         """Returns layers that share their weight with another module, such as a tied head: keeping it costs nothing."""
@@ -1059,6 +1101,25 @@ class RoadModel(nn.Module):
 
 def _as_list(names: str | Sequence[str]) -> list[str]:
     return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+
+
+@contextlib.contextmanager
+def _overwritten(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Overwrites tensors with values; if the block fails, the old ones come back."""
+    pairs = [(own, like(own, value)) for own, value in pairs]
+    before = [(own, own.detach().clone()) for own, _ in pairs]
+    try:
+        _overwrite(pairs)
+        yield
+    except BaseException:
+        _overwrite(before)
+        raise
+
+
+@torch.no_grad()
+def _overwrite(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for own, value in pairs:
+        own.copy_(value)
 
 
 def _check_once(what: str, names: Sequence[str]) -> None:

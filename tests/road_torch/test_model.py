@@ -22,6 +22,7 @@ from torch import nn
 
 from road_core import Adapter, read_peft, write_peft
 from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel, _base, _merge
+from road_torch._bank import Bank
 
 IDS = torch.arange(3, 31).reshape(4, 7)
 
@@ -754,6 +755,92 @@ def test_an_interruption_leaves_nothing_merged(when):
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
+@contextlib.contextmanager
+def interrupted(owner, name, count):
+    """Raises KeyboardInterrupt in the ``count``-th call of a function."""
+    function, calls = getattr(owner, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    with mock.patch.object(owner, name, failing), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+STEPS = {
+    "in a layer": (RoadLayer, "add", 9),
+    "between theta and alpha": (nn.Parameter, "__new__", 12),
+    "in a table": (Bank, "update", 9),
+    "while it is activated": (RoadModel, "set_adapter", 1),
+    "in base weights": (torch.Tensor, "copy_", 2),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_interrupted_first_adapter_leaves_the_base_as_it_was(step, tmp_path):
+    base, folder = small_model(), saved(tmp_path)
+    if step == "in base weights":
+        theirs = peft.get_peft_model(small_model(), peft.RoadConfig(target_modules=["q_proj"], init_weights=False))
+        with torch.no_grad():
+            for end in (theirs.get_input_embeddings(), theirs.get_output_embeddings()):
+                end.weight.add_(1)
+        theirs.save_pretrained(folder := tmp_path / "theirs", save_embedding_layers=True)
+    before = state(base)
+    with interrupted(*STEPS[step]):
+        RoadModel.from_pretrained(base, folder)
+    assert before[0] == state(base)[0]
+    model = RoadModel(base)
+    with interrupted(*STEPS[step]):
+        model.load_adapter(folder)
+    assert model.adapter_names == model.active_adapters == []
+    assert [(n, p.requires_grad) for n, p in base.named_parameters()] == [(n, f[2]) for n, f in before[1].items()]
+    assert all(torch.equal(p, before[1][name][3]) for name, p in base.named_parameters())
+    model.to("cpu").load_adapter(folder)
+    expected = logits(RoadModel.from_pretrained(small_model(), folder))
+    assert_close(logits(model), expected, "float32", moved_from=logits(small_model()))
+
+
+@pytest.mark.parametrize(
+    ("step", "limit"),
+    [("in a layer", None), ("in a layer", 2), ("between theta and alpha", None), ("in a table", None)],
+)
+def test_an_interrupted_further_adapter_leaves_the_others_as_they_were(step, limit, tmp_path):
+    model, folder = RoadModel(small_model(), max_loaded=limit), saved(tmp_path)
+    model.add_adapter("a", config(target_modules=["q_proj"]))
+    before, expected = state(model), logits(model)
+    with interrupted(*STEPS[step]):
+        model.load_adapter(folder, "b")
+    after = state(model)
+    assert (before[0], before[2][0]) == (after[0], after[2][0])
+    assert torch.equal(logits(model.to("cpu")), expected)
+    model.load_adapter(folder, "b")
+    rows = logits(model, adapter_names=["a", "b", "b", "a"])
+    alone = logits(RoadModel.from_pretrained(small_model(), folder))
+    assert_close(rows[1:3], alone[1:3], "float32", moved_from=logits(small_model())[1:3])
+    assert_close(rows[::3], expected[::3], "float32")
+
+
+@pytest.mark.parametrize(("owner", "name", "count"), [(torch.Tensor, "copy_", 9), (Bank, "update", 9)])
+def test_an_interrupted_swap_changes_nothing(owner, name, count, tmp_path):
+    model, folder = with_adapters(), saved(tmp_path)
+    names = ["a", "b:2", "b", "__base__"]
+    before, plain, expected = state(model), logits(model), logits(model, adapter_names=names)
+    with interrupted(owner, name, count):
+        model.hotswap_adapter(folder, "b")
+    after = state(model)
+    assert before[0] == after[0]
+    assert all(torch.equal(p, before[1][name][3]) for name, p in model.named_parameters())
+    assert {**before[2][0], "rows": None} == {**after[2][0], "rows": None}
+    assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(model, adapter_names=names), expected)
+    model.hotswap_adapter(folder, "b")
+    alone = logits(RoadModel.from_pretrained(small_model(), folder))
+    assert_close(logits(model, adapter_names=names)[2], alone[2], "float32", moved_from=expected[2])
+
+
 def test_a_module_that_stands_in_two_places_is_adapted_in_both():
     class Twice(nn.Module):
         def __init__(self):
@@ -798,7 +885,8 @@ def test_modules_that_were_compiled_before_are_adapted(targets):
     assert list(found) == ["one", "two.0", "three"]
     others = [module for module in twin.modules() if isinstance(module, RoadLayer)]
     for layer, other in zip(found.values(), others, strict=True):
-        other.replace("default", layer.road_theta["default"], layer.road_alpha["default"])
+        other.road_theta["default"].copy_(layer.road_theta["default"])
+        other.road_alpha["default"].copy_(layer.road_alpha["default"])
     expected = twin(x)
     assert_close(model(x), expected, "float32", moved_from=before)
     names = ["default", "__base__"] * 2

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from unittest import mock
 
 import accelerate
 import peft
@@ -359,8 +360,56 @@ def test_two_copies_of_one_module_at_once():
         with pytest.raises(AdapterError, match="one adapter at most that brings score whole, found a, b"):
             call(["a", "b"])
     assert model.active_adapters == ["a"]
-    with pytest.raises(AdapterError, match="without modules_to_save, found 'a' with score"):
-        model.hotswap_adapter("nowhere", "a")
+
+
+def test_copies_are_swapped_in_place(tmp_path):
+    model, other = road("ab", inference_mode=False), road("yz")
+    other.save_pretrained(tmp_path / "other")
+    names = ["a", "b", "__base__", "b"]
+    before, rows = logits(model), logits(model, adapter_names=names)
+    parameters = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    with mock.patch.object(RoadModel, "_forget", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        model.hotswap_adapter(tmp_path / "other" / "z", "b")
+    assert torch.equal(logits(model, adapter_names=names), rows)
+    model.hotswap_adapter(tmp_path / "other" / "z", "b")
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == parameters
+    assert torch.equal(logits(model), before)
+    expected = logits(other, adapter_names=["y", "z", "__base__", "z"])
+    assert_close(logits(model, adapter_names=names)[1:], expected[1:], "float32", moved_from=rows[1:])
+    handle = model.base_model.score.register_forward_pre_hook(
+        lambda *_: model.hotswap_adapter(tmp_path / "other" / "y", "a")
+    )
+    for given in (names, None):
+        with pytest.raises(AdapterError, match="expected an adapter with modules_to_save that no call uses, found 'a'"):
+            logits(model, adapter_names=given)
+    handle.remove()
+    assert torch.equal(logits(model), before)
+
+
+def shorter(tensors):
+    return {"score.weight": tensors["score.weight"][:2]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task_type": None}, r"the whole modules of 'a' \(score\), found none"),
+        ({"modules_to_save": ["norm"], "task_type": None}, r"\(score\), found .*\.input_layernorm, .* more$"),
+        (shorter, r"score\.weight: expected shape \[3, 128\], found \[2, 128\]"),
+    ],
+)
+def test_other_copies_are_not_swapped_in(change, message, tmp_path):
+    model, other = road("a"), RoadModel(classifier())
+    other.add_adapter("default", config(**({} if callable(change) else change)))
+    other.save_pretrained(tmp_path / "other")
+    if callable(change):
+        adapter = read_peft(tmp_path / "other")
+        changed = dataclasses.replace(adapter, modules_to_save=change(adapter.modules_to_save))
+        write_peft(tmp_path / "other", changed, overwrite=True)
+    before = {name: p._version for name, p in model.named_parameters()}
+    with pytest.raises(AdapterError, match=message):
+        model.hotswap_adapter(tmp_path / "other", "a")
+    assert {name: p._version for name, p in model.named_parameters()} == before
 
 
 @pytest.mark.parametrize(("names", "weights"), [("ab", [1, 1]), ("ba", [2, 1.0])])
