@@ -336,8 +336,8 @@ class RoadLayer(nn.Module):
                 with torch.inference_mode(False):
                     routing.scratch[key] = torch.empty_like(y, memory_format=torch.contiguous_format)
             plan.steps = [default.prepare_(*one[:3], routing.scratch[key]) for one in plan.passes]
-        # What a transform gathers is wrapped for it, and not for later calls.
-        if not default.transformed():
+        # What a transform gathers is wrapped for it, and not for later calls. A replica of nn.DataParallel has none.
+        if not (default.transformed() or "_is_replica" in self.__dict__):
             # Last, because another thread may pick the plan up from here.
             routing.plans[self] = plan
         return plan

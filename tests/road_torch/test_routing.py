@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import threading
+import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -650,6 +652,22 @@ def test_a_plain_call_within_a_mixed_one():
     check(model(X, adapter_names=list("baba")), model, "baba")
     assert torch.equal(given[0], plain)
     handle.remove()
+
+
+@pytest.mark.parametrize("names", [None, list("abca")])
+@torch.no_grad()
+def test_a_replica_of_data_parallel_is_not_kept(names):
+    model = road("abc")
+    check(model(X, adapter_names=names), model, names or list("aaaa"))
+    replica = copy.copy(model)
+    replica._modules = {"base_model": model.base_model._replicate_for_data_parallel()}
+    up = model.base_model.up._replicate_for_data_parallel()
+    replica.base_model.up = up
+    check(replica(X, adapter_names=names), model, names or list("aaaa"))
+    gone = weakref.ref(up)
+    del replica, up
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("names", [None, list("abca")])
