@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import operator
 import os
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -518,12 +519,20 @@ class RoadModel(nn.Module):
 
     @_locked
     def enable_adapter_layers(self) -> None:
-        """Enables the adapters again, and merges those that `disable_adapter_layers` unmerged."""
-        self._shared.off = False
-        names, self._shared.paused = self._shared.paused, ()
-        if names:
+        """Enables the adapters again, and merges those that `disable_adapter_layers` unmerged.
+
+        Raises:
+            AdapterError: as in `merge_adapter`; adapters stay disabled.
+        """
+        before, self._shared.off = self._shared.off, False
+        if names := self._shared.paused:
             safe, keep = self._shared.merge_options
-            self.merge_adapter(names, safe, keep_weights=keep)
+            try:
+                self.merge_adapter(names, safe, keep_weights=keep)
+            except BaseException:
+                self._shared.off = before
+                raise
+        self._shared.paused = ()
 
     @_locked
     def merge_adapter(
@@ -709,6 +718,48 @@ class RoadModel(nn.Module):
         with new_directory(target) as draft:
             for name, adapter in adapters.items():
                 write_peft(draft if name == "default" else draft / name, adapter, overwrite=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> Any:
+        """Uploads to the Hugging Face Hub what `save_pretrained` writes, without the base.
+
+        Args:
+            repo_id: the repository; it is created if it isn't there.
+            commit_message: message of the commit.
+            private: whether a new repository is private; None for the account's default.
+            token: as ``huggingface_hub.HfApi`` takes it.
+            revision: the branch; it is created if it isn't there.
+            create_pr: whether to open a pull request instead.
+
+        Returns:
+            The ``CommitInfo`` of ``huggingface_hub``.
+
+        Raises:
+            AdapterError: as in `save_pretrained`; nothing is uploaded.
+        """
+        import huggingface_hub
+
+        api = huggingface_hub.HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, overwrite=True)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/pr"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload adapters",
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Calls the base's ``resize_token_embeddings``.

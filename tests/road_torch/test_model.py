@@ -565,6 +565,26 @@ def test_layers_that_are_enabled_again_are_merged_again():
     assert model.merged_adapters == []
 
 
+@torch.no_grad()
+def test_adapters_that_can_not_be_merged_again_wait_until_they_can():
+    model, base = with_adapters(), logits(small_model())
+    model.merge_adapter(["b"], keep_weights=False)
+    merged = logits(model)
+    alpha = next(m for m in model.modules() if isinstance(m, RoadLayer)).road_alpha["b"]
+    kept = alpha.clone()
+    with pytest.raises(AdapterError, match="2x2 blocks that have an inverse"), model.disable_adapter():
+        alpha.fill_(float("nan"))
+    for call in (model.enable_adapter_layers, model.enable_adapter_layers):
+        assert model.merged_adapters == []
+        assert_close(logits(model), base, "float32", moved_from=merged)
+        with pytest.raises(AdapterError, match="2x2 blocks that have an inverse"):
+            call()
+    alpha.copy_(kept)
+    model.enable_adapter_layers()
+    assert model.merged_adapters == ["b"]
+    assert_close(logits(model), merged, "float32", moved_from=base)
+
+
 def test_a_merge_within_disabled_adapters_ends_with_them():
     model = with_adapters()
     with model.disable_adapter(), model.disable_adapter():

@@ -3,7 +3,9 @@
 import copy
 import inspect
 import re
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import peft
 import pytest
@@ -264,6 +266,41 @@ def test_calls_as_to_peft(tmp_path):
     assert model.merged_adapters == ["default"]
     model.unmerge_adapter()
     assert not any("road" in name for name, _ in model.merge_and_unload(True, True, ["b", "c"]).named_parameters())
+
+
+@pytest.mark.parametrize("revision", [None, "next", "refs/pr/1"])
+def test_adapters_are_pushed_to_the_hub_without_the_base(revision, tmp_path):
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(token)
+
+        def create_repo(self, repo_id, **options):
+            calls.append((repo_id, options))
+            return mock.Mock(repo_id=f"me/{repo_id}")
+
+        def create_branch(self, repo_id, *, branch, exist_ok):
+            calls.append((repo_id, branch, exist_ok))
+
+        def upload_folder(self, *, folder_path, **options):
+            shutil.copytree(folder_path, tmp_path / "hub")
+            calls.append(options)
+            return "commit"
+
+    model = RoadModel(small_model(), RoadConfig(target_modules=["q_proj"], group_size=8, init_weights=False))
+    model.add_adapter("b", RoadConfig(target_modules=["v_proj"], group_size=8))
+    with mock.patch("huggingface_hub.HfApi", Api):
+        assert model.push_to_hub("road", private=True, token="secret", revision=revision, create_pr=True) == "commit"
+        with pytest.raises(AdapterError, match="at least one adapter"):
+            RoadModel(small_model()).push_to_hub("road")
+    branches = [("me/road", "next", True)] if revision == "next" else []
+    options = {"repo_id": "me/road", "commit_message": "Upload adapters", "revision": revision, "create_pr": True}
+    assert calls == ["secret", ("road", {"private": True, "exist_ok": True}), *branches, options, None]
+    files = {str(path.relative_to(tmp_path / "hub")) for path in (tmp_path / "hub").rglob("*") if path.is_file()}
+    assert files == {f"{place}adapter_{end}" for place in ("", "b/") for end in ("config.json", "model.safetensors")}
+    again = RoadModel.from_pretrained(small_model(), tmp_path / "hub")
+    assert_close(logits(again), logits(model), "float32", moved_from=logits(small_model()))
 
 
 def test_disable_adapter_layers_is_peft_s(tmp_path):
