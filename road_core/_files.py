@@ -21,6 +21,24 @@ from road_core._errors import AdapterError
 _LARGEST_JSON = 1 << 27
 
 
+def as_path(path: str | os.PathLike) -> Path:
+    """Returns a folder's path; there may be nothing yet.
+
+    Raises:
+        AdapterError: it isn't a path, or none that the system takes.
+    """
+    try:
+        found = Path(path)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.lstat()
+    except TypeError:
+        raise AdapterError(f"folder: expected a path, found {type(path).__name__}") from None
+    except (ValueError, OSError) as error:
+        why = getattr(error, "strerror", None) or reason(error)
+        raise AdapterError(f"{path!r:.80}: expected a path that can be used, found one that can't ({why})") from None
+    return found
+
+
 def inside(directory: str | os.PathLike, name: str) -> Path:
     """Returns the path of a file that must exist within a folder.
 
@@ -29,7 +47,7 @@ def inside(directory: str | os.PathLike, name: str) -> Path:
     Raises:
         AdapterError: the folder or the file doesn't exist, or the name or a link leads out of the folder.
     """
-    folder = Path(directory)
+    folder = as_path(directory)
     if not folder.is_dir():
         raise AdapterError(f"{folder}: expected a folder, found {'a file' if folder.exists() else 'nothing'}")
     if os.path.isabs(name) or ".." in Path(name).parts:
@@ -137,7 +155,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
         stays = target.is_dir() and (
             target.is_mount() or target.samefile(os.curdir) or not os.access(target.parent, os.W_OK)
         )
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if stays else target.parent))
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name:.40}.", dir=target if stays else target.parent))
     except OSError as error:
         raise AdapterError(f"{target}: expected a folder that can be made, found {error.strerror}") from None
     try:
@@ -163,9 +181,9 @@ def check_free(path: str | os.PathLike) -> Path:
     """Returns a path for output; for a link, the folder that it leads to, since that is the one to replace.
 
     Raises:
-        AdapterError: ``path`` is a file, a link to nothing, or a folder that isn't empty.
+        AdapterError: ``path`` is none, a file, a link to nothing, or a folder that isn't empty.
     """
-    target = Path(path)
+    target = as_path(path)
     if target.is_dir() and any(target.iterdir()):
         raise AdapterError(f"{target}: expected an empty or new folder, found one that already holds something")
     if os.path.lexists(target) and not target.is_dir():
@@ -226,7 +244,7 @@ def write_files(directory: str | os.PathLike, files: Mapping[str, bytes], *, ove
     Raises:
         AdapterError: the folder already contains something and ``overwrite`` isn't set, or can't be written to.
     """
-    target = Path(directory)
+    target = as_path(directory)
     if overwrite and target.is_dir():
         try:
             for name, data in files.items():

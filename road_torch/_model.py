@@ -10,7 +10,6 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -27,8 +26,8 @@ from road_core import (
     write_peft,
 )
 from road_core._compose import check_group_sizes, check_saved, check_weights
-from road_core._errors import listed
-from road_core._files import check_free, new_directory
+from road_core._errors import expect, listed
+from road_core._files import as_path, check_free, new_directory
 from road_torch import _base, _checkpoint, _kernels, _layer, _merge
 from road_torch._call import Forward, batch_sizes, of_base
 from road_torch._io import to_adapter, to_tensor
@@ -88,7 +87,8 @@ class RoadModel(nn.Module):
             ``"auto"``, which chooses by device.
 
     Raises:
-        AdapterError: no module is targeted, or a targeted module can't be adapted; the base is left unchanged.
+        AdapterError: the base is no ``nn.Module``, no module is targeted, or a targeted module can't be adapted; the
+            base is left unchanged.
 
     Example:
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
@@ -114,6 +114,7 @@ class RoadModel(nn.Module):
         super().__init__()
         if max_loaded is not None and (not isinstance(max_loaded, int) or max_loaded < 1):
             raise AdapterError(f"max_loaded: expected a number from 1 up, found {max_loaded!r}")
+        expect("RoadModel", base, nn.Module)
         if isinstance(base, RoadModel) or next(layers(base), None) is not None:
             raise AdapterError(
                 f"RoadModel: expected a base model without RoAd layers, found {type(base).__name__} with some; "
@@ -709,7 +710,7 @@ class RoadModel(nn.Module):
                 adapters[name] = to_adapter(layers(self), saved_modules(self), name, config, base_weights)
         if not is_main_process:
             return
-        target = Path(save_directory)
+        target = as_path(save_directory)
         if overwrite:
             for name, adapter in adapters.items():
                 write_peft(target if name == "default" else target / name, adapter, overwrite=True)
@@ -1111,12 +1112,15 @@ class RoadModel(nn.Module):
 
     def _check_new(self, name: str) -> None:
         check_name(name, self._shared.configs)
-        # The name becomes an attribute of these containers, part of parameter paths and a folder name.
+        # The name becomes an attribute of these containers, part of parameter paths and a folder's name.
         taken = hasattr(_layer._Parameters([0]), name) or hasattr(nn.ModuleDict(), name)
         if any(sign in name for sign in "./\\") or taken:
             raise AdapterError(
                 f"adapter_name: expected a name without '.', '/' and '\\' that Python leaves free, found {name!r}"
             )
+        encoded = name.encode(errors="replace")
+        if "\0" in name or encoded.decode() != name or len(encoded) > 255:
+            raise AdapterError(f"adapter_name: expected the name of a folder, of 255 bytes at most, found {name!r:.80}")
         self._check_unmerged(f"adapter {name!r}")
 
     def _check_known(self, names: Sequence[str]) -> None:

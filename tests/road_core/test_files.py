@@ -10,7 +10,7 @@ import pytest
 
 from road_core import AdapterError
 from road_core._command import run
-from road_core._files import open_alone, write_files
+from road_core._files import check_free, inside, open_alone, write_files
 
 
 def refuse(*_):
@@ -28,6 +28,22 @@ def test_a_full_disk(overwrite, tmp_path, monkeypatch):
     with pytest.raises(AdapterError, match=r"out: expected a folder that can be written to, found No space left"):
         write_files(target, {"a": b"new"}, overwrite=overwrite)
     assert [path.name for path in tmp_path.rglob("*")] == (["out", "a"] if overwrite else [])
+
+
+@pytest.mark.parametrize("path", [None, b"bytes", "x" * 300, "a\0b", "a\ud800"])
+def test_what_is_no_path(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = [check_free, lambda folder: inside(folder, "x")]
+    calls += [lambda folder, over=over: write_files(folder, {"x": b""}, overwrite=over) for over in (True, False)]
+    for call in calls:
+        with pytest.raises(AdapterError, match="expected a path"):
+            call(path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_with_the_longest_name(tmp_path):
+    write_files(tmp_path / ("é" * 127), {"x": b""}, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["é" * 127]
 
 
 def test_a_file_is_one_processes(tmp_path):

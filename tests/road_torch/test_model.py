@@ -1037,6 +1037,9 @@ REFUSED = {
     "name of a module's flag": (lambda m, d: m.load_adapter(d, "training"), "found 'training'"),
     "name of a private field": (lambda m, d: m.add_adapter("_parameters", config()), "found '_parameters'"),
     "name of a counter": (lambda m, d: m.add_adapter("changes", config()), "found 'changes'"),
+    "name with a null": (lambda m, d: m.load_adapter(d, "a\0b"), r"expected the name of a folder, .* found 'a\\x00b'"),
+    "name beyond UTF-8": (lambda m, d: m.add_adapter("a\ud800", config()), "expected the name of a folder"),
+    "name of 256 bytes": (lambda m, d: m.add_adapter("é" * 128, config()), "name of a folder, of 255 bytes at most"),
     "delete unknown": (lambda m, d: m.delete_adapter("z"), "found 'z'"),
     "delete active": (lambda m, d: m.delete_adapter("a"), "not active, found 'a'"),
     "delete several": (lambda m, d: m.delete_adapter(["a", "b"]), r"expected a name, found \['a', 'b'\]"),
@@ -1053,6 +1056,11 @@ REFUSED = {
     "unmerge": (lambda m, d: m.unmerge_adapter(), "expected merged adapters, found none"),
     "merge unknown": (lambda m, d: m.merge_adapter(["z"]), "found 'z'"),
     "save with pickle": (lambda m, d: m.save_pretrained(d / "new", False), "safe_serialization: expected True"),
+    "save nowhere": (lambda m, d: m.save_pretrained(None), "folder: expected a path, found NoneType"),
+    "save over nothing": (lambda m, d: m.save_pretrained("a\0b", overwrite=True), r"'a\\x00b': expected a path that"),
+    "save too far": (lambda m, d: m.save_pretrained("x" * 300), "expected a path .*File name too long"),
+    "load from nowhere": (lambda m, d: m.load_adapter(None, "c"), "folder: expected a path, found NoneType"),
+    "swap in a model": (lambda m, d: m.hotswap_adapter(m, "a"), "folder: expected a path, found RoadModel"),
     "save unknown": (lambda m, d: m.save_pretrained(d / "new", selected_adapters=["z"]), "found 'z'"),
     "group size": (lambda m, d: m.add_adapter("c", config(group_size=48)), r"layers\.0.*48 divides, found 128"),
     "no target": (lambda m, d: m.add_adapter("c", config(target_modules=["q_prj"])), "nearest: q_proj"),
@@ -1254,6 +1262,14 @@ def test_a_model_with_road_layers_is_not_wrapped_again():
     for base in (model, model.base_model):
         with pytest.raises(AdapterError, match="without RoAd layers"):
             RoadModel(base)
+
+
+def test_what_is_no_model_is_not_wrapped(tmp_path):
+    for base in (None, "a model's name"):
+        with pytest.raises(AdapterError, match=f"RoadModel: expected Module, found {type(base).__name__}"):
+            RoadModel(base)
+    with pytest.raises(AdapterError, match="RoadModel: expected Module, found PosixPath"):
+        RoadModel.from_pretrained(tmp_path, small_model())
 
 
 @pytest.mark.parametrize("where", ["weight", "bias"])
