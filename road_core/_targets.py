@@ -142,8 +142,9 @@ def _nothing(config: RoadConfig, names: Sequence[str]) -> AdapterError:
         end = want.split(".", want.count(".") + 1 - parts)[-1]
         near += difflib.get_close_matches(end, _ends(names, parts)[:500], n=3, cutoff=0.4)
     found = ", ".join(dict.fromkeys(near)) or ", ".join(_ends(names, 1)[:12]) or "no modules at all"
+    kind = " as a regular expression of whole paths" if isinstance(config.target_modules, str) else ""
     return AdapterError(
-        f"RoadConfig.target_modules: expected a match for {config.target_modules!r:.200}, nearest: {found}"
+        f"RoadConfig.target_modules: expected a match for {config.target_modules!r:.200}{kind}, nearest: {found}"
     )
 
 

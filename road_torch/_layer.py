@@ -374,12 +374,12 @@ class RoadLayer(nn.Module):
         return Plan(y.dtype, passes, sources, changes)
 
     def _check_output(self, y: Any) -> None:
-        if isinstance(y, Tensor) and y.shape[-1:] == (self.out_features,):
+        if isinstance(y, Tensor) and y.shape[-1:] == (self.out_features,) and not y.is_complex():
             return
-        found = f"one of shape {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        found = f"one of {y.dtype} and shape {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise AdapterError(
-            f"{self.module_path}: expected a layer that gives a tensor [..., {self.out_features}], found {found} from "
-            f"{type(bare(self.base_layer)).__name__}; exclude_modules leaves it out"
+            f"{self.module_path}: expected a layer that gives a real tensor [..., {self.out_features}], found {found} "
+            f"from {type(bare(self.base_layer)).__name__}; exclude_modules leaves it out"
         )
 
     def _check_order(self, routing: Routing) -> None:

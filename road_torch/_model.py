@@ -371,6 +371,7 @@ class RoadModel(nn.Module):
         self._check_known(names)
         _check_once("set_adapter", names)
         self._check_unmerged("set_adapter")
+        self._check_own("set_adapter")
         self._check_one_copy("set_adapter", names)
         self._place(names, also_active=names)
         self._shared.active = tuple(names)
@@ -513,6 +514,7 @@ class RoadModel(nn.Module):
     @_locked
     def disable_adapter_layers(self) -> None:
         """Disables all adapters until `enable_adapter_layers`; merged ones are unmerged."""
+        self._check_own("disable_adapter")
         if merged := self._shared.merged:
             self.unmerge_adapter()
             self._shared.paused = merged
@@ -696,6 +698,7 @@ class RoadModel(nn.Module):
         source = getattr(self.base_model, "name_or_path", None) or None
         adapters = {}
         with LOCK:
+            self._check_own("save_pretrained")
             for name in names:
                 config = self._shared.configs[name]
                 config = dataclasses.replace(
@@ -1077,6 +1080,7 @@ class RoadModel(nn.Module):
     def _to_merge(self, adapter_names: str | Sequence[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else _as_list(adapter_names)
         self._check_known(names)
+        self._check_own("merge_adapter")
         _check_once("merge_adapter", names)
         self._check_unmerged("merge_adapter")
         if self._shared.off:
@@ -1122,6 +1126,15 @@ class RoadModel(nn.Module):
         if "\0" in name or encoded.decode() != name or len(encoded) > 255:
             raise AdapterError(f"adapter_name: expected the name of a folder, of 255 bytes at most, found {name!r:.80}")
         self._check_unmerged(f"adapter {name!r}")
+        self._check_own(f"adapter {name!r}")
+
+    def _check_own(self, what: str) -> None:
+        for layer in layers(self):
+            if layer._shared is not self._shared:
+                raise AdapterError(
+                    f"{what}: expected layers that this model wrapped, found {layer.module_path} of another RoadModel "
+                    "or copied by itself"
+                )
 
     def _check_known(self, names: Sequence[str]) -> None:
         check_known(names, self._shared.configs)

@@ -126,6 +126,7 @@ def test_the_table_of_model_types_is_pefts():
         ({"target_modules": r".*attention"}, "nearest"),
         ({"target_modules": ["layer.10"]}, r"nearest: layers\.10, "),
         ({"target_modules": "layer.10"}, r"nearest: layers\.10, "),
+        ({"target_modules": "q_proj"}, "'q_proj' as a regular expression of whole paths, nearest: q_proj"),
         ({"target_modules": ["11.self_atn.q_proj"]}, r"nearest: 11\.self_attn\.q_proj, "),
         ({"target_modules": "(q"}, "regular expression"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "(layers"}, "regular expression"),

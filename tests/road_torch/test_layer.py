@@ -476,9 +476,19 @@ class Groups(nn.Linear):
         return super().forward(x).unflatten(-1, (2, -1))
 
 
+class Waves(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1j
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "found"), [(Pairs, "a tuple from Pairs"), (Groups, r"shape \[2, 2, 64\] from Groups")]
+    ("kind", "found"),
+    [
+        (Pairs, "a tuple from Pairs"),
+        (Groups, r"shape \[2, 2, 64\] from Groups"),
+        (Waves, r"torch\.complex64 and shape \[2, 128\] from Waves"),
+    ],
 )
 def test_a_linear_layer_whose_output_is_none_is_named(kind, found, grad):
     model = RoadModel(

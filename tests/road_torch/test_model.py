@@ -1264,6 +1264,30 @@ def test_a_model_with_road_layers_is_not_wrapped_again():
             RoadModel(base)
 
 
+FOREIGN = {
+    "adding": lambda m, d: m.add_adapter("c", config()),
+    "loading": lambda m, d: m.load_adapter(d, "c"),
+    "activating": lambda m, d: m.set_adapter([]),
+    "disabling": lambda m, d: m.disable_adapter().__enter__(),
+    "merging": lambda m, d: m.merge_adapter([]),
+    "merging for good": lambda m, d: m.merge_and_unload(),
+}
+
+
+@pytest.mark.parametrize("case", [*FOREIGN, "saving"])
+def test_layers_of_another_model_are_refused(case, tmp_path):
+    old, copied, folder = with_adapters(), with_adapters(), saved(tmp_path)
+    new = with_adapters("n", old.unload())
+    blocks = copied.base_model.model.layers
+    blocks.append(copy.deepcopy(blocks[0]))
+    for model in (copied,) if case == "saving" else (old, copied):
+        before = state(model), state(new)
+        with pytest.raises(AdapterError, match=r"expected layers that this model wrapped, found model\.layers\.0\."):
+            FOREIGN.get(case, lambda m, d: m.save_pretrained(d / "new"))(model, folder)
+        assert_same(before[0], state(model))
+        assert_same(before[1], state(new))
+
+
 def test_what_is_no_model_is_not_wrapped(tmp_path):
     for base in (None, "a model's name"):
         with pytest.raises(AdapterError, match=f"RoadModel: expected Module, found {type(base).__name__}"):
