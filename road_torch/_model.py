@@ -451,7 +451,7 @@ class RoadModel(nn.Module):
             for path, arrays in adapter.modules.items()
             for own, array in zip((mine[path].road_theta, mine[path].road_alpha), arrays, strict=True)
         ]
-        pairs += [(held[path][key], v) for path, module in copies.items() for key, v in module.state_dict().items()]
+        pairs += [(own, values[f"{path}.{key}"]) for path, state in held.items() for key, own in state.items()]
         row, mixes = self._shared.rows.get(adapter_name), self._shared.mixes_with(adapter_name)
         read: list[Name] = [*mixes, *([] if row is None else [adapter_name])]
         for layer in mine.values():

@@ -126,8 +126,8 @@ class SavedModule(nn.Module):
         for key, value in state.items():
             if value.is_meta:
                 raise AdapterError(
-                    f"{self.module_path}.{key}: expected the values of {name!r} to save, found that accelerate took "
-                    "them away"
+                    f"{self.module_path}.{key}: expected the values of {name!r} in memory, found that accelerate "
+                    "took them away"
                 )
         return state
 
