@@ -109,11 +109,10 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param(
-            "weight", nn.initializers.constant(1 - self.config.norm_offset), (x.shape[-1],), self.param_dtype
-        )
-        wide = x.astype(jnp.float32)
         c = self.config
+        start = nn.initializers.constant(1 - c.norm_offset)
+        weight = self.param("weight", start, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + c.rms_norm_eps)
         dtype = jnp.float32 if c.norm_in_float32 else self.dtype
         weight = weight.astype(dtype).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -165,8 +164,8 @@ def _attend_in_parts(
 ) -> jax.Array:
     """`_attend` for tokens without a cache, some at a time.
 
-    No token sees a later one, so a part needs only the keys up to its end. The backward pass computes its scores again,
-    and so needs those of one part at a time.
+    No token sees a later one, so a part needs only the keys up to its end. The backward pass computes scores again, so
+    that those of a whole row needn't be kept.
     """
     length = query.shape[2]
     part = part_of(length)
