@@ -182,7 +182,10 @@ def bytes_a_chip(plan: Plan, method: str) -> dict[str, float]:
 
 
 def flops_a_token(config: DecoderConfig, length: int) -> dict[str, float]:
-    """Returns GFLOPs per token of one step by method: forward plus the backward that it needs, no recomputation."""
+    """Returns GFLOPs per token of one step by method: forward plus the backward that it needs.
+
+    Nothing is recomputed but the scores of attention in parts.
+    """
     count = sizes(config)
     products = 2 * (count["kernels"] + count["head"])
     # Scores and their products with values.

@@ -26,11 +26,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, **_SOME_WINDOWS},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_SOME_WINDOWS},
     "gemma": {**_GEMMA, "num_key_value_heads": 16},
-    "gemma2": {
-        **_GEMMA2,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
+    "gemma2": {**_GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": {**_GEMMA2, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
     "phi3": {"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": 4096},
     "smollm3": {
@@ -54,14 +50,13 @@ _FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 MODEL_TYPES = tuple(_FIELDS)
-# These mean something only to types that list them above; other types' files may have them, and transformers ignores
-# them there.
-_OWN = (
-    *("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "layer_types", "max_window_layers"),
-    *("sliding_window_pattern", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
-    *("rope_local_base_freq", "no_rope_layers", "no_rope_layer_interval"),
-    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
-)
+# All types have these. The others above mean something only to the types that list them; transformers ignores them in
+# the files of other types.
+_SHARED = {
+    *("num_key_value_heads", "head_dim", "tie_word_embeddings"),
+    *("rms_norm_eps", "rope_theta", "original_max_position_embeddings"),
+}
+_OWN = {name for fields in _FIELDS.values() for name in fields} - _SHARED
 
 # Fields of `DecoderConfig` that follow from the type.
 _FIXED: dict[str, dict[str, Any]] = {

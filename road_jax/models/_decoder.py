@@ -53,11 +53,6 @@ def check_remat(remat: str) -> None:
         raise AdapterError(f"remat: expected one of {', '.join(get_args(Remat))}, found {remat!r}")
 
 
-def part_of(length: int) -> int:
-    """Returns for how many tokens of a row attention is computed at a time."""
-    return min(length, -(-length // (PART * PARTS)) * PART)
-
-
 class Cache(NamedTuple):
     """Keys and values of the tokens so far.
 
@@ -79,6 +74,11 @@ class Cache(NamedTuple):
 # Attention is computed for at least this many tokens of a row at a time, and in at most this many parts, for each of
 # which there is a program of its own.
 PART, PARTS = 128, 8
+
+
+def part_of(length: int) -> int:
+    """Returns for how many tokens of a row attention is computed at a time."""
+    return min(length, -(-length // (PART * PARTS)) * PART)
 
 
 class _Context(NamedTuple):

@@ -58,6 +58,13 @@ class Reader:
             raise AdapterError(f"{self.where}: expected {name} to be true or false, found {value!r:.80}")
         return value
 
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """Returns a JSON object; an empty one if there is none."""
+        value = self.fields.get(name) or {}
+        if not isinstance(value, Mapping):
+            raise AdapterError(f"{self.where}: expected {name} to be a JSON object, found {value!r:.60}")
+        return value
+
     def choice(self, name: str, choices: tuple[str, ...], default: str | None = None) -> str:
         """Returns one of several names."""
         value = self._get(name, default)

@@ -49,20 +49,20 @@ def read_ropes(
     Raises:
         AdapterError: a value is missing, impossible, or of a kind that isn't covered.
     """
-    # transformers 5 writes rope_parameters. Before, rope_theta was beside rope_scaling, which takes precedence.
     if kind == "gemma3_text":
         # Windowed layers have frequencies of their own.
-        scaling = _mapping(read, read.fields, "rope_scaling")
-        both = _mapping(read, read.fields, "rope_parameters")
+        scaling, both = read.mapping("rope_scaling"), read.mapping("rope_parameters")
         if both and not both.keys() & {"full_attention", "sliding_attention"}:
             raise AdapterError(
                 f"{read.where}: expected rope_parameters of full_attention and sliding_attention, found {[*both]!r:.80}"
             )
-        full = {**_mapping(read, both, "full_attention"), **scaling}
-        local = {"rope_theta": read.fields["rope_local_base_freq"], **_mapping(read, both, "sliding_attention")}
+        of_both = Reader(both, read.where)
+        full = {**of_both.mapping("full_attention"), **scaling}
+        local = {"rope_theta": read.fields["rope_local_base_freq"], **of_both.mapping("sliding_attention")}
         return _by_layer([_read(read, local if of else full, head_dim) for of in windowed])
+    # transformers 5 writes rope_parameters. Before, rope_theta was beside rope_scaling, which takes precedence.
     name = "rope_scaling" if read.fields.get("rope_scaling") else "rope_parameters"
-    fields = _mapping(read, read.fields, name)
+    fields = read.mapping(name)
     if nested := [key for key, value in fields.items() if isinstance(value, Mapping)]:
         raise AdapterError(f"{read.where}: expected {name} to be the same for all layers, found some for {nested[0]!r}")
     rope, layers = _read(read, fields, head_dim), len(windowed)
@@ -78,13 +78,6 @@ def read_ropes(
             f"{read.where}: expected no_rope_layers to be 0 or 1 for each of {layers} layers, found {turned!r:.80}"
         )
     return _by_layer([rope if value else Rope.none(head_dim) for value in turned[:layers]])
-
-
-def _mapping(read: Reader, fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = fields.get(name) or {}
-    if not isinstance(found, Mapping):
-        raise AdapterError(f"{read.where}: expected {name} to be a JSON object, found {found!r:.60}")
-    return found
 
 
 def _by_layer(ropes: Sequence[Rope]) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
