@@ -20,6 +20,7 @@ is left out, and the files are named ``train_step_random``.
 """
 
 import dataclasses
+import itertools
 import random
 import statistics
 import time
@@ -100,12 +101,16 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Returns each arm's seconds per step, and its time per line relative to ours; or why a peer failed.
 
-    Batch i has ``lines[i]`` lines. Every arm goes through the batches in the same order; the first step is a warm-up.
+    Batch i has ``lines[i]`` lines. Every arm goes through the batches in the same order. The first step of all, and of
+    each round, isn't timed.
     """
     begun = {arm: Arm(_serve, make, args) for arm, (make, args) in makers.items()}
     arms, failed = sort_out(begun)
     if OURS in failed:
         raise SystemExit(f"{name}: expected {OURS} to run, found {failed[OURS]}")
+    # The lines of the batches, as the arms take them.
+    turns = itertools.cycle(lines)
+    next(turns)
     losses = {arm: process.ask("step")[1] for arm, process in arms.items()}
     # All adapters, including LoRA's, start as the identity, so every arm begins with the base's loss.
     if max(losses.values()) - min(losses.values()) > 1e-3 * min(losses.values()):
@@ -114,10 +119,9 @@ def measure(
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     with Progress(console=console) as bar:
         task = bar.add_task(f"{name}: {rounds} rounds of {len(arms)} arms", total=rounds * len(arms))
-        for number in range(rounds):
-            # Each arm's first step, before the rounds, took batch 0, and the round's first isn't timed.
-            first = number * (steps + 1) + 2
-            held = sum(lines[(first + step) % len(lines)] for step in range(steps))
+        for _ in range(rounds):
+            next(turns)
+            held = sum(itertools.islice(turns, steps))
             for arm in random.sample([*arms], len(arms)):
                 arms[arm].ask("step")
                 times[arm].append(sum(arms[arm].ask("step")[0] for _ in range(steps)) / held)
