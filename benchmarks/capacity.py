@@ -7,7 +7,8 @@ nothing is allocated. The plan counts
 - trained: params, gradients and Adam's two moments in float32 (full training has bfloat16 params besides);
 - kept activations: with ``remat="linears"``, a layer's input and the outputs of its linear layers, for each token of a
   chip's rows; for LoRA also the outputs of its factors;
-- temporary activations: one layer recomputed in the backward pass, and the logits of one row with their gradient.
+- temporary activations: one layer recomputed in the backward pass, or the logits of some targets with their gradient,
+  if these are more. A loss at every token is assumed.
 
 The planned activations are checked against the compiler's memory analysis of small models of several widths and of the
 plan's own programs, which are compiled from shapes for as many pretend devices. The planned FLOPs are checked against
@@ -35,6 +36,7 @@ from road_jax.models import Decoder, DecoderConfig
 from road_jax.models._decoder import Remat, part_of
 from road_jax.models._mesh import AXES, rows_sharding
 from road_jax.train import _step
+from road_jax.train._loss import TARGETS
 
 GIB = 2**30
 
@@ -144,7 +146,10 @@ def outputs(config: DecoderConfig) -> int:
 def activations(
     config: DecoderConfig, tokens: int, length: int, itemsize: int, tensor: int, logits: int, method: str = "RoAd 1"
 ) -> float:
-    """Returns a chip's bytes of kept and temporary activations, for ``tokens`` tokens in rows of ``length``."""
+    """Returns a chip's bytes of kept and temporary activations, for ``tokens`` tokens in rows of ``length``.
+
+    ``logits`` is the number of targets whose logits are there at a time.
+    """
     c = config
     # A layer's output projections are whole on every chip; the others are split over `model`.
     given = 2 * c.hidden_size + (outputs(c) - 2 * c.hidden_size) / tensor
@@ -154,7 +159,8 @@ def activations(
     # Recomputed in the backward pass: outputs of linear layers, plain and adapted; with gradients and attention.
     scores = 3 * 4 * tokens * keys_seen(length) * c.num_attention_heads / tensor
     passing = tokens * itemsize * (2 if method == "full" else 3) * given + scores
-    return kept + passing + 3 * 4 * logits * c.vocab_size / tensor
+    # The loss and its gradient are computed before the backward pass goes through the layers.
+    return kept + max(passing, 3 * 4 * logits * c.vocab_size / tensor)
 
 
 def keys_seen(length: int) -> float:
@@ -177,7 +183,7 @@ def bytes_a_chip(plan: Plan, method: str) -> dict[str, float]:
     return {
         "weights": weights / GIB,
         "trained": state / GIB,
-        "activations": activations(config, tokens, plan.length, 2, plan.tensor, plan.length, method) / GIB,
+        "activations": activations(config, tokens, plan.length, 2, plan.tensor, TARGETS, method) / GIB,
     }
 
 
@@ -208,7 +214,6 @@ def compiled(
     axes: Mapping[str, int],
     rows: int,
     length: int,
-    targets: int,
     quantize: str | None = None,
     remat: Remat = "linears",
 ) -> Any:
@@ -219,7 +224,6 @@ def compiled(
         axes: sizes of the axes data, fsdp and tensor; axes not named have size 1.
         rows: rows of a chip's batch.
         length: tokens per row.
-        targets: number of places per row whose logits are computed.
         quantize: kind of `road_jax.quantize` for the layers' kernels; None for none.
         remat: the decoder's rematerialisation policy.
     """
@@ -250,9 +254,9 @@ def compiled(
     batch = {
         "input_ids": dealt(length),
         "segments": dealt(length),
-        "logits_at": dealt(targets),
-        "targets": dealt(targets),
-        "weights": dealt(targets, jnp.float32),
+        "logits_at": dealt(length),
+        "targets": dealt(length),
+        "weights": dealt(length, jnp.float32),
     }
     road = _step.on_mesh(road, mesh)
     gradient = jax.grad(lambda adapter, *rest: _step.summed_loss(road, adapter, *rest)[0])
@@ -277,16 +281,16 @@ def check() -> list[tuple[str, float, float]]:
         (1024, 2816, 4, 16, 4, 512),
     ):
         config = config_of(hidden, mlp, layers, heads, heads, 1024)
-        program = compiled(config, {}, rows, length, length)
-        planned = activations(config, rows * length, length, 4, 1, rows * length)
+        program = compiled(config, {}, rows, length)
+        planned = activations(config, rows * length, length, 4, 1, TARGETS)
         add(f"width {hidden}, MLP {mlp}, {layers} layers, {rows} × {length}", planned, temp_mib(program))
     for plan in CHECKED:
         if plan.data * plan.tensor > jax.device_count():
             continue
         config, kind = config_of(*MODELS[plan.model]), "nf4" if plan.bits < 16 else None
         axes = {"fsdp" if plan.fsdp else "data": plan.data, "tensor": plan.tensor}
-        program = compiled(config, axes, plan.rows, plan.length, plan.length // plan.rows, kind)
-        planned = activations(config, plan.rows * plan.length, plan.length, 4, plan.tensor, plan.length)
+        program = compiled(config, axes, plan.rows, plan.length, kind)
+        planned = activations(config, plan.rows * plan.length, plan.length, 4, plan.tensor, TARGETS)
         said = f"{plan.model}{f' in {kind}' if kind else ''} on {said_mesh(plan)}, {plan.rows} × {plan.length}"
         add(said, planned, temp_mib(program))
     options = jax_cost.Options()

@@ -352,7 +352,19 @@ class Decoder(nn.Module):
     remat: Remat = "linears"
     mesh: Mesh | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        expect("Decoder.config", self.config, DecoderConfig)
+        check_remat(self.remat)
+        if self.mesh is not None:
+            _mesh.check_axes(self.mesh)
+        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        # Params that are just being made aren't sharded yet.
+        mesh = None if self.is_initializing() else self.mesh
+        self.model = Trunk(c, **types, scan=self.scan, remat=self.remat, mesh=mesh)
+        if not c.tie_word_embeddings:
+            dense = nn.Dense if mesh is None else _gathering(nn.Dense, mesh, "lm_head")
+            self.lm_head = dense(c.vocab_size, use_bias=False, **types)
+
     def __call__(
         self,
         input_ids: jax.Array,
@@ -379,28 +391,37 @@ class Decoder(nn.Module):
         Raises:
             AdapterError: ``input_ids`` or ``attention_mask`` has another type or shape, or an attribute can't be used.
         """
-        expect("Decoder.config", self.config, DecoderConfig)
-        check_remat(self.remat)
-        if self.mesh is not None:
-            _mesh.check_axes(self.mesh)
+        x, embed, kept = self._hidden(input_ids, attention_mask, logits_at, cache, cache_size)
+        logits = self.head(x, embed)
+        return logits if kept is None else (logits, kept)
+
+    def hidden(
+        self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, logits_at: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns what `head` takes: hidden states ``[batch, length or n, hidden]`` and the embedding."""
+        return self._hidden(input_ids, attention_mask, logits_at, None, None)[:2]
+
+    def head(self, x: jax.Array, embed: jax.Array) -> jax.Array:
+        """Returns the logits ``[batch, n, vocab]`` of hidden states, of which it may be given a part at a time."""
+        c = self.config
+        logits = jnp.dot(x, embed.T) if c.tie_word_embeddings else self.lm_head(x)
+        return _capped(_scaled(logits, c.logit_scale), c.logit_softcap)
+
+    def _hidden(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        logits_at: jax.Array | None,
+        cache: Cache | None,
+        cache_size: int | None,
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
         _check_inputs(input_ids, attention_mask)
         segments = jnp.ones_like(input_ids) if attention_mask is None else attention_mask.astype(jnp.int32)
         segments = jnp.broadcast_to(segments, input_ids.shape)
-
-        c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        # Params that are just being made aren't sharded yet.
-        mesh = None if self.is_initializing() else self.mesh
-        trunk = Trunk(c, **types, scan=self.scan, remat=self.remat, mesh=mesh, name="model")
-        x, embed, kept = trunk(input_ids, segments, cache, cache_size)
+        x, embed, kept = self.model(input_ids, segments, cache, cache_size)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
-        if c.tie_word_embeddings:
-            logits = jnp.dot(x, embed.T)
-        else:
-            dense = nn.Dense if mesh is None else _gathering(nn.Dense, mesh, "lm_head")
-            logits = dense(c.vocab_size, use_bias=False, name="lm_head", **types)(x)
-        logits = _capped(_scaled(logits, c.logit_scale), c.logit_softcap)
-        return logits if kept is None else (logits, kept)
+        return x, embed, kept
 
 
 def _check_inputs(input_ids: jax.Array, attention_mask: jax.Array | None) -> None:

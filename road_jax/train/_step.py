@@ -21,6 +21,7 @@ from road_jax._tree import Tree
 from road_jax.models._mesh import rows_sharding
 from road_jax.train import _processes
 from road_jax.train._data import Batch
+from road_jax.train._loss import summed_loss
 
 AXIS = "data"
 
@@ -62,25 +63,6 @@ def _on_line(number: np.ndarray, begin: float, end: float, steps: int) -> np.nda
     """Returns the values of ``optax.linear_schedule``, bit for bit."""
     left = np.float32(1) - np.clip(number, 0, steps).astype(np.float32) / np.float32(steps)
     return np.float32(begin - end) * left + np.float32(end)
-
-
-def summed_loss(
-    road: Road, adapter: Tree, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the summed cross-entropy over a batch's targets (float32), and which were predicted right, ``[rows, n]``.
-
-    Logits are computed only at targets.
-    """
-    logits = road.apply(
-        variables,
-        adapter,
-        batch["input_ids"],
-        attention_mask=batch["segments"],
-        logits_at=batch["logits_at"],
-    ).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    right = jnp.argmax(logits, axis=-1) == batch["targets"]
-    return jnp.sum(losses * batch["weights"]), right
 
 
 class Program(NamedTuple):

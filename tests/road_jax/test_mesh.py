@@ -225,7 +225,7 @@ def test_fsdp_keeps_its_share_of_the_base_once(remat, quantize):
     config = capacity.config_of(hidden=256, mlp=512, layers=64, heads=4, kv_heads=4, vocabulary=64)
     temp, arguments = {}, {}
     for axis in ("data", "fsdp"):
-        program = capacity.compiled(config, {axis: 8}, 1, 8, 8, quantize, remat=remat)
+        program = capacity.compiled(config, {axis: 8}, 1, 8, quantize, remat=remat)
         memory = program.memory_analysis()
         temp[axis], arguments[axis] = memory.temp_size_in_bytes, memory.argument_size_in_bytes
     # Less than one share: a layer whose kernels are gathered.

@@ -1,0 +1,180 @@
+"""The loss over parts of a batch's targets, against all logits at once."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from _compare import assert_close, named_values
+
+import road_jax
+from road_core import RoadConfig
+from road_jax import models
+from road_jax.models import Decoder, DecoderConfig
+from road_jax.train import _loss, _step
+
+HIDDEN, VOCABULARY = 16, 96
+SIZES = {"hidden_size": HIDDEN, "vocab_size": VOCABULARY, "intermediate_size": 32, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def decoder(kind="llama", *, dtype=jnp.float32, **changes):
+    fields = {"model_type": kind, **SIZES, **HEADS, **changes}
+    model = Decoder(DecoderConfig.from_hugging_face(fields, kind), dtype=dtype, param_dtype=dtype)
+    return model, model.init(jax.random.key(0), np.ones((1, 4), np.int32))
+
+
+def batch_of(rows, n):
+    rng = np.random.default_rng(0)
+    ids, targets = rng.integers(0, VOCABULARY, (2, rows, 12)).astype(np.int32)
+    at = np.sort(rng.integers(0, 12, (rows, n)).astype(np.int32), axis=1)
+    weights = (rng.random((rows, n)) > 0.2).astype(np.float32)
+    return {
+        "input_ids": ids,
+        "segments": np.ones_like(ids),
+        "logits_at": at,
+        "targets": targets[:, :n],
+        "weights": weights,
+    }
+
+
+def adapted(model, variables, target_modules="all-linear", **options):
+    road = road_jax.transform(model, RoadConfig(target_modules=target_modules, group_size=8, **options))
+    adapter = road.init(jax.random.key(0), variables, np.ones((1, 4), np.int32))
+    moved = jax.tree.map(lambda leaf: leaf + (0.1 * named_values("moved", *leaf.shape)).astype(leaf.dtype), adapter)
+    return road, moved
+
+
+def whole_loss(road, adapter, variables, batch):
+    logits = road.apply(
+        variables, adapter, batch["input_ids"], attention_mask=batch["segments"], logits_at=batch["logits_at"]
+    ).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return jnp.sum(losses * batch["weights"]), jnp.argmax(logits, axis=-1) == batch["targets"]
+
+
+def compiled(loss, road):
+    return jax.jit(jax.value_and_grad(functools.partial(loss, road), has_aux=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "targets", "n"),
+    [
+        ({}, {}, 6, 7),
+        ({}, {}, 2, 8),
+        ({}, {}, 256, 7),
+        ({"tie_word_embeddings": True}, {}, 6, 7),
+        ({"kind": "gemma2", "final_logit_softcapping": 2.0}, {}, 6, 7),
+        ({"kind": "granite", "logits_scaling": 8.0}, {}, 6, 7),
+        ({}, {"target_modules": ["q_proj", "lm_head"]}, 6, 7),
+        ({}, {"target_modules": ["lm_head"]}, 6, 7),
+        ({}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, 6, 7),
+        ({"tie_word_embeddings": True}, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 6, 7),
+    ],
+    ids=[
+        "padded",
+        "a place a part",
+        "one part",
+        "tied",
+        "capped",
+        "scaled",
+        "rotated head",
+        "head alone",
+        "trained head",
+        "trained embedding",
+    ],
+)
+def test_it_is_the_loss_of_all_logits(model, options, targets, n, monkeypatch):
+    monkeypatch.setattr(_loss, "TARGETS", targets)
+    model, variables = decoder(**model)
+    road, adapter = adapted(model, variables, **options)
+    batch = batch_of(3, n)
+    (loss, right), gradients = compiled(_loss.summed_loss, road)(adapter, variables, batch)
+    (expected, theirs), wanted = compiled(whole_loss, road)(adapter, variables, batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_array_equal(right, theirs)
+    assert jax.tree.structure(gradients) == jax.tree.structure(wanted)
+    for found, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+        assert np.abs(leaf).max() > 0
+        assert_close(found, leaf, "float32")
+    # Without a gradient, as in evaluation.
+    evaluated = jax.jit(functools.partial(_loss.summed_loss, road))(adapter, variables, batch)
+    np.testing.assert_allclose(evaluated[0], expected, rtol=1e-5)
+    np.testing.assert_array_equal(evaluated[1], theirs)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_head(kind, monkeypatch):
+    monkeypatch.setattr(_loss, "TARGETS", 6)
+    model, variables = decoder(hidden_size=64, intermediate_size=64, head_dim=32)
+    variables = road_jax.quantize(variables, kind)
+    road, adapter = adapted(model, variables, ["q_proj", "lm_head"])
+    batch = batch_of(3, 8)
+    (loss, _), gradients = compiled(_loss.summed_loss, road)(adapter, variables, batch)
+    (expected, _), wanted = compiled(whole_loss, road)(adapter, variables, batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(lambda found, leaf: assert_close(found, leaf, "float32"), gradients, wanted)
+
+
+def test_a_trained_head_of_few_bits_sums_its_gradient_in_float32(monkeypatch):
+    """Summed in bfloat16, a sum of hundreds of parts doesn't grow any more: each is below half of its last bit."""
+    monkeypatch.setattr(_loss, "TARGETS", 1)
+    model, variables = decoder(dtype=jnp.bfloat16)
+    road, adapter = adapted(model, variables, ["q_proj"], modules_to_save=["lm_head"])
+    once = batch_of(1, 2)
+    often = once | {name: np.tile(once[name], (1, 512)) for name in ("logits_at", "targets", "weights")}
+    gradient = compiled(_loss.summed_loss, road)
+    found, expected = (gradient(adapter, variables, batch)[1]["lm_head"]["kernel"] for batch in (often, once))
+    assert found.dtype == jnp.bfloat16
+    assert_close(found, 512 * expected.astype(jnp.float32), "bfloat16")
+
+
+@pytest.mark.no_leaks
+def test_no_tracer_leaks(monkeypatch):
+    monkeypatch.setattr(_loss, "TARGETS", 6)
+    model, variables = decoder()
+    road, adapter = adapted(model, variables, ["q_proj", "lm_head"])
+    (loss, _), _ = compiled(_loss.summed_loss, road)(adapter, variables, batch_of(3, 7))
+    assert np.isfinite(loss)
+
+
+def test_logits_are_never_whole_and_no_product_is_computed_twice(monkeypatch):
+    monkeypatch.setattr(_loss, "TARGETS", 4)
+    model, variables = decoder()
+    road, adapter = adapted(model, variables)
+    text = compiled(_loss.summed_loss, road).lower(adapter, variables, batch_of(2, 12)).compile().as_text()
+    # A loop over parts of two places of two rows, with one product for logits and one for hidden states' gradient.
+    products = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)
+    assert sorted(size for size in products if size.split(",")[0] in ("4", "16")) == ["4,16", "4,96"]
+    shapes = [[int(size) for size in found.split(",")] for found in re.findall(r"\w\d+\[([\d,]+)\]", text)]
+    assert not any(VOCABULARY in shape and np.prod(shape) > HIDDEN * VOCABULARY for shape in shapes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_mesh_gathers_the_head_once_for_all_parts(tied, monkeypatch):
+    monkeypatch.setattr(_loss, "TARGETS", 2)
+    model, variables = decoder(tie_word_embeddings=tied)
+    mesh = models.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    road, adapter = adapted(model, variables)
+    batch = batch_of(8, 8)
+    (expected, theirs), wanted = compiled(whole_loss, road)(adapter, variables, batch)
+    placed = jax.device_put(variables, models.shardings(variables, mesh))
+    batch = jax.device_put(batch, models._mesh.rows_sharding(mesh))
+    program = compiled(_loss.summed_loss, _step.on_mesh(road, mesh))
+    (loss, right), gradients = program(adapter, placed, batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_array_equal(right, theirs)
+    jax.tree.map(lambda found, leaf: assert_close(found, leaf, "float32"), gradients, wanted)
+    text = program.lower(adapter, placed, batch).compile().as_text()
+    gathers = {
+        computation.startswith("ENTRY"): re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", computation)
+        for computation in re.split(r"\n\n", text)
+        if " all-gather(" in computation
+    }
+    # A device has half of the vocabulary.
+    half = str(VOCABULARY // 2)
+    assert sum(half in sizes.split(",") for sizes in gathers[True]) == (1 if tied else 2)
+    assert not any(half in sizes.split(",") for sizes in gathers.get(False, []))
