@@ -1,5 +1,8 @@
 """The ``road-train`` command."""
 
+import os
+import sys
+
 import tyro
 from rich.console import Console
 
@@ -14,6 +17,7 @@ def main() -> None:
 
 def _main() -> None:
     options = tyro.cli(TrainOptions, prog="road-train")
+    _import_transformers_alone()
     result = train(options)
     console = Console()
     console.print(f"{result.parameters:,} parameters, {result.steps} steps, {result.tokens:,} tokens")
@@ -24,6 +28,22 @@ def _main() -> None:
                 f"lines right {record['exact']:.1%} of {record['lines']:.0f}"
             )
     console.print(f"adapter, metrics and pictures: {result.out}")
+
+
+def _import_transformers_alone() -> None:
+    """Imports transformers, whose tokenizers are used, as where PyTorch isn't installed, and without saying so.
+
+    Otherwise it would import PyTorch too, which takes longer than all other imports, and more memory.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if "torch" in sys.modules:
+        return
+    # Python's way to say that a module can't be imported; transformers asks once.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import transformers  # noqa: F401
+    finally:
+        del sys.modules["torch"]
 
 
 if __name__ == "__main__":

@@ -84,14 +84,40 @@ def same(one, other):
         np.testing.assert_allclose(read_flax(other).tensors()[key], array, atol=2e-4)
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--parallel", "pmap"], ["--mesh", "fsdp=2", "--quantize", "nf4"]], ids=["jit", "pmap", "fsdp, nf4"]
-)
-def test_two_processes_are_one_run(more, files, tmp_path):
-    finish(start(files, tmp_path / "one", 2, "--steps", "5", *more))
-    finish(*start_two(files, tmp_path / "two", "--steps", "5", *more))
-    same(tmp_path / "one", tmp_path / "two")
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+@pytest.fixture(scope="module")
+def one(files):
+    """One process's run with two devices."""
+    finish(start(files, files / "one", 2, "--steps", "24"))
+    return files / "one"
+
+
+@pytest.fixture(scope="module")
+def two(files):
+    """Two processes' run with a device each."""
+    finish(*start_two(files, files / "two", "--steps", "24"))
+    return files / "two"
+
+
+def alike(one, two):
+    same(one, two)
+    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+
+
+def test_two_processes_are_one_run(one, two):
+    alike(one, two)
+
+
+def test_two_processes_with_pmap_are_one_run(one, files, tmp_path):
+    """In one process, ``pmap`` is compared with ``jit`` in test_train.py."""
+    finish(*start_two(files, tmp_path / "two", "--steps", "24", "--parallel", "pmap"))
+    alike(one, tmp_path / "two")
+
+
+def test_two_processes_share_a_quantised_base(files, tmp_path):
+    more = ("--steps", "5", "--mesh", "fsdp=2", "--quantize", "nf4")
+    finish(start(files, tmp_path / "one", 2, *more))
+    finish(*start_two(files, tmp_path / "two", *more))
+    alike(tmp_path / "one", tmp_path / "two")
 
 
 def reach(processes, out, done):
@@ -102,9 +128,8 @@ def reach(processes, out, done):
         time.sleep(0.1)
 
 
-def test_after_a_kill_the_run_goes_on_from_its_checkpoint(files, tmp_path):
+def test_after_a_kill_the_run_goes_on_from_its_checkpoint(files, two, tmp_path):
     more = ("--steps", "24")
-    finish(*start_two(files, tmp_path / "whole", *more))
     out = tmp_path / "killed"
     processes = start_two(files, out, *more)
     reach(processes, out, (out / "checkpoints" / "4").is_dir)
@@ -116,9 +141,9 @@ def test_after_a_kill_the_run_goes_on_from_its_checkpoint(files, tmp_path):
         process.communicate()
     assert log(out)[-1]["step"] < 24
     finish(*start_two(files, out, *more, "--resume"))
-    assert log(out) == log(tmp_path / "whole")
+    assert log(out) == log(two)
     for name in ("road_adapter.safetensors", "road_config.json"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (out / name).read_bytes() == (two / name).read_bytes()
 
 
 def test_an_interrupt_of_one_process_ends_all(files, tmp_path):
