@@ -18,6 +18,7 @@ import optax
 import pytest
 from _compare import assert_close
 from _models import small_checkpoint
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 import road_jax
@@ -25,6 +26,21 @@ from road_core import AdapterError, read_flax
 from road_jax.train import TrainOptions, train
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs(tmp_path_factory):
+    """Keeps compiled programs, since many tests train on the same shapes."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(compilation_cache.reset_cache)
+        for name, value in (
+            ("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs"))),
+            ("jax_persistent_cache_min_compile_time_secs", 0.3),
+        ):
+            stack.callback(jax.config.update, name, getattr(jax.config, name))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
 
 
 @pytest.fixture(scope="module")
