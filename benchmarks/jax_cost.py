@@ -19,6 +19,7 @@ sum of its arguments, results and temporary memory. Arms take turns within a rou
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -43,6 +44,9 @@ from road_jax.models import Decoder, DecoderConfig
 
 FLOOR = "biases (the floor)"
 FORWARD = "forward"
+
+# A function of trained and frozen variables that returns logits, and those variables.
+Parts = tuple[Callable[[Any, Any], jax.Array], Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,41 +148,49 @@ def arms(options: Options, *, scan: bool, remat: Any, only: tuple[str, ...] = ()
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 512, (options.rows, options.length)), jnp.int32)
     model = Decoder(config(), scan=scan, remat=remat)
     variables = jax.jit(model.init)(jax.random.key(0), ids[:, :8])
-    found: dict[str, Program] = {}
 
-    def add(
-        name: str, logits: Callable[[Any, Any], jax.Array], trained: Any, frozen: Any, *, grad: bool = True
-    ) -> None:
-        if only and name not in only:
-            return
+    def adapted(variant: str) -> tuple[road_jax.Road, Any]:
+        road = road_jax.transform(model, RoadConfig(variant=variant, target_modules="all-linear"))
+        return road, road.init(jax.random.key(1), variables, ids)
+
+    def rotated(variant: str, kind: Any = None) -> Parts:
+        road, adapter = adapted(variant)
+        frozen = variables if kind is None else road_jax.quantize(variables, kind)
+        return lambda a, v: road.apply(v, a, ids), adapter, frozen
+
+    def with_rotated_kernels() -> Parts:
+        road, adapter = adapted("road_1")
+        return lambda a, v: model.apply(road.merge(v, a), ids), adapter, variables
+
+    def with_dense_rotations() -> Parts:
+        _, adapter = adapted("road_1")
+        return lambda a, v: _turned(model, v, a, ids), adapter, variables
+
+    def of(module: nn.Module, variables: Any, is_trained: Callable[[tuple[str, ...]], bool]) -> Parts:
+        return lambda trained, frozen: module.apply(_join(trained, frozen), ids), *_split(variables, is_trained)
+
+    makers: dict[str, Callable[[], Parts]] = {
+        FORWARD: lambda: (lambda _, frozen: model.apply(frozen, ids), {}, variables),
+        FLOOR: lambda: of(model, variables, lambda path: path[-1] == "bias"),
+        **{f"RoAd {number}": functools.partial(rotated, f"road_{number}") for number in (1, 2, 4)},
+        **{f"RoAd 1 on {kind}": functools.partial(rotated, "road_1", kind) for kind in ("int8", "nf4")},
+        "LoRA r8 (qwix)": lambda: of(*_lora(model, ids), lambda path: "lora" in path[-1]),
+        "all kernels": lambda: of(model, variables, lambda path: path[-1] == "kernel" and "lm_head" not in path),
+        "RoAd 1, kernels rotated": with_rotated_kernels,
+        "RoAd 1, dense rotations": with_dense_rotations,
+    }
+
+    def compiled(name: str) -> Program:
+        logits, trained, frozen = makers[name]()
 
         def loss(trained: Any, frozen: Any) -> jax.Array:
             scores = logits(trained, frozen)[:, :-1]
             return optax.softmax_cross_entropy_with_integer_labels(scores, ids[:, 1:]).mean()
 
-        program = jax.jit(jax.value_and_grad(loss) if grad else loss)
-        compiled = program.lower(trained, frozen).compile()
-        found[name] = Program(compiled, (trained, frozen))
+        program = jax.jit(loss if name == FORWARD else jax.value_and_grad(loss))
+        return Program(program.lower(trained, frozen).compile(), (trained, frozen))
 
-    add(FORWARD, lambda _, frozen: model.apply(frozen, ids), {}, variables, grad=False)
-    biases, rest = _split(variables, lambda path: path[-1] == "bias")
-    add(FLOOR, lambda trained, frozen: model.apply(_join(trained, frozen), ids), biases, rest)
-    for variant in ("road_1", "road_2", "road_4"):
-        road = road_jax.transform(model, RoadConfig(variant=variant, target_modules="all-linear"))
-        adapter = road.init(jax.random.key(1), variables, ids)
-        add(f"RoAd {variant[-1]}", lambda a, v, road=road: road.apply(v, a, ids), adapter, variables)
-    road = road_jax.transform(model, RoadConfig(target_modules="all-linear"))
-    adapter = road.init(jax.random.key(1), variables, ids)
-    for kind in ("int8", "nf4"):
-        add(f"RoAd 1 on {kind}", lambda a, v: road.apply(v, a, ids), adapter, road_jax.quantize(variables, kind))
-    lora, lora_variables = _lora(model, ids)
-    factors, rest = _split(lora_variables, lambda path: "lora" in path[-1])
-    add("LoRA r8 (qwix)", lambda trained, frozen: lora.apply(_join(trained, frozen), ids), factors, rest)
-    kernels, rest = _split(variables, lambda path: path[-1] == "kernel" and "lm_head" not in path)
-    add("all kernels", lambda trained, frozen: model.apply(_join(trained, frozen), ids), kernels, rest)
-    add("RoAd 1, kernels rotated", lambda a, v: model.apply(road.merge(v, a), ids), adapter, variables)
-    add("RoAd 1, dense rotations", lambda a, v: _turned(model, v, a, ids), adapter, variables)
-    return found
+    return {name: compiled(name) for name in makers if not only or name in only}
 
 
 def config() -> DecoderConfig:
