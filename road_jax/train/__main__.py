@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -39,11 +40,12 @@ def _import_transformers_alone() -> None:
     if "torch" in sys.modules:
         return
     # Python's way to say that a module can't be imported; transformers asks once.
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    modules: dict[str, Any] = sys.modules
+    modules["torch"] = None
     try:
         import transformers  # noqa: F401
     finally:
-        del sys.modules["torch"]
+        del modules["torch"]
 
 
 if __name__ == "__main__":

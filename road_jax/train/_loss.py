@@ -31,8 +31,8 @@ def summed_loss(
         variables: the base's.
         batch: the arrays of a `road_jax.train._data.Batch`, by name.
     """
-    model, head = road.model, {"lm_head": adapter["lm_head"]} if "lm_head" in adapter else {}
     trunk = {name: part for name, part in adapter.items() if name != "lm_head"}
+    head = {name: part for name, part in adapter.items() if name == "lm_head"}
     x, embed = road.apply(
         variables,
         trunk,
@@ -42,7 +42,7 @@ def summed_loss(
         method="hidden",
     )
     params = {name: part for name, part in params_of(variables).items() if name == "lm_head"}
-    mesh = model.mesh
+    mesh = road.model.mesh
     if mesh is not None:
         # Once for all parts.
         params = gathered(params, mesh)
