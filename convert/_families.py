@@ -93,6 +93,7 @@ class Family:
         style: whose Flax models it is for, see `LAYOUTS`.
         axis: the layer axis in a stack's params.
         asked: whether the table is used only if it is requested by name.
+        partial: whether the PyTorch model has further linear layers, which a config's names may match too.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Family:
     style: str = "road"
     axis: int = 0
     asked: bool = False
+    partial: bool = False
 
     @property
     def model_type(self) -> str:
@@ -453,13 +455,26 @@ def _maxtext(*, interleaved: bool) -> tuple[Row, ...]:
 
 _KERNEL = (Leaf("kernel", "weight", 1),)
 
+
+def _with_vision(name: str, rows: tuple[Row, ...]) -> Family:
+    """Returns the table of a model with vision, whose language model has these rows."""
+
+    def inner(path: str) -> str:
+        return re.sub(r"^model\.", "model.language_model.", path)
+
+    inside = tuple(dataclasses.replace(row, flax=inner(row.flax), torch=inner(row.torch)) for row in rows)
+    return Family(name, inside, partial=True)
+
+
 TABLES = (
     *_mirrored("road", NORM),
     Family("phi3-apart", _decoder(_PHI3_APART), asked=True),
     Family("gemma", _decoder(_LAYERS)),
     Family("smollm3", _decoder(_LAYERS)),
-    Family("olmo2", _decoder(_LAYERS, NORM, *_HEAD_NORMS, _GEMMA_NORMS[1])),
+    *(Family(name, _decoder(_LAYERS, NORM, *_HEAD_NORMS, _GEMMA_NORMS[1])) for name in ("olmo2", "olmo3")),
     Family("granite", _decoder(_LAYERS)),
+    _with_vision("gemma3", _decoder(_LAYERS, NORM, *_HEAD_NORMS, *_GEMMA_NORMS)),
+    _with_vision("mistral3", _decoder(_LAYERS)),
     *_TRANSFORMERS,
     *_mirrored("easydel", _KERNEL),
     *(Family(name, _tunix(_TUNIX_SEPARATE), style="tunix") for name in ("llama", "qwen3")),

@@ -65,7 +65,7 @@ class _Paths:
     """An adapter's modules on one side: those with θ and α, the output heads among them, and those saved whole.
 
     ``classifier`` tells whether the model may have a classification head, which Flax's "all-linear" leaves out and
-    PEFT's doesn't.
+    PEFT's doesn't; ``partial`` whether the PyTorch model has layers besides those of the Flax model.
     """
 
     modules: list[str]
@@ -73,6 +73,7 @@ class _Paths:
     saved: list[str]
     model_type: str
     classifier: bool
+    partial: bool
 
 
 class Stacks(NamedTuple):
@@ -584,7 +585,8 @@ def _paths(keys: Iterable[_Key], find: Callable[[str], Place | None], table: Fam
     modules = sorted((path for path, name in keys if not name), key=natural)
     heads = [path for path in modules if (place := find(path)) and place.row.torch == table.head]
     saved = sorted({path for path, name in keys if name}, key=natural)
-    return _Paths(modules, heads, saved, table.model_type, any(row.torch == "classifier" for row in table.rows))
+    classifier = any(row.torch == "classifier" for row in table.rows)
+    return _Paths(modules, heads, saved, table.model_type, classifier, table.partial)
 
 
 def _fit(config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool) -> RoadConfig:
@@ -607,7 +609,7 @@ def _fit(config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool) -> R
         same = _selected(config, partners) == partners.modules
     except AdapterError:
         same = False
-    if plain and partners.classifier and config.target_modules == "all-linear":
+    if plain and (partners.partial or (partners.classifier and config.target_modules == "all-linear")):
         same = False
     if not same or (plain and any(getattr(config, name) is not None for name in NOT_IN_PEFT)):
         changes = {**dict.fromkeys(NOT_IN_PEFT), "target_modules": partners.modules}
@@ -615,7 +617,8 @@ def _fit(config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool) -> R
     if HEAD in own.saved and HEAD not in partners.saved:
         names = [name for name in names if not _is_named(name, HEAD)]
         changes["modules_to_save"] = names
-    if not all(any(_is_named(name, path) for name in names) for path in partners.saved):
+    found = all(any(_is_named(name, path) for name in names) for path in partners.saved)
+    if not found or (plain and partners.partial and partners.saved):
         changes["modules_to_save"] = partners.saved
     return dataclasses.replace(config, **changes)
 

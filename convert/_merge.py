@@ -25,7 +25,7 @@ from road_core._adapter import Array, from_float32
 from road_core._bitsandbytes import FLOATS, Quantized, fold
 from road_core._errors import listed
 from road_core._files import check_free, dump_json, inside, read_json, write_file
-from road_core._safetensors import DTYPES, EMBEDDINGS, HEAD, INDEX, Entry, read_shards
+from road_core._safetensors import DTYPES, EMBEDDINGS, HEAD, INDEX, LANGUAGE_MODEL, Entry, model_name, read_shards
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -238,13 +238,14 @@ def _plan(
         raise AdapterError(f"expected layers with a weight of their own, found {tied[0]}, which an embedding shares")
 
     # The head's own weight, if it was the embedding's until now.
-    head = f"{HEAD}.weight"
+    head = rename(f"{HEAD}.weight")
     embeddings = [name for name in entries if name.endswith(EMBEDDINGS)]
     embedding = embeddings[0] if len(embeddings) == 1 else None
     kind = (config.get("architectures") or [""])[0]
-    if embedding in changed and kind.endswith(_OTHER_HEADS):
+    has_lm_head = kind.endswith(_LM_HEADS) or model_name(embedding or "").startswith(LANGUAGE_MODEL)
+    if embedding in changed and kind.endswith(_OTHER_HEADS) and not has_lm_head:
         raise AdapterError(f"expected layers with a weight of their own, found {embedding}, which a head may share")
-    if head in changed or (embedding in changed and kind.endswith(_LM_HEADS)):
+    if head in changed or (embedding in changed and has_lm_head):
         if config.get("model_type") in _ALWAYS_TIED and head not in entries:
             raise AdapterError(f"expected {head}, found none ({config['model_type']} shares it with the embedding)")
         if head not in entries and embedding is not None:
@@ -299,17 +300,19 @@ def _renaming(names: Iterable[str], entries: Collection[str], model_type: object
     """Returns a function from the adapter's names to the checkpoint's.
 
     A checkpoint of the bare model lacks the first name of the paths (``transformer.``, ``bert.``) that a model with a
-    head has, or the other way round; and transformers writes some models with the names of an earlier version, which
-    have a table of their own. One rule must fit all names.
+    head has, or the other way round; models with vision have other names in checkpoints than in the model; and
+    transformers writes some models with the names of an earlier version, which have a table of their own. One rule must
+    fit all names.
     """
+    stored = {model_name(name): name for name in entries}
     wanted = [name for name in names if name.rpartition(".")[0] != HEAD]
-    rules: list[Callable[[str], str]] = [lambda name: name, lambda name: name.partition(".")[2]]
+    rules: list[Callable[[str], str]] = [lambda name: stored.get(name, name), lambda name: name.partition(".")[2]]
     rules += [f"{prefix}.".__add__ for prefix in dict.fromkeys(name.partition(".")[0] for name in entries)]
     kin = [table for table in TABLES if table.model_type == model_type]
     rules += [functools.partial(_translated, a, b) for a, b in itertools.permutations(kin, 2) if a.style == b.style]
     for rule in rules:
         if all(rule(name) in entries for name in wanted):
-            return lambda name: name if name.rpartition(".")[0] == HEAD else rule(name)
+            return lambda name: stored.get(name, name) if name.rpartition(".")[0] == HEAD else rule(name)
     return rules[0]
 
 

@@ -14,7 +14,7 @@ from road_core._files import inside, read_json
 from road_core._safetensors import INDEX, SINGLE, has_own_head, read_shards
 
 # Families whose models have a head of their own if config.json doesn't say otherwise.
-_UNTIED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite")
+_UNTIED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "olmo3", "granite")
 
 
 def read_model(directory: str | os.PathLike) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def read_model(directory: str | os.PathLike) -> dict[str, Any]:
     """
     fields = read_json(inside(directory, "config.json"))
     if isinstance(text := fields.get("text_config"), dict):
-        fields = {**{name: fields[name] for name in ("tie_word_embeddings",) if name in fields}, **text}
+        fields = {**text, **{name: fields[name] for name in ("tie_word_embeddings",) if name in fields}}
     if is_tied(fields) and any((Path(directory) / name).is_file() for name in (SINGLE, INDEX)):
         headers, _ = read_shards(directory)
         if has_own_head({name: entry for entries, _ in headers.values() for name, entry in entries.items()}):

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from road_core import AdapterError, read_flax, read_peft
-from road_core._files import inside, read_json
+from road_core._files import inside
+from road_core._safetensors import EMBEDDINGS, read_shards
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,9 +143,12 @@ def _compare(found: dict[tuple[str, str], NDArray[np.float32]], tolerance: float
 
 def _tokens(base: str | os.PathLike, prompts: Sequence[str], *, chosen: bool) -> list[list[int]]:
     """Returns the prompts' tokens, one list each."""
-    vocabulary = read_json(inside(base, "config.json")).get("vocab_size")
-    if isinstance(vocabulary, bool) or not isinstance(vocabulary, int) or vocabulary < 1:
-        raise AdapterError(f"{base}: expected a vocab_size in config.json, found {vocabulary!r}")
+    # A config may leave out the size of the vocabulary.
+    headers, _ = read_shards(base)
+    entries = {name: entry for tensors, _ in headers.values() for name, entry in tensors.items()}
+    vocabulary = next((e.shape[0] for name, e in entries.items() if name.endswith(EMBEDDINGS) and e.shape), 0)
+    if not vocabulary:
+        raise AdapterError(f"{base}: expected an embedding of tokens, found none")
     if not (Path(base) / "tokenizer.json").is_file():
         if chosen:
             raise AdapterError(f"{base}: expected a tokenizer.json for the prompts, found none")

@@ -6,6 +6,7 @@ import numpy as np
 
 from road_core import AdapterError
 from road_core._command import run
+from road_core._files import inside, read_json
 
 
 def main(base: str, adapter: str, work: str) -> None:
@@ -15,14 +16,13 @@ def main(base: str, adapter: str, work: str) -> None:
 
 def _run(base: str, directory: str, work: Path) -> None:
     import torch
-    import transformers
 
     import road_torch
+    from road_torch._load import auto_class
 
+    kind = read_json(inside(base, "config.json")).get("model_type")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
+        model = auto_class(kind).from_pretrained(base, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     except Exception as error:  # a broken file can raise nearly anything in there
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise AdapterError(f"{base}: expected a checkpoint that transformers loads, found {reason[0]}") from None

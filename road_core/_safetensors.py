@@ -37,6 +37,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
+# The decoder of a model with vision in transformers 5, and where checkpoints have it and its head.
+LANGUAGE_MODEL = "model.language_model."
+_MOVED = (("language_model.model.", LANGUAGE_MODEL), (f"language_model.{HEAD}.", f"{HEAD}."))
+
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Array], dict[str, str]]:
     """Reads a safetensors file into memory, bfloat16 bit for bit.
@@ -140,12 +144,20 @@ def read_shards(directory: str | os.PathLike) -> tuple[dict[str, Header], dict[s
     return headers, index
 
 
+def model_name(name: str) -> str:
+    """Returns the name that a checkpoint's tensor has in the model; they differ in models with vision."""
+    for stored, new in _MOVED:
+        if name.startswith(stored):
+            return new + name.removeprefix(stored)
+    return name
+
+
 def has_own_head(entries: Mapping[str, Entry]) -> bool:
     """Tells whether a checkpoint contains a head that differs from the embedding.
 
     If so, the two aren't tied, whatever the config says: transformers 5 decides it in this way.
     """
-    head = entries.get(f"{HEAD}.weight")
+    head = next((entry for name, entry in entries.items() if model_name(name) == f"{HEAD}.weight"), None)
     embedding = next((entry for name, entry in entries.items() if name.endswith(EMBEDDINGS)), None)
     if head is None or embedding is None:
         return False

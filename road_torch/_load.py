@@ -76,7 +76,7 @@ def load(
     transformers.utils.logging.set_verbosity_error()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **kwargs)
+        model, info = auto_class(kind).from_pretrained(directory, local_files_only=True, **kwargs)
     except Exception as error:  # a broken file can raise nearly anything in there
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise AdapterError(
@@ -92,6 +92,12 @@ def load(
             f"{directory}: expected a tensor of the right shape for every weight, found none for {listed(wrong, 3)}"
         )
     return model.eval(), tokenizer
+
+
+def auto_class(model_type: object) -> Any:
+    """Returns the class that loads a decoder; transformers doesn't count all decoders with vision as causal LMs."""
+    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return transformers.AutoModelForCausalLM if model_type in causal else transformers.AutoModelForImageTextToText
 
 
 def _stored_kind(quantization: object) -> str | None:

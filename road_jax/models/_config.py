@@ -27,7 +27,18 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_SOME_WINDOWS},
     "gemma": {**_GEMMA, "num_key_value_heads": 16},
     "gemma2": {**_GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3_text": {**_GEMMA2, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    "gemma3_text": {
+        **_GEMMA2,
+        # Files of models with vision leave out these too.
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    },
     "phi3": {"rms_norm_eps": 1e-5, "sliding_window": None, "original_max_position_embeddings": 4096},
     "smollm3": {
         **_BIASES,
@@ -41,6 +52,14 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "layer_types": None,
     },
     "olmo2": {"rms_norm_eps": 1e-5, "attention_bias": False},
+    "olmo3": {
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "rope_theta": 5e5,
+        "sliding_window": 4096,
+        "layer_types": None,
+        "rope_local_base_freq": 5e5,
+    },
     "granite": {
         **_BIASES,
         "embedding_multiplier": 1.0,
@@ -49,10 +68,13 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "logits_scaling": 1.0,
     },
 }
-MODEL_TYPES = tuple(_FIELDS)
+# Models with vision: what their decoder is if its part of the file, text_config, doesn't say.
+_WITH_VISION = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+MODEL_TYPES = (*_FIELDS, *_WITH_VISION)
 # All types have these. The others above mean something only to the types that list them; transformers ignores them in
 # the files of other types.
 _SHARED = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "tie_word_embeddings"),
     *("rms_norm_eps", "rope_theta", "original_max_position_embeddings"),
 }
@@ -67,6 +89,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "gemma3_text": {"norm_offset": 1.0, "norm_in_float32": True, "norms": "both", "qk_norm": "head"},
     "phi3": {"fused": True},
     "olmo2": {"norm_in_float32": True, "norms": "after", "qk_norm": "all"},
+    "olmo3": {"norm_in_float32": True, "norms": "after", "qk_norm": "all"},
 }
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
@@ -116,6 +139,8 @@ class DecoderConfig:
     norm_in_float32: bool = False
     # Whether queries and keys are normalised, each head by itself (Qwen3, Gemma 3) or all together (OLMo 2).
     qk_norm: Literal["head", "all"] | None = None
+    # Whether it is the language model of a model with vision, and its params are below model/language_model.
+    language_model: bool = False
 
     @classmethod
     def from_hugging_face(cls, fields: Mapping[str, Any], where: str) -> "DecoderConfig":
@@ -126,7 +151,18 @@ class DecoderConfig:
         """
         if not isinstance(fields, Mapping):
             raise AdapterError(f"{where}: expected a JSON object, found {fields!r:.80}")
-        kind = Reader(fields, where).choice("model_type", MODEL_TYPES)
+        read = Reader(fields, where)
+        kind = read.choice("model_type", MODEL_TYPES)
+        if kind in _WITH_VISION:
+            # Whether the head is tied isn't for the text's part to say.
+            outer = {"tie_word_embeddings": read.flag("tie_word_embeddings", default=True)}
+            text = {"model_type": _WITH_VISION[kind], **read.mapping("text_config"), **outer}
+            return dataclasses.replace(cls._from_text(text, f"{where}: text_config"), language_model=True)
+        return cls._from_text(fields, where)
+
+    @classmethod
+    def _from_text(cls, fields: Mapping[str, Any], where: str) -> "DecoderConfig":
+        kind = Reader(fields, where).choice("model_type", tuple(_FIELDS))
         known = {name: value for name, value in fields.items() if name not in _OWN or name in _FIELDS[kind]}
         read, gemma = Reader({**_FIELDS[kind], **known}, where), kind.startswith("gemma")
         if not read.flag("is_causal", default=True) or (
@@ -200,8 +236,8 @@ def _windows(read: Reader, kind: str, layers: int) -> tuple[int | None, tuple[bo
                 f"layers, found {types!r:.80}"
             )
         windowed = [name == "sliding_attention" for name in types]
-    elif kind in ("gemma2", "gemma3_text"):
-        pattern = 2 if kind == "gemma2" else read.count("sliding_window_pattern")
+    elif kind in ("gemma2", "gemma3_text", "olmo3"):
+        pattern = {"gemma2": 2, "olmo3": 4}.get(kind) or read.count("sliding_window_pattern")
         windowed = [(layer + 1) % pattern != 0 for layer in range(layers)]
     elif "max_window_layers" in fields:
         first = read.count("max_window_layers", least=0)

@@ -328,6 +328,16 @@ class Trunk(nn.Module):
         return x, embed.astype(self.dtype), kept
 
 
+class WithVision(nn.Module):
+    """The level of names that a model with vision has around its language model; its other parts aren't here."""
+
+    language_model: Trunk
+
+    def __call__(self, *inputs: Any) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """Returns what the language model returns."""
+        return self.language_model(*inputs)
+
+
 class Decoder(nn.Module):
     """A decoder whose params have the names of Hugging Face's checkpoints; made by `road_jax.models.load`.
 
@@ -336,7 +346,8 @@ class Decoder(nn.Module):
         dtype: the dtype of the computation.
         param_dtype: the dtype of the params.
         scan: True for layers stacked under ``params/model/layers`` and compiled once, False for numbered ones
-            (``params/model/layers/0``), each compiled on its own.
+            (``params/model/layers/0``), each compiled on its own. In the language model of a model with vision it is
+            ``params/model/language_model/layers``.
         remat: which of a layer's activations are kept for the backward pass: ``"none"`` keeps all but
             attention's scores in rows of more than 128 tokens, ``"linears"`` the outputs of its linear layers,
             ``"full"`` only its input. The rest is recomputed.
@@ -360,7 +371,8 @@ class Decoder(nn.Module):
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Params that are just being made aren't sharded yet.
         mesh = None if self.is_initializing() else self.mesh
-        self.model = Trunk(c, **types, scan=self.scan, remat=self.remat, mesh=mesh)
+        kwargs = {**types, "scan": self.scan, "remat": self.remat, "mesh": mesh}
+        self.model = WithVision(Trunk(c, **kwargs, parent=None)) if c.language_model else Trunk(c, **kwargs)
         if not c.tie_word_embeddings:
             dense = nn.Dense if mesh is None else _gathering(nn.Dense, mesh, "lm_head")
             self.lm_head = dense(c.vocab_size, use_bias=False, **types)

@@ -17,7 +17,7 @@ from road_core._adapter import is_bfloat16
 from road_core._bitsandbytes import FLOATS, Quantized, fold
 from road_core._errors import listed
 from road_core._files import inside, read_json
-from road_core._safetensors import Entry, has_own_head, read_shards
+from road_core._safetensors import HEAD, LANGUAGE_MODEL, Entry, has_own_head, model_name, read_shards
 from road_jax._quantize import BLOCK, Kind, QuantizedKernel, check_kind, excluded
 from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten
@@ -47,7 +47,8 @@ def load(
 ) -> tuple[Decoder, dict[str, Tree]]:
     """Loads a decoder of the Llama family from ``config.json`` and safetensors, one file or an index of several.
 
-    The model type is one of llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, smollm3, olmo2 and granite.
+    The model type is one of llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, smollm3, olmo2, olmo3 and
+    granite. Of gemma3 and mistral3, which have vision, the language model alone is loaded.
 
     A checkpoint that bitsandbytes quantised (nf4, with or without double quantisation, or int8) is used as it is: its
     kernels become `road_jax.QuantizedKernel`, with which ``Road.apply`` computes, also with an empty adapter.
@@ -85,10 +86,12 @@ def load(
     config = read_config(directory)
     headers, _ = read_shards(directory)
     entries = {name: entry for tensors, _ in headers.values() for name, entry in tensors.items()}
+    if config.language_model:
+        entries = _without_vision(entries)
     if config.tie_word_embeddings and has_own_head(entries):
         config = dataclasses.replace(config, tie_word_embeddings=False)
     own = dtype is None
-    dtype = jnp.dtype(_dtype(entries, directory) if dtype is None else dtype)
+    dtype = jnp.dtype(_dtype(entries, config, directory) if dtype is None else dtype)
     try:
         tensors = fold(entries, FLOATS.get(dtype.name, "F32"))
     except AdapterError as error:
@@ -145,9 +148,15 @@ def _floating(dtype: Any) -> np.dtype:
     return found
 
 
-def _dtype(entries: Mapping[str, Entry], directory: str | os.PathLike) -> str:
+def _without_vision(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Returns the tensors of the language model and its head, by their names in the model."""
+    named = {model_name(name): entry for name, entry in entries.items()}
+    return {name: entry for name, entry in named.items() if name.startswith((LANGUAGE_MODEL, f"{HEAD}."))}
+
+
+def _dtype(entries: Mapping[str, Entry], config: DecoderConfig, directory: str | os.PathLike) -> str:
     """Returns the embedding's dtype: no kind of quantisation changes it."""
-    name = "model.embed_tokens.weight"
+    name = f"{LANGUAGE_MODEL if config.language_model else 'model.'}embed_tokens.weight"
     found = entries[name].dtype if name in entries else "none"
     if found not in _NAMES:
         raise AdapterError(f"{directory}: expected {name} of float32, bfloat16 or float16, found {found}")

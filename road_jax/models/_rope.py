@@ -10,6 +10,9 @@ import numpy as np
 from road_core import AdapterError
 from road_jax.models._reader import Reader
 
+# Model types whose windowed layers have frequencies of their own.
+_BY_LAYER = ("gemma3_text", "olmo3")
+
 _TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -49,8 +52,7 @@ def read_ropes(
     Raises:
         AdapterError: a value is missing, impossible, or of a kind that isn't covered.
     """
-    if kind == "gemma3_text":
-        # Windowed layers have frequencies of their own.
+    if kind in _BY_LAYER:
         scaling, both = read.mapping("rope_scaling"), read.mapping("rope_parameters")
         if both and not both.keys() & {"full_attention", "sliding_attention"}:
             raise AdapterError(
@@ -102,8 +104,9 @@ def _read(read: Reader, fields: Mapping[str, Any], head_dim: int) -> Rope:
 def _formed(read: Reader, fields: Mapping[str, Any], head_dim: int) -> Rope:
     outer = {key: read.fields[key] for key in ("rope_theta", "partial_rotary_factor") if key in read.fields}
     trained = {key: read.fields[key] for key in ("original_max_position_embeddings",) if key in read.fields}
-    phi3, by_layer = read.fields["model_type"] == "phi3", read.fields["model_type"] == "gemma3_text"
-    fields = {**outer, **trained, **fields} if by_layer else {**outer, **fields, **trained}
+    kind_of_model = read.fields["model_type"]
+    phi3 = kind_of_model == "phi3"
+    fields = {**outer, **trained, **fields} if kind_of_model in _BY_LAYER else {**outer, **fields, **trained}
     name = fields.get("rope_type") or fields.get("type")
     # Phi-3's first files call it otherwise.
     name = "longrope" if phi3 and name in ("su", "yarn") else name

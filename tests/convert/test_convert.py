@@ -14,7 +14,8 @@ from peft import PeftModel, get_peft_model
 from peft import RoadConfig as PeftRoadConfig
 
 import convert
-from road_core import AdapterError, read_flax, read_peft, write_peft
+import road_torch
+from road_core import Adapter, AdapterError, RoadConfig, read_flax, read_peft, write_flax, write_peft
 
 VARIANTS = ["road_1", "road_2", "road_4"]
 
@@ -116,6 +117,32 @@ def test_a_choice_of_a_stack_is_loaded_by_peft_without_a_warning(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "exclude_modules": ["k_proj"]}))
     with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
         PeftModel.from_pretrained(small_model(), tmp_path / "back")
+
+
+@pytest.mark.parametrize("layout", ["scanned", "unrolled"])
+def test_the_language_model_of_a_model_with_vision(layout, tmp_path):
+    """Its vision tower has layers of the same names, which a converted adapter must not ask for."""
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    theirs = peft_adapter(
+        tmp_path / "theirs", kind="gemma3", target_modules=targets, modules_to_save=["language_model.norm"]
+    )
+    convert.to_flax(tmp_path / "theirs", tmp_path / "flax", layout=layout)
+    adapter = read_flax(tmp_path / "flax")
+    assert adapter.config.target_modules == targets
+    # As training writes it, with names that vision has too.
+    plain = RoadConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["norm"])
+    write_flax(tmp_path / "trained", Adapter(plain, adapter.modules, adapter.modules_to_save))
+    convert.to_torch(tmp_path / "trained", tmp_path / "back")
+    there = read_peft(tmp_path / "back")
+    assert there.config.target_modules == list(there.modules)
+    assert there.config.modules_to_save == ["model.language_model.norm"]
+    # PEFT loads it (a warning is an error here), and so does road_torch, which refuses what is missing or left over.
+    loaded = PeftModel.from_pretrained(small_model("gemma3"), tmp_path / "back")
+    assert torch.equal(logits(loaded), logits(theirs))
+    ours = road_torch.RoadModel.from_pretrained(small_model("gemma3"), tmp_path / "back")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+    convert.to_flax(tmp_path / "back", tmp_path / "again", layout=layout)
+    assert contents(tmp_path / "again") == contents(tmp_path / "trained")
 
 
 @pytest.mark.parametrize("layout", ["scanned", "unrolled"])

@@ -69,6 +69,17 @@ MODELS = {
     "phi3": ("Phi3ForCausalLM", "Phi3Config", _DECODER),
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", _DECODER),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _DECODER),
+    "olmo3": ("Olmo3ForCausalLM", "Olmo3Config", _DECODER),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {"text_config": _DECODER, "vision_config": _VISION, "mm_tokens_per_image": 4},
+    ),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Config",
+        {"text_config": {**_DECODER, "model_type": "mistral"}, "vision_config": {**_VISION, "model_type": "pixtral"}},
+    ),
     "granite": ("GraniteForCausalLM", "GraniteConfig", _DECODER),
 }
 # transformers' config has head_dim only for models that have the field.
@@ -89,7 +100,10 @@ def linear_layers(name):
         if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D):
             layers[path] = module.out_features if isinstance(module, torch.nn.Linear) else module.nf
     return {
-        p: out for p, out in layers.items() if p.rpartition(".")[2] not in ("lm_head", "decoder", "seq_relationship")
+        path: out
+        for path, out in layers.items()
+        if path.rpartition(".")[2] not in ("lm_head", "decoder", "seq_relationship")
+        and not path.startswith(("model.vision_tower", "model.multi_modal_projector"))
     }
 
 
@@ -150,7 +164,7 @@ LAYOUTS_OF = [
         "gemma3_text": "scanned unrolled easydel tunix",
         "phi3": "scanned unrolled easydel",
         "phi3-apart": "scanned unrolled",
-        **dict.fromkeys(["smollm3", "olmo2", "granite"], "scanned unrolled"),
+        **dict.fromkeys(["smollm3", "olmo2", "olmo3", "granite", "gemma3", "mistral3"], "scanned unrolled"),
         **dict.fromkeys(["gpt2", "bert", "roberta", "t5", "opt", "vit", "clip"], "transformers"),
     }.items()
     for layout in layouts.split()
@@ -418,7 +432,7 @@ THROUGH = [
     *[("gpt2", "transformers"), ("bert-cls", "transformers"), ("roberta-cls", "transformers"), ("t5", "transformers")],
     *[("opt", "transformers"), ("vit", "transformers"), ("clip", "transformers"), ("llama", "maxtext")],
     *[("qwen3", "maxtext"), ("qwen3", "tunix"), ("gemma2", "scanned"), ("gemma3_text", "tunix"), ("phi3", "easydel")],
-    ("phi3-apart", "unrolled"),
+    *[("phi3-apart", "unrolled"), ("gemma3", "scanned"), ("mistral3", "unrolled")],
 ]
 
 

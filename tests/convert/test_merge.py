@@ -138,13 +138,13 @@ def test_the_transposed_weights_of_gpt2(bare, tmp_path):
     assert_close(logits(load(tmp_path / "merged")), logits(model), "float32", moved_from=plain)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("change", ["rotated", "saved", "embedding"])
 def test_a_head_tied_to_the_embedding_gets_its_own(change, kind, tmp_path):
     if kind == "gpt2":
         base, embedding = gpt2(tmp_path / "base"), "wte"
     else:
-        base, embedding = small_model(tie_word_embeddings=True), "embed_tokens"
+        base, embedding = small_model(kind, tie_word_embeddings=True), "embed_tokens"
         base.save_pretrained(tmp_path / "base", max_shard_size="300KB")
     plain = logits(base)
     targets, saved = ["lm_head"] if change == "rotated" else ["gate_proj", "c_fc"], None

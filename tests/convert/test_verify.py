@@ -33,11 +33,17 @@ PROMPTS = ["one two three four", "ten nine", "five </s> six seven eight nine ten
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"), [("llama", "scanned"), ("qwen3", "unrolled"), ("gemma3_text", "scanned"), ("phi3", "scanned")]
+    ("kind", "layout", "fields"),
+    [
+        ("llama", "scanned", {"modules_to_save": ["lm_head"]}),
+        ("qwen3", "unrolled", {"modules_to_save": ["lm_head"]}),
+        ("gemma3_text", "scanned", {}),
+        ("gemma3", "scanned", {"target_modules": r".*language_model.*_proj"}),
+        ("phi3", "scanned", {"modules_to_save": ["lm_head"]}),
+    ],
 )
-def test_both_frameworks_agree(kind, layout, tmp_path):
-    saved = {} if kind == "gemma3_text" else {"modules_to_save": ["lm_head"]}
-    flax, theirs, base = make(tmp_path, kind, layout, **saved)
+def test_both_frameworks_agree(kind, layout, fields, tmp_path):
+    flax, theirs, base = make(tmp_path, kind, layout, **fields)
     with open(os.devnull, "w") as quiet:
         result = convert.verify(flax, theirs, base, prompts=PROMPTS, console=Console(file=quiet))
     assert result.positions == 4 + 2 + 8

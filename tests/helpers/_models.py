@@ -12,6 +12,9 @@ WORDS = [
     *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
 ]
 
+# Models with vision, and the type of their decoder.
+WITH_VISION = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+
 
 def small_config(kind: str = "llama", **changes) -> transformers.PretrainedConfig:
     """Returns a decoder's config with grouped-query attention and output sizes that are multiples of 64."""
@@ -28,13 +31,20 @@ def small_config(kind: str = "llama", **changes) -> transformers.PretrainedConfi
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if kind in WITH_VISION:
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = {**sizes, "image_size": 28, "patch_size": 14}
+        text = {**fields, "model_type": WITH_VISION[kind], **changes}
+        tied = changes.get("tie_word_embeddings", True)
+        return transformers.AutoConfig.for_model(kind, text_config=text, vision_config=vision, tie_word_embeddings=tied)
     return transformers.AutoConfig.for_model(kind, **{**fields, **changes})
 
 
 def small_model(kind: str = "llama", *, seed: int = 0, **changes) -> transformers.PreTrainedModel:
     """Returns a random float32 decoder in eval mode whose logits are far from uniform."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(small_config(kind, **changes), attn_implementation="eager")
+    auto = transformers.AutoModelForImageTextToText if kind in WITH_VISION else transformers.AutoModelForCausalLM
+    model = auto.from_config(small_config(kind, **changes), attn_implementation="eager")
     # Hugging Face's initial values (std 0.02, norms 1, biases 0) would hide mistakes.
     with torch.no_grad():
         for name, parameter in model.named_parameters():

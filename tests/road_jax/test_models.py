@@ -62,6 +62,8 @@ KINDS = {
         {"rope_parameters": GEMMA3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     ),
     "gemma3, windows in all layers": ("gemma3_text", {}),
+    "gemma3 with vision": ("gemma3", {"sliding_window": 6, "num_hidden_layers": 7}),
+    "mistral3": ("mistral3", {"sliding_window": None, "tie_word_embeddings": False}),
     "phi3": ("phi3", {}),
     "phi3, half of each head turned": (
         "phi3",
@@ -71,6 +73,14 @@ KINDS = {
     "phi3, short": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
     "olmo2": ("olmo2", {"attention_bias": True}),
+    "olmo3": ("olmo3", {"sliding_window": 6, "num_hidden_layers": 5}),
+    "olmo3, scaled rotations": (
+        "olmo3",
+        {
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default"}},
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
     "granite": (
         "granite",
         {
@@ -359,6 +369,40 @@ def test_rotary_fields_are_read_as_transformers_does(fields, tmp_path):
     np.testing.assert_allclose(rope.scale, peer.attention_scaling, rtol=1e-6)
 
 
+def test_names_of_the_language_model_in_every_version(tmp_path):
+    """Checkpoints have the hub's names or, from some versions of transformers, the model's own."""
+    small_checkpoint(tmp_path, "mistral3", num_hidden_layers=2, tie_word_embeddings=False)
+    _, expected = models.load(tmp_path)
+    assert expected["params"].keys() == {"model", "lm_head"}
+    assert expected["params"]["model"].keys() == {"language_model"}
+    moved = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+
+    def rename(tensors):
+        for name in [*tensors]:
+            if found := next((old for old in moved if name.startswith(old)), None):
+                tensors[moved[found] + name.removeprefix(found)] = tensors.pop(name)
+        assert not any(name.startswith("language_model") for name in tensors)
+
+    retensor(tmp_path, rename)
+    _, found = models.load(tmp_path)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, found, expected))
+
+
+def test_what_the_config_of_a_language_model_leaves_out():
+    # Of google/gemma-3-4b-it.
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    whole = transformers.Gemma3Config(text_config=dict(text)).to_dict()
+    read = models.DecoderConfig.from_hugging_face
+    assert read({"model_type": "gemma3", "text_config": text}, "sparse") == read(whole, "whole")
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_head_that_differs_is_not_tied(same, tmp_path):
     """As transformers 5 decides it, whatever the config says."""
@@ -406,7 +450,15 @@ BAD = {
     ),
     "another type": (
         lambda d: edit(d, lambda f: f.update(model_type="t5")),
-        "expected model_type to be one of llama, mistral, qwen2, qwen3, .*, granite, found 't5'",
+        "expected model_type to be one of llama, mistral, qwen2, qwen3, .*, mistral3, found 't5'",
+    ),
+    "no decoder": (
+        lambda d: edit(d, lambda f: f.update(model_type="mistral3", text_config={**f, "model_type": "mamba"})),
+        r"config\.json: text_config: expected model_type to be one of llama, .*, found 'mamba'",
+    ),
+    "no language model": (
+        lambda d: edit(d, lambda f: f.update(model_type="mistral3", text_config={**f, "model_type": "llama"})),
+        r"expected model\.language_model\.embed_tokens\.weight of float32, bfloat16 or float16, found none",
     ),
     "no sizes": (
         lambda d: edit(d, lambda f: f.pop("hidden_size")),

@@ -381,6 +381,20 @@ def test_answers_are_utf8_whatever_the_terminal_has(checkpoint, tmp_path, monkey
     assert json.loads(raw.getvalue().decode())["id"] == "θ"
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_a_model_with_vision_answers_texts(kind, tmp_path):
+    base, _ = road_torch.load(small_checkpoint(tmp_path, kind, tie_word_embeddings=False), quantize="nf4")
+    config = RoadConfig(target_modules=r".*language_model.*_proj", group_size=8, init_weights=False)
+    model = RoadModel(base, config, "a").eval()
+    mixed = model.generate(IDS, attention_mask=MASK, adapter_names=["a", "__base__"] * 2, **GREEDY)
+    alone = model.generate(IDS, attention_mask=MASK, **GREEDY)
+    with model.disable_adapter():
+        plain = model.generate(IDS, attention_mask=MASK, **GREEDY)
+    assert torch.equal(mixed[0::2], alone[0::2])
+    assert torch.equal(mixed[1::2], plain[1::2])
+    assert not torch.equal(alone, plain)
+
+
 @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
 def test_a_dtype_is_named_or_given(dtype, checkpoint):
     base, _ = road_torch.load(checkpoint, dtype=dtype)
