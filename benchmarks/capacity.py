@@ -34,9 +34,9 @@ from road_jax._quantize import quantized_shapes
 from road_jax._tree import flatten, unflatten
 from road_jax.models import Decoder, DecoderConfig
 from road_jax.models._decoder import Remat, part_of
+from road_jax.models._loss import TARGETS
 from road_jax.models._mesh import AXES, rows_sharding
 from road_jax.train import _step
-from road_jax.train._loss import TARGETS
 
 GIB = 2**30
 

@@ -21,7 +21,6 @@ from road_jax._tree import Tree
 from road_jax.models._mesh import rows_sharding
 from road_jax.train import _processes
 from road_jax.train._data import Batch
-from road_jax.train._loss import summed_loss
 
 AXIS = "data"
 
@@ -127,6 +126,21 @@ def check_rows(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
         raise AdapterError(
             f"batch_size: expected a multiple of the {count} {shares}{parts}, so that each has its share, found {rows}"
         )
+
+
+def summed_loss(
+    road: Road, adapter: Tree, variables: Any, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return models.cross_entropy(
+        road,
+        variables,
+        adapter,
+        batch["input_ids"],
+        batch["targets"],
+        weights=batch["weights"],
+        attention_mask=batch["segments"],
+        logits_at=batch["logits_at"],
+    )
 
 
 def _summed_gradients(

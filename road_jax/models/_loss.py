@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from road_core import AdapterError
 from road_jax._transform import Road
 from road_jax._tree import Tree, params_of
+from road_jax.models._decoder import Decoder
 from road_jax.models._mesh import gathered
 
 # The most targets whose logits a device computes at a time. With fewer, products would be too narrow for the head's
@@ -17,29 +19,66 @@ from road_jax.models._mesh import gathered
 TARGETS = 256
 
 
-def summed_loss(
-    road: Road, adapter: Tree, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]
+def cross_entropy(
+    road: Road,
+    variables: Mapping[str, Any],
+    adapter: Tree,
+    input_ids: jax.Array,
+    targets: jax.Array,
+    *,
+    weights: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
+    logits_at: jax.Array | None = None,
+    adapter_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the summed cross-entropy over a batch's targets (float32), and which were predicted right, ``[rows, n]``.
+    """Returns the cross-entropy of a decoder's logits, summed over targets, without ever holding all logits.
 
-    Logits are computed only at targets, and only some at a time: the forward pass also takes their gradient, and keeps
-    that of the hidden states (as Liger Kernel does, arXiv 2410.10989).
+    Logits are computed for some targets at a time: the forward pass also takes their gradient, and keeps that of the
+    hidden states (as Liger Kernel does, arXiv 2410.10989). The gradient is the same as of all logits at once, for
+    whatever is differentiated: θ and α, also of the head, modules that are trained whole, or the base.
 
     Args:
-        road: made from a `road_jax.models.Decoder`.
-        adapter: as returned by ``road.init``.
-        variables: the base's.
-        batch: the arrays of a `road_jax.train._data.Batch`, by name.
+        road: made from a `road_jax.models.Decoder`, on its mesh if it has one (``module.clone(mesh=mesh)``).
+        variables: the base's, as returned by `load`.
+        adapter: as returned by ``road.init``; an empty dict is the base alone.
+        input_ids: int32 ``[batch, length]``.
+        targets: int32 ``[batch, n]``, the token that is to follow at each place; below 0 where there is none.
+        weights: ``[batch, n]``, what each target's loss is multiplied with; by default 1.
+        attention_mask: see `Decoder`.
+        logits_at: int32 ``[batch, n]``, the targets' places in ``input_ids``; by default all of them.
+        adapter_ids: for stacked adapters, see ``Road.apply``.
+
+    Returns:
+        ``(loss, right)``: float32, in nats; and bool ``[batch, n]``, where a target is the likeliest token.
+
+    Raises:
+        AdapterError: ``road`` isn't made from a decoder, or an array has another shape.
+
+    Example:
+        >>> def loss(adapter, variables, ids):  # of the next tokens
+        ...     total, _ = models.cross_entropy(road, variables, adapter, ids[:, :-1], ids[:, 1:])
+        ...     return total / ids[:, 1:].size
     """
+    if not isinstance(road, Road) or not isinstance(road.model, Decoder):
+        found = type(road.model if isinstance(road, Road) else road).__name__
+        raise AdapterError(f"road: expected one that transform made from a road_jax.models.Decoder, found {found}")
+    places, name = (input_ids, "input_ids") if logits_at is None else (logits_at, "logits_at")
+    for other, array in (("targets", targets), ("weights", weights)):
+        if array is not None and jnp.shape(array) != jnp.shape(places):
+            raise AdapterError(
+                f"{other}: expected an array {list(jnp.shape(places))}, as {name}, found {list(jnp.shape(array))}"
+            )
+    targets = jnp.asarray(targets)
+    weights = jnp.ones(targets.shape) if weights is None else jnp.asarray(weights, jnp.float32)
+    weights = jnp.where(targets < 0, 0, weights)
+
+    def ids(part: Tree) -> dict[str, Any]:
+        return {"adapter_ids": adapter_ids} if part and adapter_ids is not None else {}
+
     trunk = {name: part for name, part in adapter.items() if name != "lm_head"}
     head = {name: part for name, part in adapter.items() if name == "lm_head"}
     x, embed = road.apply(
-        variables,
-        trunk,
-        batch["input_ids"],
-        attention_mask=batch["segments"],
-        logits_at=batch["logits_at"],
-        method="hidden",
+        variables, trunk, input_ids, attention_mask=attention_mask, logits_at=logits_at, method="hidden", **ids(trunk)
     )
     params = {name: part for name, part in params_of(variables).items() if name == "lm_head"}
     mesh = road.model.mesh
@@ -49,11 +88,11 @@ def summed_loss(
 
     def of_part(constants: Any, part: Any) -> tuple[jax.Array, jax.Array]:
         (params, head, embed), (x, targets, weights) = constants, part
-        logits = road.apply({"params": params}, head, x, embed, method="head").astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        logits = road.apply({"params": params}, head, x, embed, method="head", **ids(head)).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
         return jnp.sum(losses * weights), jnp.argmax(logits, axis=-1) == targets
 
-    rows, n = batch["targets"].shape
+    rows, n = targets.shape
     shares = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     parts = min(n, -(-rows * n // (shares * TARGETS)))
     size = -(-n // parts)
@@ -64,7 +103,7 @@ def summed_loss(
         padded = jnp.pad(array, ((0, 0), (0, fill), *[(0, 0)] * (array.ndim - 2)))
         return jnp.moveaxis(padded.reshape(rows, parts, size, *array.shape[2:]), 1, 0)
 
-    pieces = jax.tree.map(cut, (x, batch["targets"], batch["weights"]))
+    pieces = jax.tree.map(cut, (x, targets, weights))
     loss, right = _summed(of_part, (params, head, embed), pieces)
     return loss, jnp.moveaxis(right, 0, 1).reshape(rows, parts * size)[:, :n]
 
