@@ -16,6 +16,7 @@ from road_core import Adapter, AdapterError, RoadConfig, select_modules
 from road_core._adapter import Array, dtype_name
 from road_core._config import NOT_IN_PEFT, TARGETS
 from road_core._safetensors import EMBEDDINGS, HEAD
+from road_core._targets import is_all_linear
 
 # Metadata of a converted file: what the other side's file has and this side can't express, so that the way back gives
 # the same bytes. A file has one of them or neither.
@@ -609,7 +610,7 @@ def _fit(config: RoadConfig, own: _Paths, partners: _Paths, *, plain: bool) -> R
         same = _selected(config, partners) == partners.modules
     except AdapterError:
         same = False
-    if plain and (partners.partial or (partners.classifier and config.target_modules == "all-linear")):
+    if plain and (partners.partial or (partners.classifier and is_all_linear(config.target_modules))):
         same = False
     if not same or (plain and any(getattr(config, name) is not None for name in NOT_IN_PEFT)):
         changes = {**dict.fromkeys(NOT_IN_PEFT), "target_modules": partners.modules}

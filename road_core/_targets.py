@@ -71,6 +71,11 @@ MODEL_TARGETS: dict[str, list[str] | str] = {
 }
 
 
+def is_all_linear(targets: object) -> bool:
+    """True for ``"all-linear"``, in whatever case, as in PEFT."""
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
 def select_modules(
     config: RoadConfig,
     names: Sequence[str],
@@ -99,7 +104,7 @@ def select_modules(
     """
     match = _Matcher()
     targets = config.target_modules
-    all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    all_linear = is_all_linear(targets)
     if targets is None:
         if model_type not in MODEL_TARGETS:
             raise AdapterError(

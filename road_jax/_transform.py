@@ -167,7 +167,8 @@ class Road(Functions):
             chosen = select_modules(
                 self.config,
                 list(dict.fromkeys([*names, *linear])),
-                linear=linear,
+                # An odd number of outputs has no pairs.
+                linear=[name for name in linear if math.prod(places[paths[name]].sizes) % 2 == 0],
                 output_head=[name for name in linear if name.rpartition(".")[2] in OUTPUT_HEADS],
                 model_type=getattr(getattr(self.model, "config", None), "model_type", None),
             )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from road_core import Adapter, AdapterError, RoadConfig, check_group_size, select_modules, subspace_blocks
 from road_core._errors import listed
+from road_core._targets import is_all_linear
 from road_torch._io import to_tensor
 from road_torch._layer import RoadLayer, bare, features, is_conv1d, layers
 from road_torch._saved import SavedModule, copy_of
@@ -42,6 +43,9 @@ _READ_BY_PARENT = {
     "DabDetrMHAttentionMap": ("k_linear",),
 }
 
+# Linear layers of transformers that give more than their product, or compute another one than their sizes say.
+_OTHER_RESULTS = ("Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear")
+
 
 def modules_by_path(base: nn.Module) -> dict[str, nn.Module]:
     """Returns all modules by their path in the original base model; modules inside wrapped layers are left out.
@@ -67,18 +71,57 @@ def modules_by_path(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def select(base: nn.Module, config: RoadConfig) -> dict[str, nn.Module]:
-    """Returns the targeted modules by path, following PEFT's rules; what is saved whole isn't among them."""
+    """Returns the targeted modules by path, following PEFT's rules; what is saved whole isn't among them.
+
+    ``"all-linear"`` leaves out layers that nobody can rotate, where PEFT fails or rotates without effect.
+    """
     config = with_whole(base, config)
     modules = modules_by_path(base)
-    linear = {path for path, module in modules.items() if _is_linear(_unwrapped(module))}
     chosen = select_modules(
         config,
         list(modules),
-        linear=linear,
+        linear={path for path in _linear_layers(modules) if not _is_left_out(modules, path)},
         output_head=_output_head(base, modules, config),
         model_type=getattr(getattr(base, "config", None), "model_type", None),
     )
     return {path: modules[path] for path in chosen}
+
+
+def spelt_out(base: nn.Module, config: RoadConfig) -> RoadConfig:
+    """Names the layers one by one where ``"all-linear"`` leaves out some that PEFT would take, and ask a file for."""
+    modules = modules_by_path(base)
+    if is_all_linear(config.target_modules) and any(_is_left_out(modules, path) for path in _linear_layers(modules)):
+        return dataclasses.replace(config, target_modules=[*select(base, config)])
+    return config
+
+
+def _linear_layers(modules: Mapping[str, nn.Module]) -> list[str]:
+    return [path for path, module in modules.items() if _is_linear(_unwrapped(module))]
+
+
+def _is_left_out(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """True for a layer whose weight another module reads, that has no pairs of outputs, or other results."""
+    module = _unwrapped(modules[path])
+    return (
+        _reader(modules[path.rpartition(".")[0]], path) is not None
+        or features(module)[1] % 2 == 1
+        or type(module).__name__ in _OTHER_RESULTS
+    )
+
+
+def inert(base: nn.Module, paths: Collection[str]) -> list[str]:
+    """Returns those of the modules that are never called: other parents call a layer in some of their passes."""
+    modules = modules_by_path(base)
+    parents = {path: modules.get(path.rpartition(".")[0]) for path in paths}
+    return [path for path, parent in parents.items() if isinstance(parent, nn.MultiheadAttention)]
+
+
+def _reader(parent: nn.Module, path: str) -> str | None:
+    """Returns the type of a layer's parent that reads its weight instead of calling it; None if it calls it."""
+    parent, name = _unwrapped(parent), path.rpartition(".")[2]
+    read = any(name in _READ_BY_PARENT.get(kind.__name__, ()) for kind in type(parent).__mro__)
+    inert = read or isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+    return type(parent).__name__ if inert else None
 
 
 def check_layer(base: nn.Module, path: str, module: nn.Module, config: RoadConfig) -> int:
@@ -106,13 +149,10 @@ def check_layer(base: nn.Module, path: str, module: nn.Module, config: RoadConfi
         raise AdapterError(
             f"{path}: expected a layer whose sizes are known, found a {type(module).__name__} that wasn't called yet"
         )
-    above, _, name = path.rpartition(".")
-    parent = bare(base.get_submodule(above))
-    read = any(name in _READ_BY_PARENT.get(kind.__name__, ()) for kind in type(parent).__mro__)
-    if read or isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+    if (kind := _reader(base.get_submodule(path.rpartition(".")[0]), path)) is not None:
         raise AdapterError(
-            f"{path}: expected a layer that is called, found one in {type(parent).__name__}, which reads its "
-            "weight and would leave the adapter without effect"
+            f"{path}: expected a layer that is called, found one in {kind}, which reads its weight and would leave the "
+            "adapter without effect"
         )
     check_group_size(out, config.group_size, path)
     subspace_blocks(out, config.subspace, path)

@@ -230,7 +230,7 @@ class RoadModel(nn.Module):
                 f"peft_config: expected a road_torch.RoadConfig (RoadConfig.from_dict takes the fields of PEFT's), "
                 f"found a {kind}"
             )
-        config = _base.with_head(self.base_model, peft_config)
+        config = _base.spelt_out(self.base_model, _base.with_head(self.base_model, peft_config))
         chosen = _base.select(self.base_model, config)
         saved = _base.copies(self.base_model, config)
         parameters = {}
@@ -301,6 +301,7 @@ class RoadModel(nn.Module):
                 evaluation mode.
             strict: whether the file must have tensors for every module that the config selects. If False, modules
                 without θ and α start at the identity, and modules to save without tensors as copies of the base's.
+                θ and α of layers that are never called, which PEFT adapts without effect, are then left out.
 
         Raises:
             AdapterError: the name is taken or invalid, the folder is broken, or its adapter is for another model
@@ -318,6 +319,15 @@ class RoadModel(nn.Module):
     ) -> None:
         base_weights = _base.check_base_weights(self.base_model, model_id, adapter, in_use=bool(self._shared.configs))
         config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
+        if inert := _base.inert(self.base_model, adapter.modules):
+            if strict:
+                raise AdapterError(
+                    f"{model_id}: expected θ and α only for layers that are called, found some for {listed(inert, 3)}, "
+                    "whose weight MultiheadAttention reads, so that they have no effect (strict=False leaves them out)"
+                )
+            modules = {path: pair for path, pair in adapter.modules.items() if path not in inert}
+            adapter = dataclasses.replace(adapter, modules=modules)
+            config = dataclasses.replace(config, target_modules=list(modules))
         modules = _base.modules_by_path(self.base_model)
         for path, (theta, _) in adapter.modules.items():
             if path not in modules:

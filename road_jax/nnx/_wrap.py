@@ -251,7 +251,8 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
     chosen = select_modules(
         config,
         list(modules),
-        linear=linear,
+        # An odd number of outputs has no pairs.
+        linear=[name for name in linear if _outputs(modules[name], known[name]) % 2 == 0],
         output_head=[name for name in linear if name.rpartition(".")[2] in OUTPUT_HEADS],
         model_type=getattr(getattr(model, "config", None), "model_type", None),
     )
@@ -519,7 +520,7 @@ def _adapted(node: Any, name: str, layout: Layout, config: RoadConfig, key: jax.
     sizes = getattr(node, layout.kernel).shape
     if len(sizes) < layout.ndim:
         raise AdapterError(f"{name}: expected a {layout.kernel} of {layout.ndim} axes, found shape {list(sizes)}")
-    out = math.prod(sizes[axis] for axis in layout.kernel_axes)
+    out = _outputs(node, layout)
     declared = getattr(node, "out_features", out)
     if math.prod((declared,) if isinstance(declared, int) else declared) != out:
         raise AdapterError(f"{name}: expected stack axes first, found a {layout.kernel} of shape {list(sizes)}")
@@ -540,6 +541,12 @@ def _adapted(node: Any, name: str, layout: Layout, config: RoadConfig, key: jax.
         layout=layout,
         subspace=config.subspace,
     )
+
+
+def _outputs(node: Any, layout: Layout) -> int:
+    """Returns a layer's number of outputs; a kernel of too few axes has those that it has."""
+    sizes = getattr(node, layout.kernel).shape
+    return math.prod(sizes[axis] for axis in layout.kernel_axes if -axis <= len(sizes))
 
 
 def _normed(model: nnx.Module) -> dict[int, str]:

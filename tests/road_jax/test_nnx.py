@@ -76,6 +76,12 @@ def test_wrap_leaves_the_model_as_it_is_and_unwrap_gives_it_back(x):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(back), before))
 
 
+def test_all_linear_leaves_out_an_odd_number_of_outputs():
+    model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 1, rngs=nnx.Rngs(1)))
+    adapted = wrap(model, RoadConfig(target_modules="all-linear", group_size=4))
+    assert [type(layer) for layer in adapted.layers] == [RoadLayer, nnx.Linear]
+
+
 def test_only_the_adapter_is_trained(x):
     adapted = wrap(Net(nnx.Rngs(0)), RoadConfig(target_modules="all-linear", group_size=8))
     base = jax.tree.map(jnp.copy, nnx.state(adapted, nnx.Param))

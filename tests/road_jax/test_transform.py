@@ -593,6 +593,18 @@ def test_params_may_have_numbers_as_names(x):
     assert jax.tree.structure(road_jax.dequantize(coded)) == jax.tree.structure(variables)
 
 
+def test_all_linear_leaves_out_an_odd_number_of_outputs(x):
+    model = nn.Sequential([nn.Dense(8), nn.Dense(1)])
+    variables = model.init(jax.random.key(0), x)
+    road = road_jax.transform(model, RoadConfig(target_modules="all-linear", group_size=4))
+    assert road.init(jax.random.key(0), variables, x).keys() == {"layers_0"}
+    road = road_jax.transform(model, RoadConfig(target_modules=["layers_1"]))
+    with pytest.raises(
+        AdapterError, match="layers_1: expected a number of outputs that group_size 64 divides, found 1"
+    ):
+        road.init(jax.random.key(0), variables, x)
+
+
 def test_a_part_that_no_layer_used_is_refused(x):
     model = OneOfTwo()
     variables = model.init(jax.random.key(0), x)

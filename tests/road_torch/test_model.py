@@ -1250,6 +1250,59 @@ def test_layers_whose_weight_a_transformers_model_reads_are_refused(build, targe
     assert_same(before, state(base))
 
 
+def test_what_peft_adapts_without_effect_is_left_out_on_request(tmp_path):
+    """The pooling head of SigLIP, the vision tower of Gemma 3, is a MultiheadAttention."""
+    base = small_model("gemma3", num_hidden_layers=1)
+    their_config = peft.RoadConfig(target_modules="all-linear", group_size=2, init_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), their_config).eval()
+    theirs.save_pretrained(tmp_path)
+    before = state(base)
+    message = r"only for layers that are called, found some for .*attention.out_proj, .*strict=False leaves them out"
+    with pytest.raises(AdapterError, match=message):
+        RoadModel.from_pretrained(base, tmp_path)
+    assert_same(before, state(base))
+    model = RoadModel.from_pretrained(base, tmp_path, strict=False)
+    ids = torch.arange(6, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    modules = read_peft(tmp_path).modules.keys()
+    assert modules - read_peft(tmp_path / "again").modules.keys() == {"model.vision_tower.head.attention.out_proj"}
+
+
+def mixture(kind, **more):
+    sizes = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return small_model(kind, num_hidden_layers=1, shared_expert_intermediate_size=32, **sizes, **more)
+
+
+@pytest.mark.parametrize(
+    ("build", "left_out"),
+    [
+        (mamba, ["dt_proj", "out_proj", "x_proj"]),
+        (lambda: mixture("qwen2_moe"), ["shared_expert_gate"]),
+        (lambda: mixture("phimoe", lm_head_bias=False), ["router"]),
+        (lambda: mixture("llama4_text", layer_types=["full_attention"], moe_layers=[0]), ["router"]),
+    ],
+)
+def test_all_linear_leaves_out_what_nobody_can_rotate(build, left_out, tmp_path):
+    base = build().eval()
+    other = copy.deepcopy(base)
+    linear = [path for path, module in base.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
+    model = RoadModel(base, config(target_modules="all-linear", group_size=2)).eval()
+    adapted = {path for path, module in base.named_modules() if isinstance(module, RoadLayer)}
+    assert sorted({path.rpartition(".")[2] for path in {*linear} - adapted}) == left_out
+    ids = torch.arange(6, 12)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, expected, atol=1e-3)
+        # The file names the layers, since PEFT means others.
+        model.save_pretrained(tmp_path)
+        assert set(read_peft(tmp_path).config.target_modules) == adapted
+        theirs = peft.PeftModel.from_pretrained(other, tmp_path)
+        torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_without_sizes_yet():
     base = nn.Sequential(nn.Linear(8, 16), nn.LazyLinear(8))
     with pytest.raises(AdapterError, match="1: expected a layer whose sizes are known, found a LazyLinear"):
