@@ -325,9 +325,9 @@ class RoadModel(nn.Module):
                     f"{model_id}: expected θ and α only for layers that are called, found some for {listed(inert, 3)}, "
                     "whose weight MultiheadAttention reads, so that they have no effect (strict=False leaves them out)"
                 )
-            modules = {path: pair for path, pair in adapter.modules.items() if path not in inert}
-            adapter = dataclasses.replace(adapter, modules=modules)
-            config = dataclasses.replace(config, target_modules=list(modules))
+            called = {path: pair for path, pair in adapter.modules.items() if path not in inert}
+            adapter = dataclasses.replace(adapter, modules=called)
+            config = dataclasses.replace(config, target_modules=list(called))
         modules = _base.modules_by_path(self.base_model)
         for path, (theta, _) in adapter.modules.items():
             if path not in modules:
