@@ -2,10 +2,13 @@
 
 import os
 
-# Most of the time is spent compiling small programs, so the backend doesn't optimise. What XLA does to a program before
-# that (fusion, collectives, operation counts) stays the same.
+# Most of the time is spent compiling small programs. So the backend doesn't optimise, and LLVM's code comes from the
+# simpler of XLA's two generators, in one piece. What XLA does to a program before that (fusion, collectives, operation
+# counts) stays the same.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
 import jax

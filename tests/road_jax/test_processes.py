@@ -33,7 +33,8 @@ def start(files, out, devices, *more):
     command = [sys.executable, "-m", "road_jax.train", "--base", str(files / "base"), "--data"]
     command += [str(files / "data.jsonl"), "--out", str(out), "--batch-size", "4", "--max-length", "32"]
     command += ["--dtype", "float32", "--eval-lines", "16", "--learning-rate", "0.03", "--checkpoint-every", "2", *more]
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    # The last of a flag's values counts.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

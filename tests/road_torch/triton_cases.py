@@ -5,6 +5,7 @@ there.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 
@@ -39,6 +40,10 @@ if INTERPRETED:
         return torch.from_numpy(data.view("float32")).bfloat16().view(torch.uint16).numpy()
 
     interpreter._convert_float = convert
+    # Half of its time goes into looking for overflows, which the sizes here can't cause.
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
 
 
 def values(name, *shape):
