@@ -4,6 +4,7 @@ import os
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from peft import get_peft_model
 from rich.console import Console
 
 import convert
+from convert import _verify, _verify_flax, _verify_torch
 from convert._verify import _compare
 from road_core import AdapterError, read_flax, write_flax
 
@@ -29,6 +31,17 @@ def make(directory, kind="llama", layout="scanned", **fields):
     return flax, theirs, base
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs both sides here, without the imports of the processes that they have otherwise, as in other tests."""
+    sides = {"flax": _verify_flax.main, "torch": _verify_torch.main}
+    monkeypatch.setattr(_verify, "_run", lambda side, _, *folders: sides[side](*map(str, folders)))
+    # The Flax side sets it for its process.
+    precision = jax.config.jax_default_matmul_precision
+    yield
+    jax.config.update("jax_default_matmul_precision", precision)
+
+
 PROMPTS = ["one two three four", "ten nine", "five </s> six seven eight nine ten one"]
 
 
@@ -42,7 +55,7 @@ PROMPTS = ["one two three four", "ten nine", "five </s> six seven eight nine ten
         ("phi3", "scanned", {"modules_to_save": ["lm_head"]}),
     ],
 )
-def test_both_frameworks_agree(kind, layout, fields, tmp_path):
+def test_both_frameworks_agree(kind, layout, fields, tmp_path, in_this_process):
     flax, theirs, base = make(tmp_path, kind, layout, **fields)
     with open(os.devnull, "w") as quiet:
         result = convert.verify(flax, theirs, base, prompts=PROMPTS, console=Console(file=quiet))
@@ -55,7 +68,7 @@ def test_both_frameworks_agree(kind, layout, fields, tmp_path):
     assert result.base_difference < 1e-4 * result.scale
 
 
-def test_an_adapter_that_differs_is_found(tmp_path):
+def test_an_adapter_that_differs_is_found(tmp_path, in_this_process):
     flax, theirs, base = make(tmp_path)
     adapter = read_flax(flax)
     theta, alpha = adapter.modules["model.layers.mlp.up_proj"]
@@ -104,6 +117,17 @@ def test_prompts_and_tokens(tmp_path):
 def test_the_command_says_by_its_exit_code(tmp_path, monkeypatch, capsys):
     from convert.__main__ import main
 
+    run, logits = _verify._run, {}
+
+    def run_once(side, name, base, adapter, work):
+        """Neither framework needs to compute the same logits again."""
+        if side not in logits:
+            run(side, name, base, adapter, work)
+            logits[side] = {path.name: path.read_bytes() for path in work.glob(f"{side}_*.npy")}
+        for file, content in logits[side].items():
+            (work / file).write_bytes(content)
+
+    monkeypatch.setattr(_verify, "_run", run_once)
     flax, theirs, base = map(str, make(tmp_path))
     line = ["road-convert", "verify", flax, theirs, "--base", base, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
     monkeypatch.setattr(sys, "argv", line)

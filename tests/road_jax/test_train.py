@@ -23,7 +23,7 @@ from rich.console import Console
 
 import road_jax
 from road_core import AdapterError, read_flax
-from road_jax.train import TrainOptions, train
+from road_jax.train import TrainOptions, _run, train
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -78,8 +78,12 @@ def options(base, data, tmp_path):
     )
 
 
-def run(options):
-    return train(options, console=Console(file=io.StringIO()))
+def run(options, pictures=False):
+    """Trains; without its pictures, which take a second to draw, unless they are asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in () if pictures else ("draw_loss", "draw_rotations"):
+            patch.setattr(_run, name, lambda *_: None)
+        return train(options, console=Console(file=io.StringIO()))
 
 
 def log(directory):
@@ -87,7 +91,7 @@ def log(directory):
 
 
 def test_a_run_learns_and_leaves_everything_it_promises(options):
-    result = run(options)
+    result = run(options, pictures=True)
     assert result.after["loss"] < 0.7 * result.before["loss"]
     assert result.after["token_accuracy"] > result.before["token_accuracy"]
     adapter, config = road_jax.load_adapter(options.out)
@@ -142,8 +146,6 @@ def test_resuming_is_as_if_never_stopped(parallel, stops, options, tmp_path, mon
     options = dataclasses.replace(options, parallel=parallel)
     run(options)
     stopped = dataclasses.replace(options, out=tmp_path / "stopped")
-
-    from road_jax.train import _run
 
     whole = _run._Run.next_batch
     for stop in stops:
@@ -406,8 +408,6 @@ def test_another_base_at_the_same_path_is_not_resumed(options, tmp_path):
 
 def test_a_folder_is_one_runs(options, monkeypatch):
     """A run that saw the folder free but came second is refused, and a run in progress can't be resumed."""
-    from road_jax.train import _run
-
     first = dataclasses.replace(options, steps=1, eval_lines=4)
     load, evaluate = _run._load, _run._evaluate
 
@@ -445,8 +445,6 @@ def test_a_held_out_loss_that_is_not_finite_is_no_success(options):
 @pytest.mark.parametrize("swallowed", [False, True])
 def test_an_interrupt_before_the_first_step(number, swallowed, options, monkeypatch):
     """Also if it is raised in a callback, from which no exception propagates."""
-    from road_jax.train import _run
-
     load, before = _run._load, signal.getsignal(number)
 
     def interrupted(*arguments):
@@ -527,12 +525,12 @@ def test_losses_agree_between_devices_and_one(options):
     """The same rows on eight devices and on one: the summed gradient isn't n times too large."""
     assert jax.device_count() == 8
     run(dataclasses.replace(options, steps=2, eval_lines=0))
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     one = dataclasses.replace(options, out=options.out.parent / "one", eval_lines=0)
     subprocess.run(
         command(one, "--steps", "2", "--learning-rate", "0.03"),
         cwd=Path(__file__).parents[2],
-        env=environment,
+        env={**os.environ, "XLA_FLAGS": flags},
         check=True,
         capture_output=True,
     )

@@ -388,7 +388,7 @@ def test_the_base_is_exported_with_its_adapters():
 @torch.no_grad()
 @pytest.mark.parametrize("names", [None, ["a", "b", "__base__"]])
 def test_a_model_is_exported_with_the_adapters_of_its_rows(tmp_path, names):
-    model = with_adapters()
+    model = with_adapters(base=small_model(num_hidden_layers=1))
     model.set_adapter(["a", "b"])
     given = {} if names is None else {"adapter_names": names}
     inputs = {"input_ids": IDS[:3], "use_cache": False, **given}
