@@ -44,7 +44,7 @@ def test_token_for_token_what_each_adapter_gives_alone(quantize, dtype, checkpoi
     model.eval()
     tokenizer.padding_side = "left"
     inputs = tokenizer(PROMPTS * 3, return_tensors="pt", padding=True).to(base.device)
-    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mixed = model.generate(**inputs, adapter_names=ROWS, **options)
     new = {}
     for name in dict.fromkeys(ROWS):
