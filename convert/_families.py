@@ -472,7 +472,7 @@ TABLES = (
     Family("gemma", _decoder(_LAYERS)),
     Family("smollm3", _decoder(_LAYERS)),
     *(Family(name, _decoder(_LAYERS, NORM, *_HEAD_NORMS, _GEMMA_NORMS[1])) for name in ("olmo2", "olmo3")),
-    Family("granite", _decoder(_LAYERS)),
+    *(Family(name, _decoder(_LAYERS)) for name in ("granite", "ministral3")),
     _with_vision("gemma3", _decoder(_LAYERS, NORM, *_HEAD_NORMS, *_GEMMA_NORMS)),
     _with_vision("mistral3", _decoder(_LAYERS)),
     *_TRANSFORMERS,

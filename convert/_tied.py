@@ -14,7 +14,7 @@ from road_core._files import inside, read_json
 from road_core._safetensors import INDEX, SINGLE, has_own_head, read_shards
 
 # Families whose models have a head of their own if config.json doesn't say otherwise.
-_UNTIED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "olmo3", "granite")
+_UNTIED = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "olmo2", "olmo3", "granite")
 
 
 def read_model(directory: str | os.PathLike) -> dict[str, Any]:

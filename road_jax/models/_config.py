@@ -23,6 +23,7 @@ _GEMMA2 = {
 _FIELDS: dict[str, dict[str, Any]] = {
     "llama": _BIASES,
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "ministral3": {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "sliding_window": None},
     "qwen2": {"num_key_value_heads": 32, **_SOME_WINDOWS},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "attention_bias": False, **_SOME_WINDOWS},
     "gemma": {**_GEMMA, "num_key_value_heads": 16},
@@ -139,6 +140,8 @@ class DecoderConfig:
     norm_in_float32: bool = False
     # Whether queries and keys are normalised, each head by itself (Qwen3, Gemma 3) or all together (OLMo 2).
     qk_norm: Literal["head", "all"] | None = None
+    # (a, b) if the query at a position is multiplied with 1 + a · log(1 + ⌊position / b⌋) (Ministral 3).
+    query_growth: tuple[float, int] | None = None
     # Whether it is the language model of a model with vision, and its params are below model/language_model.
     language_model: bool = False
 
@@ -203,6 +206,7 @@ class DecoderConfig:
             logit_scale=1 / read.number("logits_scaling", 1.0),
             attention_softcap=read.optional("attn_logit_softcapping"),
             logit_softcap=read.optional("final_logit_softcapping"),
+            query_growth=_query_growth(read) if kind == "ministral3" else None,
         )
         config = dataclasses.replace(config, **_FIXED.get(kind, {}))
         if config.num_attention_heads % config.num_key_value_heads:
@@ -213,6 +217,12 @@ class DecoderConfig:
         if head_dim % 2:
             raise AdapterError(f"{where}: expected an even head_dim, found {head_dim}")
         return config
+
+
+def _query_growth(read: Reader) -> tuple[float, int] | None:
+    rope = Reader(read.mapping("rope_parameters"), read.where)
+    rate = rope.optional("llama_4_scaling_beta")
+    return None if rate is None else (rate, rope.count("original_max_position_embeddings"))
 
 
 def _windows(read: Reader, kind: str, layers: int) -> tuple[int | None, tuple[bool, ...]]:

@@ -91,6 +91,8 @@ class _Context(NamedTuple):
     mask: jax.Array
     # The same for layers with a sliding window; None if the model has none.
     windowed_mask: jax.Array | None
+    # [batch, length, 1, 1], the factor of each position's query; None if the model has none.
+    growth: jax.Array | None
 
 
 class _Layer(NamedTuple):
@@ -143,6 +145,8 @@ class Attention(nn.Module):
             return _turn(norm(y) if norm and c.qk_norm == "head" else y, layer, context)
 
         query, key = heads("q"), heads("k")
+        if context.growth is not None:
+            query = query * context.growth.astype(query.dtype)
         value = products["v"].reshape(key.shape)
         mask = context.mask
         if context.windowed_mask is not None:
@@ -486,7 +490,11 @@ def _context(
     angles = [_angles(rope, positions, longest) for rope in config.ropes]
     cosines = [jnp.cos(a) * rope.scale for a, rope in zip(angles, config.ropes, strict=True)]
     sines = [jnp.sin(a) * rope.scale for a, rope in zip(angles, config.ropes, strict=True)]
-    return _Context(cosines, sines, mask, windowed), positions, longest
+    growth = None
+    if config.query_growth is not None:
+        rate, length = config.query_growth
+        growth = (1 + rate * jnp.log1p((jnp.maximum(positions, 0) // length).astype(jnp.float32)))[..., None, None]
+    return _Context(cosines, sines, mask, windowed, growth), positions, longest
 
 
 def _angles(rope: Rope, positions: jax.Array, longest: jax.Array) -> jax.Array:

@@ -47,8 +47,8 @@ def load(
 ) -> tuple[Decoder, dict[str, Tree]]:
     """Loads a decoder of the Llama family from ``config.json`` and safetensors, one file or an index of several.
 
-    The model type is one of llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, smollm3, olmo2, olmo3 and
-    granite. Of gemma3 and mistral3, which have vision, the language model alone is loaded.
+    The model type is one of llama, mistral, ministral3, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, smollm3, olmo2,
+    olmo3 and granite. Of gemma3 and mistral3, which have vision, the language model alone is loaded.
 
     A checkpoint that bitsandbytes quantised (nf4, with or without double quantisation, or int8) is used as it is: its
     kernels become `road_jax.QuantizedKernel`, with which ``Road.apply`` computes, also with an empty adapter.

@@ -81,6 +81,7 @@ MODELS = {
         {"text_config": {**_DECODER, "model_type": "mistral"}, "vision_config": {**_VISION, "model_type": "pixtral"}},
     ),
     "granite": ("GraniteForCausalLM", "GraniteConfig", _DECODER),
+    "ministral3": ("Ministral3ForCausalLM", "Ministral3Config", _DECODER),
 }
 # transformers' config has head_dim only for models that have the field.
 SIZES = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -164,7 +165,9 @@ LAYOUTS_OF = [
         "gemma3_text": "scanned unrolled easydel tunix",
         "phi3": "scanned unrolled easydel",
         "phi3-apart": "scanned unrolled",
-        **dict.fromkeys(["smollm3", "olmo2", "olmo3", "granite", "gemma3", "mistral3"], "scanned unrolled"),
+        **dict.fromkeys(
+            ["smollm3", "olmo2", "olmo3", "granite", "ministral3", "gemma3", "mistral3"], "scanned unrolled"
+        ),
         **dict.fromkeys(["gpt2", "bert", "roberta", "t5", "opt", "vit", "clip"], "transformers"),
     }.items()
     for layout in layouts.split()

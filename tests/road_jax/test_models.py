@@ -26,6 +26,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+MINISTRAL = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 6}
+MINISTRAL["llama_4_scaling_beta"] = 0.5
 GEMMA3 = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
@@ -49,6 +51,7 @@ KINDS = {
     "llama, gelu": ("llama", {"hidden_act": "gelu"}),
     "llama, one kv head": ("llama", {"num_key_value_heads": 1, "head_dim": 64}),
     "mistral": ("mistral", {"sliding_window": 6}),
+    "ministral3": ("ministral3", {"rope_parameters": MINISTRAL}),
     "qwen2": ("qwen2", {}),
     "qwen2, some windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("qwen3", {}),
@@ -64,6 +67,7 @@ KINDS = {
     "gemma3, windows in all layers": ("gemma3_text", {}),
     "gemma3 with vision": ("gemma3", {"sliding_window": 6, "num_hidden_layers": 7}),
     "mistral3": ("mistral3", {"sliding_window": None, "tie_word_embeddings": False}),
+    "mistral3 of ministral3": ("mistral3", {"model_type": "ministral3", "rope_parameters": MINISTRAL}),
     "phi3": ("phi3", {}),
     "phi3, half of each head turned": (
         "phi3",
@@ -107,9 +111,11 @@ def tokens(*shape, seed=0):
 
 
 def torch_logits(model, ids, mask):
+    """Positions begin with each row's first token, as in generation."""
+    ids, mask = torch.from_numpy(ids).long(), torch.from_numpy(mask).long()
     with torch.no_grad():
-        result = model(input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask).long())
-    return result.logits.numpy()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.numpy()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -136,6 +142,7 @@ def test_the_rotary_scaling_and_the_windows_matter(tmp_path):
         ("llama", {"rope_parameters": LLAMA3}, {}),
         ("llama", {"rope_parameters": YARN}, {}),
         ("mistral", {"sliding_window": 6}, {"sliding_window": None}),
+        ("ministral3", {"rope_parameters": MINISTRAL}, {"rope_parameters": {**MINISTRAL, "llama_4_scaling_beta": 0.0}}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}, {}),
         ("gemma2", {"sliding_window": 6}, {"sliding_window": 6, "layer_types": full}),
         ("gemma2", {"attn_logit_softcapping": 2.0}, {}),
@@ -152,7 +159,7 @@ def test_the_rotary_scaling_and_the_windows_matter(tmp_path):
         assert np.abs(with_it - without).max() > 0.05, (kind, changes)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "phi3, between"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "ministral3", "gemma3", "phi3, between"])
 def test_packed_texts_see_themselves_only(name, tmp_path):
     # Of the two texts below, one is longer than LongRoPE's short frequencies are for.
     between = ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8})
@@ -189,7 +196,7 @@ def test_logits_where_they_are_wanted(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        *("llama", "mistral", "qwen2, some windows", "qwen3"),
+        *("llama", "mistral", "ministral3", "qwen2, some windows", "qwen3"),
         *("gemma2", "gemma3", "phi3, short", "phi3, long", "smollm3", "olmo2"),
     ],
 )
