@@ -59,8 +59,8 @@ def cross_entropy(
         ...     total, _ = models.cross_entropy(road, variables, adapter, ids[:, :-1], ids[:, 1:])
         ...     return total / ids[:, 1:].size
     """
-    if not isinstance(road, Road) or not isinstance(road.model, Decoder):
-        found = type(road.model if isinstance(road, Road) else road).__name__
+    if not isinstance(model := getattr(road, "model", None), Decoder):
+        found = type(road if model is None else model).__name__
         raise AdapterError(f"road: expected one that transform made from a road_jax.models.Decoder, found {found}")
     places, name = (input_ids, "input_ids") if logits_at is None else (logits_at, "logits_at")
     for other, array in (("targets", targets), ("weights", weights)):
