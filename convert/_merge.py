@@ -300,11 +300,13 @@ def _renaming(names: Iterable[str], entries: Collection[str], model_type: object
     """Returns a function from the adapter's names to the checkpoint's.
 
     A checkpoint of the bare model lacks the first name of the paths (``transformer.``, ``bert.``) that a model with a
-    head has, or the other way round; models with vision have other names in checkpoints than in the model; and
-    transformers writes some models with the names of an earlier version, which have a table of their own. One rule must
-    fit all names.
+    head has, or the other way round; models with vision have other names in checkpoints than in the model, and not all
+    of their parts in the same way; and transformers writes some models with the names of an earlier version, which have
+    a table of their own. One rule must fit all names.
     """
-    stored = {model_name(name): name for name in entries}
+    stored = {f"model.{name}": name for name in entries}
+    stored |= {model_name(name): name for name in entries}
+    stored |= {name: name for name in entries}
     wanted = [name for name in names if name.rpartition(".")[0] != HEAD]
     rules: list[Callable[[str], str]] = [lambda name: stored.get(name, name), lambda name: name.partition(".")[2]]
     rules += [f"{prefix}.".__add__ for prefix in dict.fromkeys(name.partition(".")[0] for name in entries)]
