@@ -390,7 +390,8 @@ class _Call:
         if new is None:
             raise AdapterError("forward: expected input_ids or inputs_embeds, found neither")
         rows, length = new.shape[:2]
-        cache = kwargs.get("past_key_values")
+        # Its name since transformers 5.24, and before.
+        cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
         start = 0 if cache is None else int(cache.get_seq_length())
         if not self._generates:
             self._check_rows(rows)

@@ -1,6 +1,7 @@
 """Generation in mixed batches, and the road-generate command."""
 
 import copy
+import inspect
 import io
 import json
 import re
@@ -123,10 +124,12 @@ def test_a_prompt_that_stands_in_a_cache():
     ids = IDS.clamp(min=3)
     kwargs = {**GREEDY, "attention_mask": torch.ones_like(ids), "adapter_names": names}
     expected = model.generate(ids, **kwargs)
-    cache = transformers.DynamicCache(config=model.config)
+    # Called past_key_values before transformers 5.24.
+    known = inspect.signature(transformers.LlamaModel.forward).parameters
+    cache = {"cache" if "cache" in known else "past_key_values": transformers.DynamicCache(config=model.config)}
     with torch.no_grad():
-        model(ids[:, :3], past_key_values=cache, use_cache=True, adapter_names=names)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **kwargs), expected)
+        model(ids[:, :3], use_cache=True, adapter_names=names, **cache)
+    assert torch.equal(model.generate(ids, **cache, **kwargs), expected)
 
 
 def test_gpt2_whose_layers_are_conv1d():
