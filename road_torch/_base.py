@@ -75,24 +75,34 @@ def select(base: nn.Module, config: RoadConfig) -> dict[str, nn.Module]:
 
     ``"all-linear"`` leaves out layers that nobody can rotate, where PEFT fails or rotates without effect.
     """
-    config = with_whole(base, config)
     modules = modules_by_path(base)
+    return _select(base, config, modules, [path for path in _linear_layers(modules) if not _is_left_out(modules, path)])
+
+
+def spelt_out(base: nn.Module, config: RoadConfig) -> RoadConfig:
+    """Names the layers one by one where ``"all-linear"`` takes fewer than PEFT, which would miss some in the file."""
+    if not is_all_linear(config.target_modules):
+        return config
+    modules = modules_by_path(base)
+    chosen = select(base, config)
+    if chosen.keys() == _select(base, config, modules, _linear_layers(modules)).keys():
+        return config
+    return dataclasses.replace(config, target_modules=[*chosen])
+
+
+def _select(
+    base: nn.Module, config: RoadConfig, modules: Mapping[str, nn.Module], linear: Collection[str]
+) -> dict[str, nn.Module]:
+    """Returns the targeted modules by path; ``linear`` are those that ``"all-linear"`` may take."""
+    config = with_whole(base, config)
     chosen = select_modules(
         config,
         list(modules),
-        linear={path for path in _linear_layers(modules) if not _is_left_out(modules, path)},
+        linear=set(linear),
         output_head=_output_head(base, modules, config),
         model_type=getattr(getattr(base, "config", None), "model_type", None),
     )
     return {path: modules[path] for path in chosen}
-
-
-def spelt_out(base: nn.Module, config: RoadConfig) -> RoadConfig:
-    """Names the layers one by one where ``"all-linear"`` leaves out some that PEFT would take, and ask a file for."""
-    modules = modules_by_path(base)
-    if is_all_linear(config.target_modules) and any(_is_left_out(modules, path) for path in _linear_layers(modules)):
-        return dataclasses.replace(config, target_modules=[*select(base, config)])
-    return config
 
 
 def _linear_layers(modules: Mapping[str, nn.Module]) -> list[str]:

@@ -220,7 +220,7 @@ class DecoderConfig:
 
 
 def _query_growth(read: Reader) -> tuple[float, int] | None:
-    rope = Reader(read.mapping("rope_parameters"), read.where)
+    rope = Reader(read.mapping("rope_scaling") or read.mapping("rope_parameters"), read.where)
     rate = rope.optional("llama_4_scaling_beta")
     return None if rate is None else (rate, rope.count("original_max_position_embeddings"))
 

@@ -1303,6 +1303,11 @@ def test_all_linear_leaves_out_what_nobody_can_rotate(build, left_out, tmp_path)
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_all_linear_is_kept_where_only_the_head_is_odd(tmp_path):
+    RoadModel(small_model(vocab_size=161), config(target_modules="all-linear")).save_pretrained(tmp_path)
+    assert read_peft(tmp_path).config.target_modules == "all-linear"
+
+
 def test_a_layer_without_sizes_yet():
     base = nn.Sequential(nn.Linear(8, 16), nn.LazyLinear(8))
     with pytest.raises(AdapterError, match="1: expected a layer whose sizes are known, found a LazyLinear"):
