@@ -11,7 +11,7 @@ from typing import Any
 
 from convert._families import FAMILIES
 from road_core._files import inside, read_json
-from road_core._safetensors import INDEX, SINGLE, has_own_head, read_shards
+from road_core._safetensors import INDEX, SINGLE, has_own_head, read_entries
 
 # Families whose models have a head of their own if config.json doesn't say otherwise.
 _UNTIED = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "olmo2", "olmo3", "granite")
@@ -26,10 +26,9 @@ def read_model(directory: str | os.PathLike) -> dict[str, Any]:
     fields = read_json(inside(directory, "config.json"))
     if isinstance(text := fields.get("text_config"), dict):
         fields = {**text, **{name: fields[name] for name in ("tie_word_embeddings",) if name in fields}}
-    if is_tied(fields) and any((Path(directory) / name).is_file() for name in (SINGLE, INDEX)):
-        headers, _ = read_shards(directory)
-        if has_own_head({name: entry for entries, _ in headers.values() for name, entry in entries.items()}):
-            fields = {**fields, "tie_word_embeddings": False}
+    stored = any((Path(directory) / name).is_file() for name in (SINGLE, INDEX))
+    if is_tied(fields) and stored and has_own_head(read_entries(directory)):
+        fields = {**fields, "tie_word_embeddings": False}
     return fields
 
 

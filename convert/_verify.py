@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from road_core import AdapterError, read_flax, read_peft
 from road_core._files import inside
-from road_core._safetensors import EMBEDDINGS, read_shards
+from road_core._safetensors import EMBEDDINGS, read_entries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -144,9 +144,8 @@ def _compare(found: dict[tuple[str, str], NDArray[np.float32]], tolerance: float
 def _tokens(base: str | os.PathLike, prompts: Sequence[str], *, chosen: bool) -> list[list[int]]:
     """Returns the prompts' tokens, one list each."""
     # A config may leave out the size of the vocabulary.
-    headers, _ = read_shards(base)
-    entries = {name: entry for tensors, _ in headers.values() for name, entry in tensors.items()}
-    vocabulary = next((e.shape[0] for name, e in entries.items() if name.endswith(EMBEDDINGS) and e.shape), 0)
+    entries = read_entries(base).items()
+    vocabulary = next((entry.shape[0] for name, entry in entries if name.endswith(EMBEDDINGS) and entry.shape), 0)
     if not vocabulary:
         raise AdapterError(f"{base}: expected an embedding of tokens, found none")
     if not (Path(base) / "tokenizer.json").is_file():

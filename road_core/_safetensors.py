@@ -144,6 +144,12 @@ def read_shards(directory: str | os.PathLike) -> tuple[dict[str, Header], dict[s
     return headers, index
 
 
+def read_entries(directory: str | os.PathLike) -> dict[str, Entry]:
+    """Reads the headers of a checkpoint's shards, as `read_shards` does; returns the entries of all by their names."""
+    headers, _ = read_shards(directory)
+    return {name: entry for entries, _ in headers.values() for name, entry in entries.items()}
+
+
 def model_name(name: str) -> str:
     """Returns the name that a checkpoint's tensor has in the model; they differ in models with vision."""
     for stored, new in _MOVED:

@@ -75,8 +75,7 @@ def select(base: nn.Module, config: RoadConfig) -> dict[str, nn.Module]:
 
     ``"all-linear"`` leaves out layers that nobody can rotate, where PEFT fails or rotates without effect.
     """
-    modules = modules_by_path(base)
-    return _select(base, config, modules, [path for path in _linear_layers(modules) if not _is_left_out(modules, path)])
+    return _select(base, config, modules_by_path(base))
 
 
 def spelt_out(base: nn.Module, config: RoadConfig) -> RoadConfig:
@@ -84,29 +83,31 @@ def spelt_out(base: nn.Module, config: RoadConfig) -> RoadConfig:
     if not is_all_linear(config.target_modules):
         return config
     modules = modules_by_path(base)
-    chosen = select(base, config)
-    if chosen.keys() == _select(base, config, modules, _linear_layers(modules)).keys():
-        return config
-    return dataclasses.replace(config, target_modules=[*chosen])
+    chosen, theirs = _select(base, config, modules), _select(base, config, modules, as_peft=True)
+    return config if chosen.keys() == theirs.keys() else dataclasses.replace(config, target_modules=[*chosen])
 
 
 def _select(
-    base: nn.Module, config: RoadConfig, modules: Mapping[str, nn.Module], linear: Collection[str]
+    base: nn.Module, config: RoadConfig, modules: Mapping[str, nn.Module], *, as_peft: bool = False
 ) -> dict[str, nn.Module]:
-    """Returns the targeted modules by path; ``linear`` are those that ``"all-linear"`` may take."""
+    """Returns the targeted modules by path; ``as_peft`` takes what nobody can rotate, too."""
     config = with_whole(base, config)
+    linear: set[str] = set()
+    # Nothing else asks which layers are linear.
+    if is_all_linear(config.target_modules):
+        linear = {
+            path
+            for path, module in modules.items()
+            if _is_linear(_unwrapped(module)) and (as_peft or not _is_left_out(modules, path))
+        }
     chosen = select_modules(
         config,
         list(modules),
-        linear=set(linear),
+        linear=linear,
         output_head=_output_head(base, modules, config),
         model_type=getattr(getattr(base, "config", None), "model_type", None),
     )
     return {path: modules[path] for path in chosen}
-
-
-def _linear_layers(modules: Mapping[str, nn.Module]) -> list[str]:
-    return [path for path, module in modules.items() if _is_linear(_unwrapped(module))]
 
 
 def _is_left_out(modules: Mapping[str, nn.Module], path: str) -> bool:
@@ -119,9 +120,8 @@ def _is_left_out(modules: Mapping[str, nn.Module], path: str) -> bool:
     )
 
 
-def inert(base: nn.Module, paths: Collection[str]) -> list[str]:
-    """Returns those of the modules that are never called: other parents call a layer in some of their passes."""
-    modules = modules_by_path(base)
+def inert(modules: Mapping[str, nn.Module], paths: Collection[str]) -> list[str]:
+    """Returns those of the paths whose modules are never called: other parents call a layer in some of their passes."""
     parents = {path: modules.get(path.rpartition(".")[0]) for path in paths}
     return [path for path, parent in parents.items() if isinstance(parent, nn.MultiheadAttention)]
 

@@ -319,7 +319,8 @@ class RoadModel(nn.Module):
     ) -> None:
         base_weights = _base.check_base_weights(self.base_model, model_id, adapter, in_use=bool(self._shared.configs))
         config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
-        if inert := _base.inert(self.base_model, adapter.modules):
+        modules = _base.modules_by_path(self.base_model)
+        if inert := _base.inert(modules, adapter.modules):
             if strict:
                 raise AdapterError(
                     f"{model_id}: expected θ and α only for layers that are called, found some for {listed(inert, 3)}, "
@@ -328,7 +329,6 @@ class RoadModel(nn.Module):
             called = {path: pair for path, pair in adapter.modules.items() if path not in inert}
             adapter = dataclasses.replace(adapter, modules=called)
             config = dataclasses.replace(config, target_modules=list(called))
-        modules = _base.modules_by_path(self.base_model)
         for path, (theta, _) in adapter.modules.items():
             if path not in modules:
                 raise AdapterError(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from road_core import AdapterError
 from road_jax.models._reader import INT32, Reader
-from road_jax.models._rope import Rope, read_ropes
+from road_jax.models._rope import Rope, read_ropes, rope_field
 
 # What transformers assumes where a file leaves out a field, if it isn't the same for all types.
 _BIASES = {"attention_bias": False, "mlp_bias": False}
@@ -82,6 +82,7 @@ _SHARED = {
 _OWN = {name for fields in _FIELDS.values() for name in fields} - _SHARED
 
 # Fields of `DecoderConfig` that follow from the type.
+_OLMO = {"norm_in_float32": True, "norms": "after", "qk_norm": "all"}
 _FIXED: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": "head"},
@@ -89,8 +90,8 @@ _FIXED: dict[str, dict[str, Any]] = {
     "gemma2": {"norm_offset": 1.0, "norm_in_float32": True, "norms": "both"},
     "gemma3_text": {"norm_offset": 1.0, "norm_in_float32": True, "norms": "both", "qk_norm": "head"},
     "phi3": {"fused": True},
-    "olmo2": {"norm_in_float32": True, "norms": "after", "qk_norm": "all"},
-    "olmo3": {"norm_in_float32": True, "norms": "after", "qk_norm": "all"},
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
 }
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
@@ -220,7 +221,7 @@ class DecoderConfig:
 
 
 def _query_growth(read: Reader) -> tuple[float, int] | None:
-    rope = Reader(read.mapping("rope_scaling") or read.mapping("rope_parameters"), read.where)
+    rope = Reader(read.mapping(rope_field(read)), read.where)
     rate = rope.optional("llama_4_scaling_beta")
     return None if rate is None else (rate, rope.count("original_max_position_embeddings"))
 

@@ -17,7 +17,7 @@ from road_core._adapter import is_bfloat16
 from road_core._bitsandbytes import FLOATS, Quantized, fold
 from road_core._errors import listed
 from road_core._files import inside, read_json
-from road_core._safetensors import HEAD, LANGUAGE_MODEL, Entry, has_own_head, model_name, read_shards
+from road_core._safetensors import HEAD, LANGUAGE_MODEL, Entry, has_own_head, model_name, read_entries
 from road_jax._quantize import BLOCK, Kind, QuantizedKernel, check_kind, excluded
 from road_jax._tree import Path as TreePath
 from road_jax._tree import Tree, flatten, unflatten
@@ -84,8 +84,7 @@ def load(
     check_remat(remat)
     dtype = None if dtype is None else _floating(dtype)
     config = read_config(directory)
-    headers, _ = read_shards(directory)
-    entries = {name: entry for tensors, _ in headers.values() for name, entry in tensors.items()}
+    entries = read_entries(directory)
     if config.language_model:
         entries = _without_vision(entries)
     if config.tie_word_embeddings and has_own_head(entries):

@@ -81,7 +81,7 @@ def cross_entropy(
         variables, trunk, input_ids, attention_mask=attention_mask, logits_at=logits_at, method="hidden", **ids(trunk)
     )
     params = {name: part for name, part in params_of(variables).items() if name == "lm_head"}
-    mesh = road.model.mesh
+    mesh = model.mesh
     if mesh is not None:
         # Once for all parts.
         params = gathered(params, mesh)

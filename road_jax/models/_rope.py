@@ -62,8 +62,7 @@ def read_ropes(
         full = {**of_both.mapping("full_attention"), **scaling}
         local = {"rope_theta": read.fields["rope_local_base_freq"], **of_both.mapping("sliding_attention")}
         return _by_layer([_read(read, local if of else full, head_dim) for of in windowed])
-    # transformers 5 writes rope_parameters. Before, rope_theta was beside rope_scaling, which takes precedence.
-    name = "rope_scaling" if read.fields.get("rope_scaling") else "rope_parameters"
+    name = rope_field(read)
     fields = read.mapping(name)
     if nested := [key for key, value in fields.items() if isinstance(value, Mapping)]:
         raise AdapterError(f"{read.where}: expected {name} to be the same for all layers, found some for {nested[0]!r}")
@@ -80,6 +79,14 @@ def read_ropes(
             f"{read.where}: expected no_rope_layers to be 0 or 1 for each of {layers} layers, found {turned!r:.80}"
         )
     return _by_layer([rope if value else Rope.none(head_dim) for value in turned[:layers]])
+
+
+def rope_field(read: Reader) -> str:
+    """Returns the name of the field that describes the rotary positions.
+
+    transformers 5 writes rope_parameters. Before, rope_theta was beside rope_scaling, which takes precedence.
+    """
+    return "rope_scaling" if read.fields.get("rope_scaling") else "rope_parameters"
 
 
 def _by_layer(ropes: Sequence[Rope]) -> tuple[tuple[Rope, ...], tuple[int, ...]]:

@@ -131,6 +131,7 @@ def check_rows(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
 def summed_loss(
     road: Road, adapter: Tree, variables: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
+    """Returns the summed cross-entropy over a batch's targets, and which were predicted right, ``[rows, n]``."""
     return models.cross_entropy(
         road,
         variables,

@@ -204,6 +204,7 @@ try:
     _processes.agreed(work)
 except (AdapterError, RuntimeError) as error:
     assert str(error) == "no memory" and isinstance(error, RuntimeError) == (sys.argv[2] == "1")
+    print("told", file=sys.stderr)
 else:
     sys.exit("no error")
 """
@@ -211,7 +212,9 @@ else:
 
 def test_what_is_gathered_in_pieces_is_whole():
     command = [sys.executable, "-c", GATHER, free_address()]
-    finish(*(subprocess.Popen([*command, i], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in "01"))
+    said = end([subprocess.Popen([*command, i], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in "01"], 0)
+    # Each came to its end, by way of the error.
+    assert all("told\n" in errors for errors in said), said
 
 
 def test_numbers_that_contradict_each_other():

@@ -5,6 +5,7 @@ With a GPU, ``pytest -m gpu`` runs the same cases on it; without one these are s
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -31,21 +32,24 @@ def in_another_process(*arguments, **environment):
 
 def run_cases(**environment):
     cases = str(Path(__file__).with_name("triton_cases.py"))
-    done = in_another_process("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", cases, **environment)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    return in_another_process("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", cases, **environment)
 
 
 @needs_triton
 def test_in_the_interpreter():
     # In another process, because Triton reads TRITON_INTERPRET when it is imported.
-    run_cases(TRITON_INTERPRET="1")
+    done = run_cases(TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE), done.stdout[-1000:]
 
 
 @pytest.mark.gpu
 @needs_gpu
 @needs_triton
 def test_on_a_gpu():
-    run_cases(TRITON_INTERPRET="0")
+    done = run_cases(TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE), done.stdout[-1000:]
 
 
 COMPILE = """
