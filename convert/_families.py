@@ -214,6 +214,12 @@ def _decoder(layers: tuple[Row, ...], norm: tuple[Leaf, ...] = NORM, *norms: str
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _GEMMA_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 _LAYERS = _ATTENTION + _MLP
+# Of a mixture of experts, the router is no linear layer, nor are the experts, which transformers 5 holds in one tensor.
+_EXPERTS = (Row(f"{_BLOCK}.mlp.gate", f"{_BLOCK}.mlp.gate", (Leaf("weight", "weight", 2),), linear=False),)
+_SHARED_EXPERT = (
+    *_linears(f"{_BLOCK}.mlp.shared_expert", f"{_BLOCK}.mlp.shared_expert", "gate_proj up_proj down_proj"),
+    _same(f"{_BLOCK}.mlp.shared_expert_gate"),
+)
 
 # Phi-3's fused layers, for a Flax model that keeps them separate.
 _PHI3_APART = (
@@ -473,6 +479,11 @@ TABLES = (
     Family("smollm3", _decoder(_LAYERS)),
     *(Family(name, _decoder(_LAYERS, NORM, *_HEAD_NORMS, _GEMMA_NORMS[1])) for name in ("olmo2", "olmo3")),
     *(Family(name, _decoder(_LAYERS)) for name in ("granite", "ministral3")),
+    # In transformers 4 each expert has linear layers of its own.
+    Family("mixtral", _decoder(_ATTENTION + _EXPERTS), partial=True),
+    Family("qwen2_moe", _decoder(_ATTENTION + _EXPERTS + _SHARED_EXPERT), partial=True),
+    Family("qwen3_moe", _decoder(_ATTENTION + _EXPERTS, NORM, *_HEAD_NORMS), partial=True),
+    Family("olmoe", _decoder(_ATTENTION + _EXPERTS, NORM, *_HEAD_NORMS), partial=True),
     _with_vision("gemma3", _decoder(_LAYERS, NORM, *_HEAD_NORMS, *_GEMMA_NORMS)),
     _with_vision("mistral3", _decoder(_LAYERS)),
     *_TRANSFORMERS,

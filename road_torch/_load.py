@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
 
 from road_core import AdapterError
 from road_core._errors import listed
@@ -76,6 +78,8 @@ def load(
     transformers.utils.logging.set_verbosity_error()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        if "quantization_config" in kwargs:
+            kwargs["quantization_config"].llm_int8_skip_modules = _left_plain(directory, auto_class(kind))
         model, info = auto_class(kind).from_pretrained(directory, local_files_only=True, **kwargs)
     except Exception as error:  # a broken file can raise nearly anything in there
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -92,6 +96,18 @@ def load(
             f"{directory}: expected a tensor of the right shape for every weight, found none for {listed(wrong, 3)}"
         )
     return model.eval(), tokenizer
+
+
+def _left_plain(directory: str | os.PathLike, auto: Any) -> list[str]:
+    """Returns the modules that aren't quantised: those that transformers leaves, and layers with an odd output size.
+
+    These are gates with one output, with which bitsandbytes fails on CPUs (nf4).
+    """
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    with torch.device("meta"):
+        shell = auto.from_config(config)
+    odd = [name for name, module in shell.named_modules() if isinstance(module, nn.Linear) and module.out_features % 2]
+    return HfQuantizer.get_modules_to_not_convert(shell, odd, add_default_skips=True)
 
 
 def auto_class(model_type: object) -> Any:

@@ -20,7 +20,7 @@ def read_codes(
     weights: Sequence[Quantized | np.ndarray],
     kind: Kind,
     *,
-    stacked: bool,
+    stack: tuple[int, ...],
     dtype: Any,
     shardings: Callable[[QuantizedKernel], QuantizedKernel] | None,
 ) -> QuantizedKernel:
@@ -33,7 +33,7 @@ def read_codes(
         names: the weights' names.
         weights: ``[out, in]``, memory-mapped; either all as bitsandbytes stores them in ``kind``, or all plain.
         kind: the kind of codes.
-        stacked: whether the kernel has a stack axis.
+        stack: the kernel's stack axes, which the weights fill in order; none for one weight.
         dtype: the dtype that the kernel is computed with. Plain weights are rounded to it before they are quantised.
         shardings: returns the shardings of codes and scales, given their shapes; None puts both on the default device.
 
@@ -41,7 +41,6 @@ def read_codes(
         AdapterError: see `encode`.
     """
     out, inputs = weights[0].shape
-    stack = (len(weights),) if stacked else ()
     shapes = quantized_shapes(kind, stack, (inputs, out), dtype)
     count, blocks = shapes.scales.shape[-2:]
     # How many numbers of the weight are in a byte of codes, in a row, and under one scale.
@@ -65,7 +64,7 @@ def read_codes(
         scales = np.empty((*size, -(-(last - first) // block)), np.float32)
         for at, (name, weight) in enumerate(zip(names, weights, strict=True)):
             codes[at], scales[at] = layer(name, weight, slice(start, stop), first, last)
-        return (codes, scales) if stacked else (codes[0], scales[0])
+        return codes.reshape(*stack, *codes.shape[1:]), scales.reshape(*stack, *scales.shape[1:])
 
     def share(which: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
         *lead, high, wide = index or (slice(None),) * len(shape)

@@ -20,6 +20,8 @@ _GEMMA2 = {
     "query_pre_attn_scalar": 256,
     "final_logit_softcapping": None,
 }
+_EXPERTS = {"norm_topk_prob": False}
+_SOME_EXPERTS = {**_EXPERTS, "moe_intermediate_size": None, "decoder_sparse_step": 1, "mlp_only_layers": None}
 _FIELDS: dict[str, dict[str, Any]] = {
     "llama": _BIASES,
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -61,6 +63,22 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "layer_types": None,
         "rope_local_base_freq": 5e5,
     },
+    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None},
+    "qwen2_moe": {
+        **_SOME_EXPERTS,
+        **_SOME_WINDOWS,
+        "num_key_value_heads": 16,
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "qwen3_moe": {
+        **_SOME_EXPERTS,
+        "num_key_value_heads": 4,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+    },
+    "olmoe": {**_EXPERTS, "rms_norm_eps": 1e-5, "attention_bias": False, "clip_qkv": None},
     "granite": {
         **_BIASES,
         "embedding_multiplier": 1.0,
@@ -71,6 +89,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
 }
 # Models with vision: what their decoder is if its part of the file, text_config, doesn't say.
 _WITH_VISION = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 MODEL_TYPES = (*_FIELDS, *_WITH_VISION)
 # All types have these. The others above mean something only to the types that list them; transformers ignores them in
 # the files of other types.
@@ -92,8 +111,29 @@ _FIXED: dict[str, dict[str, Any]] = {
     "phi3": {"fused": True},
     "olmo2": _OLMO,
     "olmo3": _OLMO,
+    "qwen3_moe": {"qk_norm": "head"},
+    "olmoe": {"qk_norm": "all"},
 }
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """A mixture of experts in place of an MLP.
+
+    Attributes:
+        experts: how many there are.
+        choices: how many of them each token takes.
+        width: the size of an expert's hidden values.
+        normalised: whether the weights of a token's choices sum to 1.
+        shared_width: the same as ``width`` for an expert that all tokens take; None if there is none.
+    """
+
+    experts: int
+    choices: int
+    width: int
+    normalised: bool
+    shared_width: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +183,8 @@ class DecoderConfig:
     qk_norm: Literal["head", "all"] | None = None
     # (a, b) if the query at a position is multiplied with 1 + a · log(1 + ⌊position / b⌋) (Ministral 3).
     query_growth: tuple[float, int] | None = None
+    # The experts that all layers have in place of an MLP; None for MLPs.
+    mixture: MixtureConfig | None = None
     # Whether it is the language model of a model with vision, and its params are below model/language_model.
     language_model: bool = False
 
@@ -198,7 +240,7 @@ class DecoderConfig:
             rope_by_layer=rope_by_layer,
             sliding_window=window,
             windowed_layers=windowed,
-            qkv_bias=bias,
+            qkv_bias=read.flag("qkv_bias", default=bias),
             o_bias=bias,
             mlp_bias=read.flag("mlp_bias", default=False),
             embedding_scale=read.number("embedding_multiplier", hidden**0.5 if gemma else 1.0),
@@ -208,6 +250,7 @@ class DecoderConfig:
             attention_softcap=read.optional("attn_logit_softcapping"),
             logit_softcap=read.optional("final_logit_softcapping"),
             query_growth=_query_growth(read) if kind == "ministral3" else None,
+            mixture=_mixture(read, kind, layers) if kind in _MIXTURES else None,
         )
         config = dataclasses.replace(config, **_FIXED.get(kind, {}))
         if config.num_attention_heads % config.num_key_value_heads:
@@ -224,6 +267,30 @@ def _query_growth(read: Reader) -> tuple[float, int] | None:
     rope = Reader(read.mapping(rope_field(read)), read.where)
     rate = rope.optional("llama_4_scaling_beta")
     return None if rate is None else (rate, rope.count("original_max_position_embeddings"))
+
+
+def _mixture(read: Reader, kind: str, layers: int) -> MixtureConfig:
+    sparse = "mlp_only_layers" in read.fields
+    if sparse and (read.fields["mlp_only_layers"] or read.count("decoder_sparse_step") > 1):
+        raise AdapterError(
+            f"{read.where}: expected experts in each of {layers} layers, found mlp_only_layers "
+            f"{read.fields['mlp_only_layers']!r:.60} and decoder_sparse_step {read.fields['decoder_sparse_step']}"
+        )
+    if read.fields.get("clip_qkv") is not None:
+        raise AdapterError(f"{read.where}: expected attention without clip_qkv, found {read.fields['clip_qkv']!r:.80}")
+    # transformers has had both names.
+    named = next((name for name in ("num_local_experts", "num_experts") if name in read.fields), "num_experts")
+    experts = read.count(named, most=1 << 16)
+    choices = read.count("num_experts_per_tok")
+    if choices > experts:
+        raise AdapterError(f"{read.where}: expected num_experts_per_tok up to {named} {experts}, found {choices}")
+    return MixtureConfig(
+        experts=experts,
+        choices=choices,
+        width=read.count("moe_intermediate_size" if sparse else "intermediate_size"),
+        normalised=kind == "mixtral" or read.flag("norm_topk_prob", default=False),
+        shared_width=read.count("shared_expert_intermediate_size") if kind == "qwen2_moe" else None,
+    )
 
 
 def _windows(read: Reader, kind: str, layers: int) -> tuple[int | None, tuple[bool, ...]]:
@@ -251,8 +318,10 @@ def _windows(read: Reader, kind: str, layers: int) -> tuple[int | None, tuple[bo
         pattern = {"gemma2": 2, "olmo3": 4}.get(kind) or read.count("sliding_window_pattern")
         windowed = [(layer + 1) % pattern != 0 for layer in range(layers)]
     elif "max_window_layers" in fields:
-        first = read.count("max_window_layers", least=0)
-        windowed = [layer >= first for layer in range(layers)]
+        bound = read.count("max_window_layers", least=0)
+        windowed = [
+            layer < bound and layer % 2 == 0 if kind == "qwen2_moe" else layer >= bound for layer in range(layers)
+        ]
     elif "layer_types" in fields:
         raise AdapterError(f"{read.where}: expected a field layer_types beside use_sliding_window, found none")
     else:

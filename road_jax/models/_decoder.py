@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from road_core import AdapterError
 from road_core._errors import expect
 from road_jax.models import _mesh
-from road_jax.models._config import DecoderConfig
+from road_jax.models._config import DecoderConfig, MixtureConfig
+from road_jax.models._experts import PRODUCT, Experts
 from road_jax.models._rope import Rope
 
 _ACTIVATIONS = {
@@ -38,7 +39,10 @@ Remat = Literal["none", "linears", "full"]
 _POLICIES = {
     # A gather over fsdp is pinned by these two operations, see `_mesh.gathered`.
     "none": lambda primitive, *_, **__: primitive.name not in ("sharding_constraint", "optimization_barrier"),
-    "linears": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "linears": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -217,20 +221,56 @@ def _attend(
 
 
 class MLP(nn.Module):
-    """``down(act(gate(x)) · up(x))``."""
+    """``down(act(gate(x)) · up(x))``, with ``width`` hidden values."""
 
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
+    width: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        sizes = {"gate": c.intermediate_size, "up": c.intermediate_size}
+        sizes = {"gate": self.width, "up": self.width}
         wide = _products(x, sizes, c.mlp_bias, "gate_up" if c.fused else None, types)
         wide = _ACTIVATIONS[c.hidden_act](wide["gate"]) * wide["up"]
         return nn.Dense(c.hidden_size, use_bias=c.mlp_bias, name="down_proj", **types)(wide)
+
+
+class Router(nn.Module):
+    """The probabilities of experts. Like Hugging Face's it is no linear layer, and no adapter rotates it."""
+
+    experts: int
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns float32 ``[batch, length, experts]``."""
+        weight = self.param("weight", nn.initializers.lecun_normal(1, 0), (self.experts, x.shape[-1]), self.param_dtype)
+        return jax.nn.softmax(jnp.dot(x, weight.astype(self.dtype).T).astype(jnp.float32), axis=-1)
+
+
+class Mixture(nn.Module):
+    """A mixture of experts: those that each token chooses, and one that all tokens take if the model has it."""
+
+    config: DecoderConfig
+    mixture: MixtureConfig
+    dtype: Any
+    param_dtype: Any
+    mesh: Mesh | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        m, types = self.mixture, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        probabilities = Router(m.experts, **types, name="gate")(x)
+        experts = Experts(m, _ACTIVATIONS[self.config.hidden_act], **types, mesh=self.mesh, name="experts")
+        y = experts(x, probabilities)
+        if m.shared_width is None:
+            return y
+        gate = nn.Dense(1, use_bias=False, **types, name="shared_expert_gate")(x)
+        return y + nn.sigmoid(gate) * MLP(self.config, **types, width=m.shared_width, name="shared_expert")(x)
 
 
 class Block(nn.Module):
@@ -256,7 +296,11 @@ class Block(nn.Module):
 
         y, new = Attention(c, **types, name="self_attn")(norm(before_attention, x), past, layer, context)
         x = x + _scaled(norm(after_attention, y), c.residual_scale)
-        y = MLP(c, **types, name="mlp")(norm(before_mlp, x))
+        if c.mixture is None:
+            mlp: Any = MLP(c, **types, width=c.intermediate_size, name="mlp")
+        else:
+            mlp = Mixture(c, c.mixture, **types, mesh=self.mesh, name="mlp")
+        y = mlp(norm(before_mlp, x))
         x = x + _scaled(norm(after_mlp, y), c.residual_scale)
         x = _mesh.by_rows(x, self.mesh)
         return x, new if self.keep else None

@@ -29,6 +29,9 @@ from road_jax.models._mesh import check_mesh, shardings
 # Flax's leaf names and PyTorch's. A kernel is a transposed weight.
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
 
+# Names that a type's checkpoints have for the parts of a mixture of experts; the others have ours.
+_EXPERTS = {"mixtral": {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}}
+
 _NAMES = {stored: name for name, stored in FLOATS.items()}
 
 # Buffers in old checkpoints that follow from the config.
@@ -48,7 +51,8 @@ def load(
     """Loads a decoder of the Llama family from ``config.json`` and safetensors, one file or an index of several.
 
     The model type is one of llama, mistral, ministral3, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, smollm3, olmo2,
-    olmo3 and granite. Of gemma3 and mistral3, which have vision, the language model alone is loaded.
+    olmo3 and granite, or, with mixtures of experts, mixtral, qwen2_moe, qwen3_moe and olmoe. Of gemma3 and mistral3,
+    which have vision, the language model alone is loaded.
 
     A checkpoint that bitsandbytes quantised (nf4, with or without double quantisation, or int8) is used as it is: its
     kernels become `road_jax.QuantizedKernel`, with which ``Road.apply`` computes, also with an empty adapter.
@@ -98,30 +102,29 @@ def load(
     module = Decoder(config, dtype=dtype, param_dtype=dtype, scan=scan, remat=remat)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     wanted = flatten(shapes)
-    _check(directory, config, wanted, tensors, scan=scan)
-    layers = config.num_hidden_layers if scan else None
+    sources = {path: _sources(path, config, scan=scan) for path in wanted}
+    _check(directory, config, wanted, tensors, sources, scan=scan)
     if mesh is not None:
         check_mesh(config, mesh)
     places = flatten(shardings({"params": shapes}, mesh)["params"]) if mesh is not None else {}
-    sources = {path: _sources(path, layers) for path in wanted}
     kinds = _kinds(directory, sources, tensors, quantize, exclude)
     params: dict[TreePath, Any] = {}
     for path, leaf in wanted.items():
         found = [tensors[name] for name in sources[path]]
-        stacked = layers is not None and "layers" in path
+        stack = leaf.shape[: _stacks(path, scan=scan)]
         if path in kinds:
             params[path] = read_codes(
                 sources[path],
                 [each if isinstance(each, Quantized) else _array(each) for each in found],
                 kinds[path],
-                stacked=stacked,
+                stack=stack,
                 dtype=_NAMES[found[0].dtype] if own and isinstance(found[0], Quantized) else dtype,
                 shardings=None if mesh is None else functools.partial(_shardings, path, mesh),
             )
         else:
             arrays = [_array(each) for each in found if isinstance(each, Entry)]
             arrays = [array.T for array in arrays] if path[-1] == "kernel" else arrays
-            params[path] = _read(arrays, leaf, stacked=stacked, where=places.get(path))
+            params[path] = _read(arrays, leaf, stack=stack, where=places.get(path))
     return module, {"params": unflatten(params)}
 
 
@@ -162,14 +165,27 @@ def _dtype(entries: Mapping[str, Entry], config: DecoderConfig, directory: str |
     return _NAMES[found]
 
 
-def _sources(path: TreePath, layers: int | None) -> list[str]:
-    """Returns the names of the tensors that make up a param: one, or one for each layer of a stack."""
+def _stacks(path: TreePath, *, scan: bool) -> int:
+    """Returns how many stack axes a param has: one for the layers, and one for the experts."""
+    return (scan and "layers" in path) + ("experts" in path)
+
+
+def _sources(path: TreePath, config: DecoderConfig, *, scan: bool) -> list[str]:
+    """Returns the names of the tensors that make up a param: one, or one for each place in its stacks, in order."""
     *names, leaf = path
-    *names, leaf = [*names, _LEAVES[leaf]]
-    if layers is None or "layers" not in names:
-        return [".".join([*names, leaf])]
-    at = names.index("layers") + 1
-    return [".".join([*names[:at], str(layer), *names[at:], leaf]) for layer in range(layers)]
+    names = [*names, _LEAVES[leaf]]
+    if config.mixture is not None and "mlp" in path:
+        own = _EXPERTS.get(config.model_type, {})
+        names = [own.get(name, name) for name in names]
+    found: list[list[str]] = [[]]
+    for name in names:
+        found = [[*before, name] for before in found]
+        count = config.num_hidden_layers if name == "layers" and scan else 0
+        if name == "experts" and config.mixture is not None:
+            count = config.mixture.experts
+        if count:
+            found = [[*before, str(number)] for before in found for number in range(count)]
+    return [".".join(each) for each in found]
 
 
 def _check(
@@ -177,21 +193,20 @@ def _check(
     config: DecoderConfig,
     wanted: Mapping[TreePath, Any],
     tensors: Mapping[str, Entry | Quantized],
+    sources: Mapping[TreePath, list[str]],
     *,
     scan: bool,
 ) -> None:
     """Checks that every param has its tensor, of the right shape and a floating dtype, and every tensor its param."""
-    layers = config.num_hidden_layers if scan else None
     missing, wrong, expected = [], [], set()
     for path, leaf in wanted.items():
-        for name in _sources(path, layers):
+        shape = [*leaf.shape[_stacks(path, scan=scan) :]]
+        shape = shape[::-1] if path[-1] == "kernel" else shape
+        for name in sources[path]:
             expected.add(name)
             if name not in tensors:
                 missing.append(name)
                 continue
-            stacked = layers is not None and "layers" in path
-            shape = list(leaf.shape[1:] if stacked else leaf.shape)
-            shape = shape[::-1] if path[-1] == "kernel" else shape
             tensor = tensors[name]
             if list(tensor.shape) != shape:
                 wrong.append(f"{name} {list(tensor.shape)} for {shape}")
@@ -251,18 +266,20 @@ def _array(tensor: Entry) -> np.ndarray:
     return array.view(ml_dtypes.bfloat16) if is_bfloat16(array.dtype) else array
 
 
-def _read(arrays: list[np.ndarray], leaf: Any, *, stacked: bool, where: NamedSharding | None) -> jax.Array:
-    """Returns a param in its dtype; a stack is filled layer by layer."""
+def _read(arrays: list[np.ndarray], leaf: Any, *, stack: tuple[int, ...], where: NamedSharding | None) -> jax.Array:
+    """Returns a param in its dtype; a stack is filled from one array after the other."""
     whole = (slice(None),) * leaf.ndim
     if where is None:
-        return jnp.asarray(_share(arrays, leaf, whole, stacked=stacked))
+        return jnp.asarray(_share(arrays, leaf, whole, stack=stack))
     return jax.make_array_from_callback(
-        leaf.shape, where, lambda index: _share(arrays, leaf, index or whole, stacked=stacked)
+        leaf.shape, where, lambda index: _share(arrays, leaf, index or whole, stack=stack)
     )
 
 
-def _share(arrays: list[np.ndarray], leaf: Any, index: tuple[slice, ...], *, stacked: bool) -> np.ndarray:
+def _share(arrays: list[np.ndarray], leaf: Any, index: tuple[slice, ...], *, stack: tuple[int, ...]) -> np.ndarray:
     """Reads one device's share of a param, and no more of the mapped files."""
-    if not stacked:
+    if not stack:
         return np.array(arrays[0][index], leaf.dtype)
-    return np.stack([array[index[1:]] for array in arrays[index[0]]], dtype=leaf.dtype, casting="unsafe")
+    numbers = np.arange(len(arrays)).reshape(stack)[index[: len(stack)]]
+    share = np.stack([arrays[n][index[len(stack) :]] for n in numbers.flat], dtype=leaf.dtype, casting="unsafe")
+    return share.reshape(*numbers.shape, *share.shape[1:])

@@ -80,17 +80,18 @@ def check_mesh(config: DecoderConfig, mesh: Mesh) -> None:
             or the vocabulary, or the fsdp axis doesn't divide the hidden size.
     """
     check_axes(mesh)
-    for name, axis in (
-        ("num_attention_heads", "tensor"),
-        ("num_key_value_heads", "tensor"),
-        ("intermediate_size", "tensor"),
-        ("vocab_size", "tensor"),
-        ("hidden_size", "fsdp"),
-    ):
-        if getattr(config, name) % mesh.shape[axis]:
+    names = ("num_attention_heads", "num_key_value_heads", "vocab_size")
+    sizes = [(name, getattr(config, name), "tensor") for name in names]
+    mixture = config.mixture
+    if mixture is None:
+        sizes.append(("intermediate_size", config.intermediate_size, "tensor"))
+    else:
+        sizes.append(("experts' width", mixture.width, "tensor"))
+        sizes.append(("shared expert's width", mixture.shared_width or 0, "tensor"))
+    for name, size, axis in (*sizes, ("hidden_size", config.hidden_size, "fsdp")):
+        if size % mesh.shape[axis]:
             raise AdapterError(
-                f"mesh: expected an axis {axis} that divides the model's {name} {getattr(config, name)}, "
-                f"found {axis}={mesh.shape[axis]}"
+                f"mesh: expected an axis {axis} that divides the model's {name} {size}, found {axis}={mesh.shape[axis]}"
             )
 
 
@@ -157,8 +158,16 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) 
     check_axes(mesh)
     everywhere = NamedSharding(mesh, P())
     leaves = flatten(params_of(variables))
-    found = {path: _where(path, leaf, mesh, stored=stored) or everywhere for path, leaf in leaves.items()}
+    found = {
+        path: _where(path, leaf, mesh, stored=stored) or jax.tree.map(lambda _: everywhere, leaf)
+        for path, leaf in leaves.items()
+    }
     return {"params": unflatten(found)}
+
+
+def computed(leaves: Mapping[Path, Any], mesh: Mesh) -> dict[Path, Any]:
+    """Returns how leaves that a rule names are sharded while a program computes with them."""
+    return {path: _where(path, leaf, mesh, stored=False) for path, leaf in leaves.items()}
 
 
 def placed(array: Any, where: NamedSharding) -> jax.Array:

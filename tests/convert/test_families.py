@@ -37,6 +37,7 @@ _SMALL = {
 }
 _VISION = {**{k: v for k, v in _SMALL.items() if k != "vocab_size"}, "image_size": 8, "patch_size": 4}
 _DECODER = {**_SMALL, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 _GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
 _OPT = {k: v for k, v in _SMALL.items() if k != "intermediate_size"} | {"ffn_dim": 64, "word_embed_proj_dim": 16}
@@ -70,6 +71,14 @@ MODELS = {
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", _DECODER),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _DECODER),
     "olmo3": ("Olmo3ForCausalLM", "Olmo3Config", _DECODER),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_DECODER, "num_local_experts": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**_DECODER, **_EXPERTS, "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_DECODER, **_EXPERTS}),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**_DECODER, **_EXPERTS, "eos_token_id": 1}),
     "gemma3": (
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",
@@ -168,6 +177,7 @@ LAYOUTS_OF = [
         **dict.fromkeys(
             ["smollm3", "olmo2", "olmo3", "granite", "ministral3", "gemma3", "mistral3"], "scanned unrolled"
         ),
+        **dict.fromkeys(["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"], "scanned unrolled"),
         **dict.fromkeys(["gpt2", "bert", "roberta", "t5", "opt", "vit", "clip"], "transformers"),
     }.items()
     for layout in layouts.split()
@@ -436,6 +446,7 @@ THROUGH = [
     *[("opt", "transformers"), ("vit", "transformers"), ("clip", "transformers"), ("llama", "maxtext")],
     *[("qwen3", "maxtext"), ("qwen3", "tunix"), ("gemma2", "scanned"), ("gemma3_text", "tunix"), ("phi3", "easydel")],
     *[("phi3-apart", "unrolled"), ("gemma3", "scanned"), ("mistral3", "unrolled")],
+    *[("mixtral", "unrolled"), ("qwen2_moe", "scanned")],
 ]
 
 

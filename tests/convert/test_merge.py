@@ -72,7 +72,14 @@ def contents(directory):
 
 @pytest.mark.parametrize(
     ("kind", "variant"),
-    [("llama", "road_1"), ("qwen2", "road_2"), ("qwen3", "road_4"), ("phi3", "road_1"), ("gemma3", "road_2")],
+    [
+        ("llama", "road_1"),
+        ("qwen2", "road_2"),
+        ("qwen3", "road_4"),
+        ("phi3", "road_1"),
+        ("gemma3", "road_2"),
+        ("mixtral", "road_1"),
+    ],
 )
 def test_as_peft_merges(kind, variant, tmp_path):
     base = small_model(kind)

@@ -52,6 +52,7 @@ PROMPTS = ["one two three four", "ten nine", "five </s> six seven eight nine ten
         ("qwen3", "unrolled", {"modules_to_save": ["lm_head"]}),
         ("gemma3_text", "scanned", {}),
         ("gemma3", "scanned", {"target_modules": r".*language_model.*_proj"}),
+        ("qwen3_moe", "scanned", {}),
         ("phi3", "scanned", {"modules_to_save": ["lm_head"]}),
     ],
 )

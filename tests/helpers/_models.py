@@ -16,6 +16,16 @@ WORDS = [
 WITH_VISION = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 
 
+# What configs of mixtures of experts have besides.
+_MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_MIXTURE, "num_experts": 6, "shared_expert_intermediate_size": 128},
+    "qwen3_moe": {**_MIXTURE, "num_experts": 6, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 3},
+}
+
+
 def small_config(kind: str = "llama", **changes) -> transformers.PretrainedConfig:
     """Returns a decoder's config with grouped-query attention and output sizes that are multiples of 64."""
     fields = {
@@ -37,7 +47,7 @@ def small_config(kind: str = "llama", **changes) -> transformers.PretrainedConfi
         text = {**fields, "model_type": WITH_VISION[kind], **changes}
         tied = changes.get("tie_word_embeddings", True)
         return transformers.AutoConfig.for_model(kind, text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    return transformers.AutoConfig.for_model(kind, **{**fields, **changes})
+    return transformers.AutoConfig.for_model(kind, **{**fields, **MIXTURES.get(kind, {}), **changes})
 
 
 def small_model(kind: str = "llama", *, seed: int = 0, **changes) -> transformers.PreTrainedModel:

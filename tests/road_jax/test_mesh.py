@@ -98,7 +98,7 @@ def test_a_mesh_trains_as_one_device(sizes, options, checkpoints, expected):
             assert_close(found, wanted, "float16")  # Adam divides by the root of small gradients
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "phi3", "olmo2"])
+@pytest.mark.parametrize("kind", ["gemma3", "phi3", "olmo2", "qwen2_moe"])
 def test_other_families_on_a_mesh(kind, tmp_path):
     small_checkpoint(tmp_path, kind, num_hidden_layers=2)
     alone, adapter = run(tmp_path, {"data": 1})

@@ -85,6 +85,15 @@ KINDS = {
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         },
     ),
+    "mixtral": ("mixtral", {"sliding_window": 6}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen2_moe, some windows": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3, "num_hidden_layers": 4},
+    ),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe, windows": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5, "norm_topk_prob": False}),
+    "olmoe": ("olmoe", {"attention_bias": True}),
     "granite": (
         "granite",
         {
@@ -197,7 +206,7 @@ def test_logits_where_they_are_wanted(tmp_path):
     "name",
     [
         *("llama", "mistral", "ministral3", "qwen2, some windows", "qwen3"),
-        *("gemma2", "gemma3", "phi3, short", "phi3, long", "smollm3", "olmo2"),
+        *("gemma2", "gemma3", "phi3, short", "phi3, long", "smollm3", "olmo2", "qwen2_moe, some windows"),
     ],
 )
 def test_a_cache_gives_what_one_call_gives(name, scan, tmp_path):
@@ -564,6 +573,22 @@ BAD = {
             ),
         ),
         "expected max_window_layers to be an integer from 0 up, found 'x'",
+    ),
+    "experts in some layers": (
+        lambda d: edit(d, lambda f: f.update(model_type="qwen3_moe", mlp_only_layers=[0])),
+        r"expected experts in each of 3 layers, found mlp_only_layers \[0\] and decoder_sparse_step 1",
+    ),
+    "too few experts": (
+        lambda d: edit(d, lambda f: f.update(model_type="mixtral", num_local_experts=2, num_experts_per_tok=3)),
+        "expected num_experts_per_tok up to num_local_experts 2, found 3",
+    ),
+    "clipped attention": (
+        lambda d: edit(d, lambda f: f.update(model_type="olmoe", num_experts=2, clip_qkv=8.0)),
+        r"expected attention without clip_qkv, found 8\.0",
+    ),
+    "no experts": (
+        lambda d: edit(d, lambda f: f.update(model_type="mixtral", num_local_experts=2, num_experts_per_tok=1)),
+        r"found no model\.layers\.0\.block_sparse_moe\.experts\.0\.w2\.weight",
     ),
     "a missing tensor": (
         lambda d: retensor(d, lambda t: t.pop("model.norm.weight")),

@@ -398,6 +398,20 @@ def test_a_model_with_vision_answers_texts(kind, tmp_path):
     assert not torch.equal(alone, plain)
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_gate_with_one_output_stays_plain(quantize, tmp_path):
+    """In nf4 on a CPU, bitsandbytes can't compute with one."""
+    base, _ = road_torch.load(small_checkpoint(tmp_path, "qwen2_moe"), quantize=quantize)
+    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in base.named_modules()}
+    assert (kinds["shared_expert_gate"], kinds["lm_head"]) == ("Linear", "Linear")
+    assert kinds["q_proj"] == {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantize]
+    model = RoadModel(base, RoadConfig(target_modules="all-linear", group_size=8, init_weights=False), "a").eval()
+    mixed = model.generate(IDS, attention_mask=MASK, adapter_names=["a", "__base__"] * 2, **GREEDY)
+    alone = model.generate(IDS, attention_mask=MASK, **GREEDY)
+    assert torch.equal(mixed[0::2], alone[0::2])
+    assert not torch.equal(mixed[1::2], alone[1::2])
+
+
 @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
 def test_a_dtype_is_named_or_given(dtype, checkpoint):
     base, _ = road_torch.load(checkpoint, dtype=dtype)
