@@ -1,7 +1,8 @@
 """A mixture's experts: MLPs of which each token takes a few (Shazeer et al., "Sparsely-gated MoE", arXiv 1701.06538).
 
-No token is dropped. Each expert's tokens fill blocks of a fixed number of rows, and a loop over the blocks that are
-there multiplies each with its expert's kernel: the arithmetic follows the choices, and the shapes don't.
+No token is dropped. An expert's tokens fill blocks of a fixed number of rows. A loop over the experts that have tokens,
+and within it one over their blocks, multiplies each block with its expert's kernel: the arithmetic follows the choices,
+and the shapes don't.
 
 Shapes: ``tokens``, ``choices`` (of each token), ``blocks``, ``rows`` (of a block).
 """
@@ -26,104 +27,151 @@ from road_jax.models._config import MixtureConfig
 # The name of products with kernels, for checkpoint policies.
 PRODUCT = "experts"
 
-# A block has about as many rows as an expert has tokens, within these limits: more would be empty in the last one.
+# A block has about half as many rows as an expert has tokens, within these limits: of more, more would be empty.
 _ROWS = 8, 128
 
 Kernel = jax.Array | QuantizedKernel
 
 
-class Plan(NamedTuple):
-    """Which tokens each block has.
+class Order(NamedTuple):
+    """Which blocks are whose.
 
     Attributes:
-        tokens: int32 ``[blocks, rows]``, the token in each row; the number of tokens where there is none.
-        experts: int32 ``[blocks]``, the expert of each block.
-        used: int32, how many of the blocks have tokens; they come first.
-        places: int32 ``[tokens, choices]``, the row of each choice, counted through all blocks.
+        starts: int32 ``[experts]``, the first of each expert's blocks.
+        ends: int32 ``[experts]``, the block after its last one.
+        busy: int32 ``[experts]``, the experts, those that have blocks first.
+        count: int32, how many have blocks.
     """
 
-    tokens: jax.Array
-    experts: jax.Array
-    used: jax.Array
+    starts: jax.Array
+    ends: jax.Array
+    busy: jax.Array
+    count: jax.Array
+
+
+class Plan(NamedTuple):
+    """Which choice has which row.
+
+    Attributes:
+        choices: int32 ``[blocks, rows]``, the choice in each row, counted through all tokens; the number of choices
+            where there is none.
+        places: int32 ``[tokens, choices]``, the row of each choice, counted through all blocks.
+        order: whose the blocks are.
+    """
+
+    choices: jax.Array
     places: jax.Array
+    order: Order
 
 
-def plan(chosen: jax.Array, count: int) -> Plan:
-    """Returns blocks for int32 ``[tokens, choices]``, the experts of each token, of which there are ``count``."""
+def plan(chosen: jax.Array, experts: int) -> Plan:
+    """Returns the blocks for int32 ``[tokens, choices]``: which of the experts each token takes."""
     tokens, choices = chosen.shape
     total = tokens * choices
     least, most = _ROWS
-    rows = min(max(least, 1 << (-(-total // count) - 1).bit_length()), most)
+    rows = min(max(least, 1 << max((total // experts).bit_length() - 2, 0)), most)
     # One block for each expert that may have tokens is only in part filled.
-    blocks = (total + min(total, count) * (rows - 1)) // rows
-    order = jnp.argsort(chosen.reshape(-1), stable=True).astype(jnp.int32)
-    sizes = jnp.bincount(chosen.reshape(-1), length=count).astype(jnp.int32)
+    blocks = (total + min(total, experts) * (rows - 1)) // rows
+    by_expert = jnp.argsort(chosen.reshape(-1), stable=True).astype(jnp.int32)
+    sizes = jnp.bincount(chosen.reshape(-1), length=experts).astype(jnp.int32)
     filled = -(-sizes // rows)
+    ends = jnp.cumsum(filled)
     # How far an expert's rows lie behind its choices, where these are sorted by expert.
-    shifts = (jnp.cumsum(filled) - filled) * rows - (jnp.cumsum(sizes) - sizes)
-    by_expert = jnp.arange(total, dtype=jnp.int32) + jnp.repeat(shifts, sizes, total_repeat_length=total)
-    places = jnp.zeros(total, jnp.int32).at[order].set(by_expert, unique_indices=True)
-    held = jnp.full(blocks * rows, tokens, jnp.int32).at[by_expert].set(order // choices, unique_indices=True)
-    experts = jnp.repeat(jnp.arange(count, dtype=jnp.int32), filled, total_repeat_length=blocks)
-    return Plan(held.reshape(blocks, rows), experts, jnp.sum(filled), places.reshape(chosen.shape))
+    shifts = (ends - filled) * rows - (jnp.cumsum(sizes) - sizes)
+    at = jnp.arange(total, dtype=jnp.int32) + jnp.repeat(shifts, sizes, total_repeat_length=total)
+    places = jnp.zeros(total, jnp.int32).at[by_expert].set(at, unique_indices=True)
+    of_rows = jnp.full(blocks * rows, total, jnp.int32).at[at].set(by_expert, unique_indices=True)
+    busy = jnp.argsort(filled == 0, stable=True).astype(jnp.int32)
+    order = Order(ends - filled, ends, busy, jnp.sum(filled > 0, dtype=jnp.int32))
+    return Plan(of_rows.reshape(blocks, rows), places.reshape(chosen.shape), order)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def products(
-    x: jax.Array, kernel: Kernel, experts: jax.Array, used: jax.Array, axes: tuple[str, ...] = ()
-) -> jax.Array:
+# Each of the next two is the other's transpose, but for the sum over choices. Told so, JAX gathers in the backward pass
+# too; else it would scatter, row by row.
+
+
+@jax.custom_vjp
+def spread(x: jax.Array, made: Plan) -> jax.Array:
+    """Lays tokens ``[tokens, hidden]`` into blocks ``[blocks, rows, hidden]``, with zeros in empty rows."""
+    return x.at[made.choices // made.places.shape[1]].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def collect(blocks: jax.Array, made: Plan) -> jax.Array:
+    """Takes the choices ``[tokens, choices, hidden]`` from the rows of blocks ``[blocks, rows, hidden]``."""
+    return blocks.reshape(-1, blocks.shape[-1])[made.places]
+
+
+def _spread_back(made: Plan, d: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.sum(collect(d, made), axis=1), None
+
+
+def _collect_back(made: Plan, d: jax.Array) -> tuple[jax.Array, None]:
+    return d.reshape(-1, d.shape[-1]).at[made.choices].get(mode="fill", fill_value=0), None
+
+
+spread.defvjp(lambda x, made: (spread(x, made), made), _spread_back)
+collect.defvjp(lambda blocks, made: (collect(blocks, made), made), _collect_back)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def products(x: jax.Array, kernel: Kernel, order: Order, axes: tuple[str, ...] = ()) -> jax.Array:
     """Multiplies each block with its expert's kernel.
 
     Args:
         x: ``[blocks, rows, in]``.
-        kernel: ``[experts, in, out]``; quantised ones are dequantised block by block, and get no gradient.
-        experts: int32 ``[blocks]``.
-        used: int32, how many blocks count.
+        kernel: ``[experts, in, out]``; quantised ones are dequantised one by one, and get no gradient.
+        order: whose the blocks are.
         axes: within `jax.shard_map`, the mesh's axes; all arguments are taken to vary along them.
 
     Returns:
-        ``[blocks, rows, out]`` in the dtype of ``x``; zeros in the blocks that don't count.
+        ``[blocks, rows, out]`` in the dtype of ``x``; zeros in blocks that are nobody's.
     """
-    return _products(x, kernel, experts, used, axes, transposed=False)
+    return _products(x, kernel, order, axes, transposed=False)
 
 
-def _forward(
-    x: jax.Array, kernel: Kernel, experts: jax.Array, used: jax.Array, axes: tuple[str, ...]
-) -> tuple[jax.Array, Any]:
-    return _products(x, kernel, experts, used, axes, transposed=False), (x, kernel, experts, used)
+def _forward(x: jax.Array, kernel: Kernel, order: Order, axes: tuple[str, ...]) -> tuple[jax.Array, Any]:
+    return _products(x, kernel, order, axes, transposed=False), (x, kernel, order)
 
 
-def _backward(axes: tuple[str, ...], kept: Any, d: jax.Array) -> tuple[jax.Array, jax.Array | None, None, None]:
-    x, kernel, experts, used = kept
-    dx = _products(d, kernel, experts, used, axes, transposed=True)
+def _backward(axes: tuple[str, ...], kept: Any, d: jax.Array) -> tuple[jax.Array, jax.Array | None, None]:
+    x, kernel, order = kept
+    dx = _products(d, kernel, order, axes, transposed=True)
     if isinstance(kernel, QuantizedKernel):
-        return dx, None, None, None
+        return dx, None, None
 
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        return total.at[experts[i]].add((x[i].T @ d[i]).astype(total.dtype))
+    def of_expert(expert: jax.Array, kernels: jax.Array) -> jax.Array:
+        def add(i: jax.Array, total: jax.Array) -> jax.Array:
+            return total + (x[i].T @ d[i]).astype(total.dtype)
 
-    # This loop is left out of a compiled program that doesn't return the kernels' gradient.
-    start = _varying(jnp.zeros(kernel.shape, kernel.dtype), axes)
-    return dx, jax.lax.fori_loop(0, used, add, start), None, None
+        total = jax.lax.fori_loop(order.starts[expert], order.ends[expert], add, jnp.zeros_like(kernels[0]))
+        return jax.lax.dynamic_update_index_in_dim(kernels, total, expert, 0)
+
+    # These loops are left out of a compiled program that doesn't return the kernels' gradient.
+    return dx, _over_busy(of_expert, order, _varying(jnp.zeros(kernel.shape, kernel.dtype), axes)), None
 
 
 products.defvjp(_forward, _backward)
 
 
-def _products(
-    x: jax.Array, kernel: Kernel, experts: jax.Array, used: jax.Array, axes: tuple[str, ...], *, transposed: bool
-) -> jax.Array:
+def _products(x: jax.Array, kernel: Kernel, order: Order, axes: tuple[str, ...], *, transposed: bool) -> jax.Array:
     dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
 
-    def multiply(i: jax.Array, y: jax.Array) -> jax.Array:
-        own = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, experts[i], keepdims=False), kernel)
-        own = own.dequantize() if isinstance(own, QuantizedKernel) else own
-        product = jax.lax.dot_general(x[i], own.astype(x.dtype), dimensions)
-        return jax.lax.dynamic_update_index_in_dim(y, product, i, 0)
+    def of_expert(expert: jax.Array, y: jax.Array) -> jax.Array:
+        own = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, expert, keepdims=False), kernel)
+        own = (own.dequantize() if isinstance(own, QuantizedKernel) else own).astype(x.dtype)
 
-    sizes = kernel.shape[-2:]
-    start = jnp.zeros((*x.shape[:2], sizes[0] if transposed else sizes[1]), x.dtype)
-    return jax.lax.fori_loop(0, used, multiply, _varying(start, axes))
+        def multiply(i: jax.Array, y: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(y, jax.lax.dot_general(x[i], own, dimensions), i, 0)
+
+        return jax.lax.fori_loop(order.starts[expert], order.ends[expert], multiply, y)
+
+    size = kernel.shape[-2 if transposed else -1]
+    return _over_busy(of_expert, order, _varying(jnp.zeros((*x.shape[:2], size), x.dtype), axes))
+
+
+def _over_busy(of_expert: Callable[[jax.Array, jax.Array], jax.Array], order: Order, start: jax.Array) -> jax.Array:
+    return jax.lax.fori_loop(0, order.count, lambda i, y: of_expert(order.busy[i], y), start)
 
 
 def _varying(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -211,12 +259,12 @@ class Experts(nn.Module):
         made = plan(chosen, m.experts)
 
         def product(name: str, blocks: jax.Array) -> jax.Array:
-            return checkpoint_name(products(blocks, kernels[name], made.experts, made.used, axes), PRODUCT)
+            return checkpoint_name(products(blocks, kernels[name], made.order, axes), PRODUCT)
 
-        blocks = x.reshape(-1, x.shape[-1]).at[made.tokens].get(mode="fill", fill_value=0)
+        blocks = spread(x.reshape(-1, x.shape[-1]), made)
         wide = self.activation(product("gate_proj", blocks)) * product("up_proj", blocks)
-        results = product("down_proj", wide).reshape(-1, x.shape[-1])[made.places]
-        return jnp.sum(results.astype(jnp.float32) * weights[..., None], axis=1).astype(x.dtype).reshape(x.shape)
+        results = collect(product("down_proj", wide), made).astype(jnp.float32)
+        return jnp.sum(results * weights[..., None], axis=1).astype(x.dtype).reshape(x.shape)
 
 
 def _everywhere(array: jax.Array, spec: P) -> jax.Array:

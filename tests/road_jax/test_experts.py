@@ -44,36 +44,64 @@ def test_each_choice_has_a_row_of_its_own_in_a_block_of_its_expert(tokens, count
     # Some experts are preferred, and some get no token.
     scores = rng.normal(size=(tokens, count)) + np.linspace(0, 4, count)
     chosen = np.argsort(-scores, axis=1)[:, :choices].astype(np.int32)
-    made = jax.tree.map(np.asarray, _experts.plan(jnp.asarray(chosen), count))
-    blocks, rows = made.tokens.shape
-    assert len(set(made.places.ravel())) == tokens * choices
-    np.testing.assert_array_equal(
-        made.tokens.ravel()[made.places], np.arange(tokens)[:, None] + np.zeros_like(made.places)
-    )
-    np.testing.assert_array_equal(made.experts[made.places // rows], chosen)
+    held, places, order = jax.tree.map(np.asarray, _experts.plan(jnp.asarray(chosen), count))
+    blocks, rows = held.shape
+    np.testing.assert_array_equal(held.ravel()[places].ravel(), np.arange(tokens * choices))
     # All other rows are empty.
-    assert (made.tokens < tokens).sum() == tokens * choices
+    assert (held < tokens * choices).sum() == tokens * choices
+    assert np.all(order.starts[chosen] * rows <= places)
+    assert np.all(places < order.ends[chosen] * rows)
     sizes = np.bincount(chosen.ravel(), minlength=count)
-    assert made.used == sum(-(-sizes // rows)) <= blocks
-    assert (made.tokens[made.used :] == tokens).all()
+    np.testing.assert_array_equal(order.ends - order.starts, -(-sizes // rows))
+    assert order.ends[-1] <= blocks
+    assert sorted(order.busy) == list(range(count))
+    np.testing.assert_array_equal(np.sort(order.busy[: order.count]), np.flatnonzero(sizes))
+
+
+def test_spreading_and_collecting():
+    chosen = jnp.asarray([[0, 2], [2, 1], [0, 1], [0, 2]], jnp.int32)
+    made = _experts.plan(chosen, 4)
+    x = jnp.asarray(named_values("x", 4, 16))
+
+    def through(x):
+        blocks = _experts.spread(x, made)
+        # Each row of a block is changed in its own way.
+        return jnp.sin(blocks + jnp.arange(blocks.size, dtype=jnp.float32).reshape(blocks.shape))
+
+    def found(x):
+        return _experts.collect(through(x), made)
+
+    def expected(x):
+        # The same with gradients as JAX derives them.
+        blocks = x.at[made.choices // 2].get(mode="fill", fill_value=0)
+        turned = jnp.sin(blocks + jnp.arange(blocks.size, dtype=jnp.float32).reshape(blocks.shape))
+        return turned.reshape(-1, 16)[made.places]
+
+    np.testing.assert_array_equal(found(x), expected(x))
+    np.testing.assert_array_equal(_experts.collect(_experts.spread(x, made), made), jnp.repeat(x[:, None], 2, axis=1))
+    weights = jnp.asarray(named_values("weights", 4, 2, 16))
+    ours, theirs = (jax.grad(lambda x, f=f: jnp.sum(f(x) * weights))(x) for f in (found, expected))
+    assert_close(ours, theirs, "float32")
 
 
 @pytest.mark.parametrize("kind", [None, "nf4", "int8"])
 def test_products_and_their_gradients(kind):
     kernel = jnp.asarray(named_values("kernel", 3, 128, 64))
     x = jnp.asarray(named_values("x", 5, 8, 128))
-    experts, used = jnp.asarray([0, 2, 2, 1, 0], jnp.int32), jnp.asarray(4, jnp.int32)
+    # The second of three experts has no token, and the last block is nobody's.
+    order = _experts.Order(*(jnp.asarray(each, jnp.int32) for each in ([0, 1, 1], [1, 1, 4], [0, 2, 1], 2)))
+    experts = jnp.asarray([0, 2, 2, 2, 1])
     plain = kernel
     if kind is not None:
         kernel = quantize({"params": {"layer": {"kernel": kernel}}}, kind)["params"]["layer"]["kernel"]
         plain = kernel.dequantize()
 
     def found(x, kernel):
-        return _experts.products(x, kernel, experts, used)
+        return _experts.products(x, kernel, order)
 
     def expected(x, kernel):
         y = jnp.einsum("bri,bio->bro", x, kernel[experts])
-        return jnp.where(jnp.arange(5)[:, None, None] < used, y, 0)
+        return jnp.where(jnp.arange(5)[:, None, None] < 4, y, 0)
 
     assert_close(found(x, kernel), expected(x, plain), "float32")
 
@@ -120,10 +148,10 @@ def test_no_gradient_of_an_experts_kernel_is_computed(checkpoint):
         return len(re.findall(r" while\(", program))
 
     found = {remat: loops(remat, (0,)) for remat in ("linears", "full")}
-    # Each product is a loop; the kernels' gradients are three more.
-    assert {remat: loops(remat, (0, 1)) - found[remat] for remat in found} == {"linears": 3, "full": 3}
+    # Each product is two loops, and so are the kernels' gradients.
+    assert {remat: loops(remat, (0, 1)) - found[remat] for remat in found} == {"linears": 6, "full": 6}
     # Products are kept like those of linear layers, or else computed twice.
-    assert found["linears"] == found["full"] - 3
+    assert found["linears"] == found["full"] - 6
 
 
 def test_tokens_stay_on_their_device(checkpoint, tmp_path):
