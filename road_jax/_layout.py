@@ -53,7 +53,7 @@ class Place:
         sizes: the sizes of its output axes, in the layout's order.
         marks: the shapes of its kernel, bias and θ by name, with 0 for the layer's own axes: other entries are a
             stack's axes. None unless ``model.init`` was traced, which alone reveals them.
-        dense: whether the layer is an ``nn.Dense``.
+        dense: whether the layer is an ``nn.Dense`` that no norm of its params contains.
     """
 
     layout: Layout
@@ -123,17 +123,25 @@ def mark_axes(scope: nn.module.Scope, layout: Layout) -> None:
     """Adds an empty array beside each of kernel, bias and θ; Flax gives it the same stack axes as the array itself."""
     for leaf in (layout.kernel, layout.bias, "road_theta"):
         if scope.has_variable("params", leaf):
-            shape = (0,) * unbox(scope.get_variable("params", leaf)).ndim
+            *lead, _ = (0,) * unbox(scope.get_variable("params", leaf)).ndim
+            # nn.SpectralNorm makes a matrix of it with as many columns as there are on the last axis.
+            shape = (*lead, _OWN) if lead else (0,)
             scope.param(_MARK + leaf, lambda _, shape=shape: jnp.zeros(shape))
 
 
 def marked_axes(declared: Mapping[Path, jax.Array], path: Path, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Returns, for `Place`, the shapes of the arrays that `mark_axes` added to the scope at a path."""
     marks = {leaf: declared.get((*path, _MARK + leaf)) for leaf in (layout.kernel, layout.bias, "road_theta")}
-    return {leaf: mark.shape for leaf, mark in marks.items() if mark is not None}
+    return {
+        leaf: tuple(0 if size == _OWN else size for size in mark.shape)
+        for leaf, mark in marks.items()
+        if mark is not None
+    }
 
 
 _MARK = "road_axes_of_"
+# Stands for a layer's own last axis, and is no stack's size. Nothing is allocated: another axis is 0.
+_OWN = (1 << 31) - 1
 
 
 def along(array: jax.Array, axes: tuple[int, ...], function: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -146,7 +146,8 @@ def _locate(
                 f"outputs and which a stack's, found none beside shape {list(kernel)}"
             )
         if not choices:
-            raise AdapterError(f"{path}.{layout.kernel}: {_misfit(kernel, theta)}")
+            hint = "" if place else " (with sample inputs, a stack's axes are known wherever they are)"
+            raise AdapterError(f"{path}.{layout.kernel}: {_misfit(kernel, theta)}{hint}")
         axes, stack = choices[0]
         stacks = dict.fromkeys(shapes, stack)
         # In a layer that isn't known, all of the bias's own axes are outputs.

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import DenyList, Scope, init
 
 from road_core import AdapterError, RoadConfig, check_group_size, parameter_size, select_modules, subspace_blocks
 from road_core._errors import expect, listed
@@ -126,21 +127,33 @@ class Road(Functions):
         # Every module's name and type.
         names: dict[str, str] = {}
         mixed: dict[str, str] = {}
+        normed = 0
+        mark = next(_numbers) if isinstance(self.model, nn.Module) else None
 
         def declare(
             forget: Callable, next_fn: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext
         ) -> Any:
+            nonlocal normed
             module = context.module
+            if not _is_marked(module, mark):
+                return next_fn(*args, **kwargs)
             if module.scope is not None and module.path:
                 names[dotted(module.path)] = type(module).__name__
             forget(module)
-            result = next_fn(*args, **kwargs)
+            is_norm = isinstance(module, nn.WeightNorm | nn.SpectralNorm)
+            normed += is_norm
+            try:
+                result = next_fn(*args, **kwargs)
+            finally:
+                normed -= is_norm
             layout = _layout(context, self.layers, args, kwargs)
             # A model may call a layer on arrays of its own choice (`layer.apply`), as tied heads do: not the layer's
             # params.
             if layout is not None and module.scope.is_mutable_collection("params"):
                 sizes = tuple(result.shape[axis] for axis in layout.result)
-                first = places.setdefault(module.path, Place(layout, sizes, dense=isinstance(module, nn.Dense))).layout
+                # A norm can't compute with codes.
+                dense = isinstance(module, nn.Dense) and not normed
+                first = places.setdefault(module.path, Place(layout, sizes, dense=dense)).layout
                 if (first.kernel, first.kernel_axes) != (layout.kernel, layout.kernel_axes):
                     mixed[dotted(module.path)] = " and ".join(
                         f"{one.kernel} with outputs at {list(one.kernel_axes)}" for one in (first, layout)
@@ -155,7 +168,7 @@ class Road(Functions):
         def shapes(rng: jax.Array, args: Any, kwargs: Any) -> Any:
             kwargs = {name: value for name, value in kwargs.items() if name not in ("rngs", "mutable")}
             with traced_anew() as forget, nn.intercept_methods(functools.partial(declare, forget)):
-                return self.model.init(rng, *args, **kwargs)
+                return _init_marked(self.model, mark, rng, args, kwargs)
 
         traced = trace(shapes, rng, args, kwargs)
         declared = flatten(unbox(traced["params"]))
@@ -372,6 +385,8 @@ class Road(Functions):
     ) -> dict[str, Any]:
         """Quantises the kernels of the model's ``nn.Dense`` layers and no others, as `road_jax.quantize` does.
 
+        Layers in ``nn.WeightNorm`` and ``nn.SpectralNorm`` are left plain.
+
         Args:
             variables: the model's variables.
             kind: ``"nf4"`` or ``"int8"``.
@@ -451,9 +466,10 @@ class Road(Functions):
         return {path: self._seen[path] for path in paths if path in self._seen}
 
     def _own_axes(self, variables: Mapping[str, Any], adapter: Tree, args: Any, kwargs: Any) -> dict[Path, int]:
-        """Finds the layer's own axis in θ of several adapters, for stacks whose axis Flax counts from the end.
+        """Finds the layer's own axis in θ of several adapters, where the adapters' axis is to be joined to it.
 
-        There Flax would mistake the adapters' axis for the stack's, unless it is joined to the layer's own axis.
+        In stacks whose axis Flax counts from the end, it would mistake the adapters' axis for the stack's. Outside of
+        stacks, ``nn.SpectralNorm`` would take θ with a second axis for a kernel.
         """
         leaves = flatten(adapter)
         axes = {path: unbox(leaves[*path, "road_theta"]).ndim for path in adapted_paths(adapter)}
@@ -462,7 +478,11 @@ class Road(Functions):
             # If these inputs can't be traced, calling the model will fail anyway, or it has no such stack.
             with contextlib.suppress(Exception):
                 self._places(variables, adapter, args, kwargs)
-        found: dict[Path, int] = {}
+        found = {
+            path: 0
+            for path, ndim in axes.items()
+            if ndim == 2 and not ((place := self._seen.get(path)) and place.marks and place.stack("road_theta"))
+        }
         for path in stacks:
             place = self._seen.get(path)
             if place is None or place.marks is None or axes[path] != len(place.marks["road_theta"]) + 1:
@@ -565,6 +585,33 @@ def check_linen(model: Any, for_nnx: str) -> None:
     called = callable(getattr(model, "init", None)) and hasattr(model, "apply")
     if isinstance(model, type | Functions) or not called:
         raise AdapterError(f"model: expected a Linen module (for NNX: {for_nnx}), found {type(model).__name__}")
+
+
+_FLAG = "road_model"
+
+
+def _init_marked(model: nn.Module, mark: int | None, rng: jax.Array, args: Any, kwargs: Any) -> Any:
+    """Like ``model.init``, but tells the model's own modules from those of a model that it initialises within itself.
+
+    The latter may have the same paths.
+    """
+    if mark is None:
+        return model.init(rng, *args, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name != "capture_intermediates"}
+    method = kwargs.pop("method", None) or "__call__"
+
+    def run(scope: Scope, *args: Any, **kwargs: Any) -> Any:
+        own = model.clone(parent=scope, _deep_clone=True)
+        if isinstance(method, str):
+            return getattr(own, method)(*args, **kwargs)
+        return getattr(method, "__func__", method)(own, *args, **kwargs)
+
+    # Lifted transforms pass flags on to their scopes.
+    return init(run, DenyList("intermediates"), flags={_FLAG: mark})(rng, *args, **kwargs)[1]
+
+
+def _is_marked(module: nn.Module, mark: int | None) -> bool:
+    return module.scope is None or module.scope.get_flag(_FLAG, None) == mark
 
 
 def _join_last(array: jax.Array, axis: int) -> jax.Array:

@@ -40,13 +40,13 @@ class Order(NamedTuple):
         starts: int32 ``[experts]``, the first of each expert's blocks.
         ends: int32 ``[experts]``, the block after its last one.
         busy: int32 ``[experts]``, the experts, those that have blocks first.
-        count: int32, how many have blocks.
+        used: int32, how many have blocks.
     """
 
     starts: jax.Array
     ends: jax.Array
     busy: jax.Array
-    count: jax.Array
+    used: jax.Array
 
 
 class Plan(NamedTuple):
@@ -171,7 +171,7 @@ def _products(x: jax.Array, kernel: Kernel, order: Order, axes: tuple[str, ...],
 
 
 def _over_busy(of_expert: Callable[[jax.Array, jax.Array], jax.Array], order: Order, start: jax.Array) -> jax.Array:
-    return jax.lax.fori_loop(0, order.count, lambda i, y: of_expert(order.busy[i], y), start)
+    return jax.lax.fori_loop(0, order.used, lambda i, y: of_expert(order.busy[i], y), start)
 
 
 def _varying(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -12,7 +12,17 @@ from road_core import AdapterError, InterventionConfig, output_size, parameter_s
 from road_jax._intervene import at_prompt, check_blocks, check_choice, hidden_states, parameters, prompt_of
 from road_jax._transform import trace
 from road_jax._tree import ROAD_LEAVES, Tree
-from road_jax.nnx._wrap import Around, CallInput, RoadLayer, RoadParam, Rotated, during_call, modules_of, rotate
+from road_jax.nnx._wrap import (
+    Around,
+    CallInput,
+    RoadLayer,
+    RoadParam,
+    Rotated,
+    during_call,
+    modules_of,
+    refuse_tuples,
+    rotate,
+)
 
 
 class RoadBlock(Rotated):
@@ -172,6 +182,7 @@ def intervene(
         for name, node in modules
         if id(node) not in inside and is_block(node.base if isinstance(node, RoadLayer) else node)
     }
+    refuse_tuples(model, found)
     # A block with several names is one block.
     first = {id(node): name for name, node in reversed(found.items())}
     names = {name: first[id(node)] for name, node in found.items()}

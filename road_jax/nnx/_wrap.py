@@ -3,13 +3,14 @@
 import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx import graphlib
 
 from road_core import (
     AdapterError,
@@ -262,6 +263,7 @@ def wrap(model: nnx.Module, config: RoadConfig, *, rngs: nnx.Rngs | None = None,
                 f"{name}: expected nnx.Linear, nnx.LinearGeneral or nnx.Einsum, or a type that wrap's layers declare, "
                 f"found {type(modules[name]).__name__}"
             )
+    refuse_tuples(model, {name: modules[name] for name in chosen})
     normed = _normed(model)
     for name in chosen:
         if (norm := normed.get(id(modules[name]))) is not None:
@@ -522,11 +524,16 @@ def _adapted(node: Any, name: str, layout: Layout, config: RoadConfig, key: jax.
         raise AdapterError(f"{name}: expected a {layout.kernel} of {layout.ndim} axes, found shape {list(sizes)}")
     out = _outputs(node, layout)
     declared = getattr(node, "out_features", out)
-    if math.prod((declared,) if isinstance(declared, int) else declared) != out:
+    stack, bias = sizes[: len(sizes) - layout.ndim], getattr(node, layout.bias, None)
+    if (
+        math.prod((declared,) if isinstance(declared, int) else declared) != out
+        or (isinstance(node, nnx.Linear) and layout.kernel == "kernel" and sizes[-2] != node.in_features)
+        or (isinstance(bias, nnx.Variable) and bias.shape[: len(stack)] != stack)
+    ):
         raise AdapterError(f"{name}: expected stack axes first, found a {layout.kernel} of shape {list(sizes)}")
     check_group_size(out, config.group_size, name)
     subspace_blocks(out, config.subspace, name)
-    shape = (*sizes[: len(sizes) - layout.ndim], parameter_size(config.variant, out))
+    shape = (*stack, parameter_size(config.variant, out))
     theta, alpha = jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32)
     if key is not None:
         path_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -587,7 +594,22 @@ def nodes_of(model: nnx.Module) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def modules_of(model: nnx.Module, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, nnx.Module]]:
     """Yields every module below a model by every name it has there."""
-    for name, child in nnx.iter_children(model):
-        if isinstance(child, nnx.Module) and id(child) not in above:
+    # nnx.iter_children leaves out what is in plain lists, tuples and dicts.
+    for name, child in graphlib.get_node_impl(model).node_dict(model).items():
+        if id(child) in above or isinstance(child, nnx.Variable) or not graphlib.is_node(child):
+            continue
+        if isinstance(child, nnx.Module):
             yield f"{path}{name}", child
-            yield from modules_of(child, f"{path}{name}.", (*above, id(child)))
+        yield from modules_of(child, f"{path}{name}.", (*above, id(child)))
+
+
+def refuse_tuples(model: nnx.Module, chosen: Mapping[str, nnx.Module]) -> None:
+    """Refuses modules, by their names, whose place can't be taken by another.
+
+    Raises:
+        AdapterError: one is an element of a tuple.
+    """
+    fixed = {id(child) for _, node in nnx.iter_graph(model) if isinstance(node, tuple) for child in node}
+    for name, node in chosen.items():
+        if id(node) in fixed:
+            raise AdapterError(f"{name}: expected a module in an attribute, a list or a dict, found one in a tuple")

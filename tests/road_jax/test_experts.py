@@ -55,7 +55,7 @@ def test_each_choice_has_a_row_of_its_own_in_a_block_of_its_expert(tokens, count
     np.testing.assert_array_equal(order.ends - order.starts, -(-sizes // rows))
     assert order.ends[-1] <= blocks
     assert sorted(order.busy) == list(range(count))
-    np.testing.assert_array_equal(np.sort(order.busy[: order.count]), np.flatnonzero(sizes))
+    np.testing.assert_array_equal(np.sort(order.busy[: order.used]), np.flatnonzero(sizes))
 
 
 def test_spreading_and_collecting():

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from _compare import assert_close, named_values
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 import road_core
@@ -255,6 +257,77 @@ def test_params_seen_through_a_function(x):
     p = variables["params"]["block"]["dense"]
     y = np.asarray(x, np.float64) @ (np.asarray(p["kernel"], np.float64) / 2) + np.asarray(p["bias"], np.float64)
     assert_close(found, np.tanh(turn(y, adapter["block"]["dense"])), "float32")
+
+
+class Pair(nn.Module):
+    """Called by `Hyper`; one layer has the path of a layer there, and the other an odd number of outputs."""
+
+    out: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(33)(nn.Dense(self.out)(x))
+
+
+class Hyper(nn.Module):
+    """Initialises another model within itself: for its params, for their number, and for its result alone."""
+
+    def setup(self):
+        shapes = jax.eval_shape(Pair(16, parent=None).init, jax.random.key(0), jnp.ones((1, 32)))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+        flat, self.unravel = ravel_pytree(zeros)
+        self.made = nn.Dense(-(-flat.size // GROUP) * GROUP)
+        self.count = flat.size
+        self.kept = self.param("kept", lambda key: Pair(16, parent=None).init(key, jnp.ones((1, 32)))["params"])
+        self.Dense_0 = nn.Dense(64)
+
+    def __call__(self, x):
+        y, _ = Pair(16, parent=None).init_with_output(jax.random.key(0), x)
+        y = y + Pair(16, parent=None).apply({"params": self.kept}, x)
+        params = self.unravel(self.made(x[0, 0])[: self.count])
+        return self.Dense_0(x)[..., :33] + y + Pair(16, parent=None).apply(params, x)
+
+
+def test_a_model_that_is_initialised_within_another_is_not_adapted(x):
+    road, variables, adapter = adapt(Hyper(), x)
+    assert {path: leaf.shape[-1] for path, leaf in flatten_dict(adapter).items() if path[-1] == "road_theta"} == {
+        ("Dense_0", "road_theta"): 32,
+        ("made", "road_theta"): variables["params"]["made"]["kernel"].shape[1] // 2,
+    }
+    check_merge(road, variables, adapter, x)
+    # A method may be named, or given in any form.
+    for method in ("__call__", Hyper.__call__, road.model.__call__, lambda model, x: model(x)):
+        again = road.init(jax.random.key(1), variables, x, method=method)
+        assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, adapter)
+
+
+class Normed(nn.Module):
+    norm: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        how = {"update_stats": False} if self.norm is nn.SpectralNorm else {}
+        x = self.norm(nn.Dense(64, name="first"))(x, **how)
+        x = nn.Dense(32, name="plain")(nn.relu(x))
+        return self.norm(nn.DenseGeneral((4, 8), name="heads"))(x, **how)
+
+
+@pytest.mark.parametrize("norm", [nn.WeightNorm, nn.SpectralNorm])
+def test_layers_in_norms_of_their_params(norm, x):
+    """The rotation is of what the layer gives with its normed kernel, also where rows have their own adapters."""
+    road, variables, adapter = adapt(Normed(norm), x)
+    bare = road.model.apply(variables, x)
+    expected = turn(bare, adapter["heads"], axes=2)
+    assert_close(road.apply(variables, {"heads": adapter["heads"]}, x), expected, "float32", moved_from=bare)
+    second = jax.tree.map(lambda leaf: leaf + 0.2, adapter)
+    several = road_jax.stack_adapters([adapter, second])
+    mixed = road.apply(variables, several, x, adapter_ids=jnp.asarray([2, 1]))
+    for row, alone in enumerate((second, adapter)):
+        assert_close(mixed[row], road.apply(variables, alone, x)[row], "float32")
+    quantized = road.quantize(variables, "int8")
+    kinds = {name: type(layer["kernel"]).__name__ for name, layer in quantized["params"].items() if "kernel" in layer}
+    assert kinds == {"first": "ArrayImpl", "plain": "QuantizedKernel", "heads": "ArrayImpl"}
+    assert_close(road.apply(quantized, adapter, x), road.apply(road_jax.dequantize(quantized), adapter, x), "float32")
 
 
 class Boxed(nn.Module):

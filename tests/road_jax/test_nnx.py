@@ -31,6 +31,9 @@ class Net(nnx.Module):
         return self.lm_head(self.mix(x).reshape(x.shape))
 
 
+ALL = RoadConfig(target_modules="all-linear", group_size=2)
+
+
 def set_values(model):
     for path, variable in nnx.iter_graph(model):
         if isinstance(variable, RoadParam):
@@ -571,6 +574,64 @@ def test_trees_that_are_no_modules_are_wrapped():
     assert adapted(jnp.ones((2, 4))).shape == (2, 64)
     for tree in (adapted, road_jax.nnx.wrap({"up": nnx.Linear(4, 64, rngs=nnx.Rngs(0))}, config)):
         assert road_jax.nnx.get_adapter(tree)["up"]["road_theta"].shape == (32,)
+
+
+class Containers(nnx.Module):
+    """Layers in plain containers, which need no wrapper where a module is no pytree."""
+
+    def __init__(self, rngs):
+        self.blocks = nnx.data([nnx.Linear(16, 16, rngs=rngs), {"inner": nnx.Linear(16, 16, rngs=rngs)}])
+        self.last = nnx.Linear(16, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.blocks[1]["inner"](nnx.gelu(self.blocks[0](x))))
+
+
+class NoTree(Containers, pytree=False):
+    def __init__(self, rngs):
+        self.blocks = [nnx.Linear(16, 16, rngs=rngs), {"inner": nnx.Linear(16, 16, rngs=rngs)}]
+        self.last = nnx.Linear(16, 16, rngs=rngs)
+
+
+@pytest.mark.parametrize("kind", [Containers, NoTree])
+def test_layers_in_plain_containers(kind, x):
+    model = kind(nnx.Rngs(0))
+    adapted = set_values(wrap(model, ALL))
+    adapter = road_jax.nnx.get_adapter(adapted)
+    assert jax.tree.map(jnp.shape, adapter["blocks"]["1"]["inner"]) == {"road_alpha": (8,), "road_theta": (8,)}
+    assert adapter.keys() == {"blocks", "last"}
+    y, bare = adapted(x), model(x)
+    second = wrap(model, ALL)
+    np.testing.assert_array_equal(second(x), bare)
+    road_jax.nnx.set_adapter(second, adapter)
+    assert_close(second(x), y, "float32", moved_from=bare)
+    road_jax.nnx.merge(second)
+    assert_close(unwrap(second)(x), y, "float32", moved_from=bare)
+
+
+def test_layers_in_tuples_are_refused(x):
+    model = Containers(nnx.Rngs(0))
+    model.blocks = nnx.data((model.blocks[0], model.blocks[1]))
+    said = r"^blocks\.0: expected a module in an attribute, a list or a dict, found one in a tuple$"
+    with pytest.raises(AdapterError, match=said):
+        wrap(model, ALL)
+    config = road_jax.InterventionConfig(layers=[0], group_size=2)
+    with pytest.raises(AdapterError, match=said):
+        road_jax.nnx.intervene(model, config, x, blocks=nnx.Linear)
+    wrap(model, RoadConfig(target_modules=["last"], group_size=2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_stack_on_another_axis_is_refused(bias):
+    @nnx.vmap(in_axes=0, out_axes=nnx.StateAxes({nnx.Param: 1}))
+    def make(rngs):
+        return nnx.Linear(16, 8, use_bias=bias, rngs=rngs)
+
+    # With the depth of the inputs' number, the bias alone shows it.
+    for depth in (3, 16) if bias else (3,):
+        model = nnx.Sequential(make(nnx.Rngs(0).fork(split=depth)))
+        with pytest.raises(AdapterError, match=r"layers\.0: expected stack axes first, found a kernel of shape"):
+            wrap(model, ALL)
 
 
 def test_what_does_not_fit_is_refused():
