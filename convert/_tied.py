@@ -14,7 +14,10 @@ from road_core._files import inside, read_json
 from road_core._safetensors import INDEX, SINGLE, has_own_head, read_entries
 
 # Families whose models have a head of their own if config.json doesn't say otherwise.
-_UNTIED = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "olmo2", "olmo3", "granite")
+_UNTIED = (
+    *("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "olmo2", "olmo3", "granite"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+)
 
 
 def read_model(directory: str | os.PathLike) -> dict[str, Any]:
@@ -25,7 +28,9 @@ def read_model(directory: str | os.PathLike) -> dict[str, Any]:
     """
     fields = read_json(inside(directory, "config.json"))
     if isinstance(text := fields.get("text_config"), dict):
-        fields = {**text, **{name: fields[name] for name in ("tie_word_embeddings",) if name in fields}}
+        # Of a model with vision, the text's part doesn't say it.
+        tied = is_tied(fields)
+        fields = text if tied is None else {**text, "tie_word_embeddings": tied}
     stored = any((Path(directory) / name).is_file() for name in (SINGLE, INDEX))
     if is_tied(fields) and stored and has_own_head(read_entries(directory)):
         fields = {**fields, "tie_word_embeddings": False}

@@ -1,5 +1,7 @@
 """A trained embedding that is shared by the head, between Flax, PEFT and merged checkpoints."""
 
+import json
+
 import jax
 import numpy as np
 import peft
@@ -12,7 +14,7 @@ from _models import small_checkpoint
 
 import convert
 import road_jax
-from convert._tied import is_tied
+from convert._tied import is_tied, read_model
 from road_core import Adapter, AdapterError, RoadConfig, read_flax, read_peft, write_peft
 from road_jax import models
 from road_jax.models._config import MODEL_TYPES
@@ -119,3 +121,20 @@ def test_a_tied_head_has_no_adapter_in_flax(tmp_path):
 def test_whether_a_head_is_tied_where_the_config_does_not_say(kind):
     assert is_tied({"model_type": kind}) == transformers.AutoConfig.for_model(kind).tie_word_embeddings
     assert is_tied({"model_type": "another"}) is None
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_of_a_model_with_vision_the_texts_part_does_not_say_it(kind, said, tmp_path):
+    small_checkpoint(tmp_path, kind, tie_word_embeddings=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["text_config"]["tie_word_embeddings"] = False
+    if not said:
+        del fields["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert is_tied(read_model(tmp_path))
+    module, _ = models.load(tmp_path)
+    assert module.config.tie_word_embeddings
+    with torch.no_grad():
+        auto = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert auto.lm_head.weight is auto.get_input_embeddings().weight
