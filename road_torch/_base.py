@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from road_core import Adapter, AdapterError, RoadConfig, check_group_size, select_modules, subspace_blocks
+from road_core._config import TARGETS
 from road_core._errors import listed
 from road_core._targets import is_all_linear
 from road_torch._io import to_tensor
@@ -18,12 +20,28 @@ from road_torch._saved import SavedModule, copy_of
 # Names of a task's head in transformers.
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
-# Linear layers, by their parent's class in transformers, whose weight the parent reads instead of calling the layer:
-# always, or only in a fused training pass or in cached decoding.
-_MAMBA = ("x_proj", "dt_proj", "out_proj")
+# Linear layers, by their parent's class in transformers, whose weight the parent reads instead of calling the layer, or
+# which it calls past their wrapper, from a list of its own.
+_REL_POS = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
 _READ_BY_PARENT = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "TDNNLayer": ("kernel",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "PredictionBlock": ("0",),
+    "Mask2FormerPredictionBlock": ("0",),
+    "LayoutLMv2Encoder": _REL_POS,
+    "LayoutLMv3Encoder": _REL_POS,
+    "PPDocLayoutV2ReadingOrderEncoder": _REL_POS,
+}
+# Those whose weight it reads only at times: in a fused training pass or in cached decoding.
+_MAMBA = ("x_proj", "dt_proj", "out_proj")
+_READ_AT_TIMES = {
     "MambaMixer": _MAMBA,
     "FalconMambaMixer": _MAMBA,
     "JambaMambaMixer": ("dt_proj",),
@@ -33,14 +51,7 @@ _READ_BY_PARENT = {
     "GraniteMoeHybridMambaLayer": ("out_proj",),
     "NemotronHMamba2Mixer": ("out_proj",),
     "Zamba2MambaMixer": ("out_proj",),
-    "MobileBertLMPredictionHead": ("dense", "decoder"),
-    "NeoMMEForMaskedLM": ("unembedding_projection",),
     "LSHSelfAttention": ("query_key", "value"),
-    "LongcatFlashTopkRouter": ("classifier",),
-    "DetrMHAttentionMap": ("k_proj",),
-    "ConditionalDetrMHAttentionMap": ("k_proj",),
-    "MaskFormerDetrMHAttentionMap": ("k_proj",),
-    "DabDetrMHAttentionMap": ("k_linear",),
 }
 
 # Linear layers of transformers that give more than their product, or compute another one than their sizes say.
@@ -84,7 +95,17 @@ def spelt_out(base: nn.Module, config: RoadConfig) -> RoadConfig:
         return config
     modules = modules_by_path(base)
     chosen, theirs = _select(base, config, modules), _select(base, config, modules, as_peft=True)
-    return config if chosen.keys() == theirs.keys() else dataclasses.replace(config, target_modules=[*chosen])
+    return config if chosen.keys() == theirs.keys() else naming(base, config, list(chosen))
+
+
+def naming(base: nn.Module, config: RoadConfig, paths: list[str]) -> RoadConfig:
+    """Returns the config with layers named one by one, so that it selects no others."""
+    named = dataclasses.replace(config, target_modules=paths)
+    if _select(base, named, modules_by_path(base)).keys() <= set(paths):
+        return named
+    # In a list a path also matches the ends of longer ones.
+    choice: dict[str, Any] = {**dict.fromkeys(TARGETS), "target_modules": "|".join(map(re.escape, paths))}
+    return dataclasses.replace(config, **choice)
 
 
 def _select(
@@ -123,15 +144,16 @@ def _is_left_out(modules: Mapping[str, nn.Module], path: str) -> bool:
 def inert(modules: Mapping[str, nn.Module], paths: Collection[str]) -> list[str]:
     """Returns those of the paths whose modules are never called: other parents call a layer in some of their passes."""
     parents = {path: modules.get(path.rpartition(".")[0]) for path in paths}
-    return [path for path, parent in parents.items() if isinstance(parent, nn.MultiheadAttention)]
+    return [path for path, parent in parents.items() if parent is not None and _reader(parent, path, always=True)]
 
 
-def _reader(parent: nn.Module, path: str) -> str | None:
+def _reader(parent: nn.Module, path: str, *, always: bool = False) -> str | None:
     """Returns the type of a layer's parent that reads its weight instead of calling it; None if it calls it."""
     parent, name = _unwrapped(parent), path.rpartition(".")[2]
-    read = any(name in _READ_BY_PARENT.get(kind.__name__, ()) for kind in type(parent).__mro__)
-    inert = read or isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
-    return type(parent).__name__ if inert else None
+    tables = [_READ_BY_PARENT] if always else [_READ_BY_PARENT, _READ_AT_TIMES]
+    kinds = nn.MultiheadAttention if always else nn.MultiheadAttention | nn.TransformerEncoderLayer
+    read = any(name in table.get(kind.__name__, ()) for table in tables for kind in type(parent).__mro__)
+    return type(parent).__name__ if read or isinstance(parent, kinds) else None
 
 
 def check_layer(base: nn.Module, path: str, module: nn.Module, config: RoadConfig) -> int:

@@ -301,7 +301,8 @@ class RoadModel(nn.Module):
                 evaluation mode.
             strict: whether the file must have tensors for every module that the config selects. If False, modules
                 without θ and α start at the identity, and modules to save without tensors as copies of the base's.
-                θ and α of layers that are never called, which PEFT adapts without effect, are then left out.
+                θ and α of layers that are never called, which PEFT adapts without effect, are then left out, if there
+                are others.
 
         Raises:
             AdapterError: the name is taken or invalid, the folder is broken, or its adapter is for another model
@@ -321,14 +322,15 @@ class RoadModel(nn.Module):
         config = dataclasses.replace(adapter.config, inference_mode=not is_trainable)
         modules = _base.modules_by_path(self.base_model)
         if inert := _base.inert(modules, adapter.modules):
-            if strict:
+            some = len(inert) < len(adapter.modules)
+            if strict or not some:
                 raise AdapterError(
                     f"{model_id}: expected θ and α only for layers that are called, found some for {listed(inert, 3)}, "
-                    "whose weight MultiheadAttention reads, so that they have no effect (strict=False leaves them out)"
+                    "whose weight their parent reads, so that they have no effect"
+                    f"{' (strict=False leaves them out)' if some else ''}"
                 )
             called = {path: pair for path, pair in adapter.modules.items() if path not in inert}
             adapter = dataclasses.replace(adapter, modules=called)
-            config = dataclasses.replace(config, target_modules=list(called))
         for path, (theta, _) in adapter.modules.items():
             if path not in modules:
                 raise AdapterError(
@@ -341,6 +343,8 @@ class RoadModel(nn.Module):
                     f"{model_id}: expected {size} θ for {path} with {out} outputs ({config.variant}), "
                     f"found shape {list(theta.shape)}"
                 )
+        if inert:
+            config = _base.naming(self.base_model, config, list(adapter.modules))
         chosen = _base.select(self.base_model, config)
         missing = [path for path in chosen if path not in adapter.modules]
         if missing and strict:

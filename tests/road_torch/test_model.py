@@ -19,6 +19,10 @@ import transformers
 from _compare import assert_close
 from _models import small_config, small_model
 from torch import nn
+from transformers.models.layoutlmv2 import modeling_layoutlmv2
+from transformers.models.mask2former import modeling_mask2former
+from transformers.models.maskformer import modeling_maskformer
+from transformers.models.pp_doclayout_v2 import modeling_pp_doclayout_v2
 
 from road_core import Adapter, read_peft, write_peft
 from road_torch import AdapterError, RoadConfig, RoadLayer, RoadModel, _base, _merge
@@ -1192,8 +1196,8 @@ def test_layers_whose_weight_is_read_elsewhere_are_refused(parent):
     assert_same(before, state(base))
 
 
-def wavlm():
-    return transformers.WavLMModel(
+def wavlm(kind=transformers.WavLMModel, **more):
+    return kind(
         transformers.WavLMConfig(
             hidden_size=32,
             num_hidden_layers=1,
@@ -1205,6 +1209,7 @@ def wavlm():
             num_conv_pos_embeddings=8,
             num_conv_pos_embedding_groups=2,
             num_buckets=8,
+            **more,
         )
     )
 
@@ -1231,43 +1236,101 @@ def mobilebert():
     )
 
 
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def layoutlm(version=3):
+    relative = {"has_relative_attention_bias": True, "has_spatial_attention_bias": True, "initializer_range": 0.5}
+    sizes = {**SIZES, "coordinate_size": 4, "shape_size": 8, "vocab_size": 64, "visual_embed": False}
+    config = getattr(transformers, f"LayoutLMv{version}Config")(**relative, **sizes)
+    # The whole version 2 needs detectron2.
+    return modeling_layoutlmv2.LayoutLMv2Encoder(config) if version == 2 else transformers.LayoutLMv3Model(config)
+
+
+def reading_order():
+    config = modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderConfig(
+        has_relative_attention_bias=True, has_spatial_attention_bias=False, **SIZES
+    )
+    return modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderEncoder(config)
+
+
+SOUND = {"input_values": torch.arange(500.0).sin()[None]}
+TEXT = {"input_ids": torch.arange(6, 12)[None]}
+BOXES = {"bbox": torch.tensor([[[0, 0, 5, 5], [3, 1, 9, 4]] * 3])}
+HIDDEN = torch.arange(192.0).sin().view(1, 6, 32)
+NO_MASK = torch.zeros(1, 1, 1, 6)
+ENCODED = {"hidden_states": HIDDEN, "position_ids": torch.arange(6)[None], "attention_mask": NO_MASK, **BOXES}
+
+
+@torch.no_grad()
+def first(model, example):
+    """Returns the first output of a call."""
+    output = model(**example)
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def adapted_by_peft(base, targets):
+    torch.manual_seed(1)
+    their_config = peft.RoadConfig(target_modules=targets, group_size=2, init_weights=False)
+    return peft.get_peft_model(copy.deepcopy(base), their_config).eval()
+
+
 @pytest.mark.parametrize(
-    ("build", "target"),
-    [(wavlm, "q_proj"), (wavlm, "out_proj"), (mamba, "dt_proj"), (mobilebert, "predictions.dense")],
+    ("build", "target", "example"),
+    [
+        (wavlm, "q_proj", SOUND),
+        (wavlm, "out_proj", SOUND),
+        (mamba, "dt_proj", TEXT),
+        (mobilebert, "predictions.dense", TEXT),
+        (lambda: modeling_maskformer.MaskformerMLPPredictionHead(32, 16, 8), "1.0", {"input": HIDDEN}),
+        (lambda: modeling_mask2former.Mask2FormerMLPPredictionHead(32, 16, 8), "1.0", {"input": HIDDEN}),
+        (layoutlm, "rel_pos_bias", {**TEXT, **BOXES}),
+        (layoutlm, "rel_pos_y_bias", {**TEXT, **BOXES}),
+        (lambda: layoutlm(2), "rel_pos_x_bias", ENCODED),
+        (reading_order, "rel_pos_bias", ENCODED),
+    ],
 )
-def test_layers_whose_weight_a_transformers_model_reads_are_refused(build, target):
+def test_layers_whose_weight_a_transformers_model_reads_are_refused(build, target, example):
     base = build().eval()
-    path, inert = next((path, m) for path, m in base.named_modules() if path.endswith(target))
-    called = []
-    inert.register_forward_hook(lambda *_: called.append(path))
-    example = {"input_values": torch.randn(1, 500)} if build is wavlm else {"input_ids": torch.arange(5)[None]}
-    with torch.no_grad():
-        base(**example)
-    assert not called, "the layer is called: there is no need to refuse it"
+    theirs = adapted_by_peft(base, [target])
+    assert torch.equal(first(theirs, example), first(base, example)), "PEFT rotates it: there is no need to refuse it"
     before = state(base)
     with pytest.raises(AdapterError, match=rf"{target}: .*\w+, which reads its weight"):
         RoadModel(base, config(target_modules=[target], group_size=2))
     assert_same(before, state(base))
 
 
-def test_what_peft_adapts_without_effect_is_left_out_on_request(tmp_path):
-    """The pooling head of SigLIP, the vision tower of Gemma 3, is a MultiheadAttention."""
-    base = small_model("gemma3", num_hidden_layers=1)
-    their_config = peft.RoadConfig(target_modules="all-linear", group_size=2, init_weights=False)
-    theirs = peft.get_peft_model(copy.deepcopy(base), their_config).eval()
+@pytest.mark.parametrize(
+    ("build", "parent", "names", "example"),
+    [
+        # The pooling head of SigLIP, the vision tower of Gemma 3, is a MultiheadAttention.
+        (lambda: small_model("gemma3", num_hidden_layers=1), "model.vision_tower.head.attention", ["out_proj"], TEXT),
+        (wavlm, "encoder.layers.0.attention", ["k_proj", "out_proj", "q_proj", "v_proj"], SOUND),
+        (mobilebert, "cls.predictions", ["dense"], TEXT),
+        (layoutlm, "encoder", ["rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"], {**TEXT, **BOXES}),
+    ],
+)
+def test_what_peft_adapts_without_effect_is_left_out_on_request(build, parent, names, example, tmp_path):
+    base = build().eval()
+    plain = first(base, example)
+    theirs = adapted_by_peft(base, "all-linear")
     theirs.save_pretrained(tmp_path)
     before = state(base)
-    message = r"only for layers that are called, found some for .*attention.out_proj, .*strict=False leaves them out"
+    message = rf"only for layers that are called, found some for {parent}\.\w+[, ].*strict=False leaves them out"
     with pytest.raises(AdapterError, match=message):
         RoadModel.from_pretrained(base, tmp_path)
     assert_same(before, state(base))
     model = RoadModel.from_pretrained(base, tmp_path, strict=False)
-    ids = torch.arange(6, 12)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    assert_close(first(model, example), first(theirs, example), "float32", moved_from=plain)
     model.save_pretrained(tmp_path / "again")
-    modules = read_peft(tmp_path).modules.keys()
-    assert modules - read_peft(tmp_path / "again").modules.keys() == {"model.vision_tower.head.attention.out_proj"}
+    left_out = read_peft(tmp_path).modules.keys() - read_peft(tmp_path / "again").modules.keys()
+    assert left_out == {f"{parent}.{name}" for name in names}
+
+
+def test_what_peft_adapts_without_any_effect(tmp_path):
+    adapted_by_peft(wavlm(), ["q_proj", "v_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"only for layers that are called, .* so that they have no effect$"):
+        RoadModel.from_pretrained(wavlm(), tmp_path, strict=False)
 
 
 def mixture(kind, **more):
@@ -1301,6 +1364,37 @@ def test_all_linear_leaves_out_what_nobody_can_rotate(build, left_out, tmp_path)
         assert set(read_peft(tmp_path).config.target_modules) == adapted
         theirs = peft.PeftModel.from_pretrained(other, tmp_path)
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def speakers():
+    """Both the model and its body have a module of the name feature_extractor, of which only the first is linear."""
+    layers = {"tdnn_dim": (8, 8), "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1), "xvector_output_dim": 8}
+    return wavlm(transformers.WavLMForXVector, **layers)
+
+
+@pytest.mark.parametrize("changes", [{}, {"exclude_modules": ["projector"]}])
+def test_layers_that_are_named_select_no_others(changes, tmp_path):
+    base = speakers().eval()
+    other = copy.deepcopy(base)
+    plain = first(base, SOUND)
+    model = RoadModel(base, config(group_size=2, **changes)).eval()
+    assert not isinstance(base.wavlm.feature_extractor, RoadLayer)
+    model.save_pretrained(tmp_path)
+    paths = {path for path, module in base.named_modules() if isinstance(module, RoadLayer)}
+    assert {"feature_extractor", "wavlm.feature_projection.projection"} <= paths
+    assert ("projector" in paths) is not bool(changes)
+    again = RoadModel.from_pretrained(copy.deepcopy(other), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(other, tmp_path).eval()
+    for loaded in (again, theirs):
+        assert_close(first(loaded, SOUND), first(model, SOUND), "float32", moved_from=plain)
+
+
+def test_layers_that_are_left_select_no_others(tmp_path):
+    base = speakers().eval()
+    theirs = adapted_by_peft(base, r"feature_extractor|projector|tdnn\.0\.kernel")
+    theirs.save_pretrained(tmp_path)
+    model = RoadModel.from_pretrained(copy.deepcopy(base), tmp_path, strict=False)
+    assert_close(first(model, SOUND), first(theirs, SOUND), "float32", moved_from=first(base, SOUND))
 
 
 def test_all_linear_is_kept_where_only_the_head_is_odd(tmp_path):
