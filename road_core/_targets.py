@@ -138,6 +138,11 @@ def select_modules(
 
 
 def _nothing(config: RoadConfig, names: Sequence[str]) -> AdapterError:
+    if is_all_linear(config.target_modules):
+        return AdapterError(
+            "RoadConfig.target_modules: expected a linear layer with an even number of outputs besides the head for "
+            f"{config.target_modules!r}, found none"
+        )
     wanted = config.target_modules if isinstance(config.target_modules, list) else [str(config.target_modules)]
     near: list[str] = []
     # Only a few short ones, because comparing is slow.

@@ -1,6 +1,7 @@
 """`RoadLayer`: wraps any linear layer and rotates its output."""
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -546,9 +547,10 @@ def features(module: Any) -> tuple[int, int]:
         rows, columns = module.weight.shape
         return rows, columns
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+    if any(isinstance(size, bool) for size in sizes):
         raise TypeError(type(module).__name__)
-    return sizes[0], sizes[1]  # type: ignore[return-value]
+    # Sizes may be tensors, as in Inkling.
+    return operator.index(sizes[0]), operator.index(sizes[1])  # type: ignore[arg-type]
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -152,6 +152,14 @@ def test_no_match_names_the_nearest(fields, message, trees):
         select_modules(RoadConfig(**fields), names, linear=linear, output_head=heads, model_type="unheard-of")
 
 
+def test_all_linear_without_a_layer(trees):
+    names, _, heads = names_of(trees["llama"])
+    message = r"expected a linear layer with an even number of outputs besides the head for 'all-linear', found none$"
+    for linear in ([], heads):
+        with pytest.raises(AdapterError, match=message):
+            select_modules(RoadConfig(target_modules="all-linear"), names, linear=linear, output_head=heads)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

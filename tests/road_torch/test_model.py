@@ -1402,6 +1402,20 @@ def test_all_linear_is_kept_where_only_the_head_is_odd(tmp_path):
     assert read_peft(tmp_path).config.target_modules == "all-linear"
 
 
+def test_layers_whose_sizes_are_tensors(tmp_path):
+    """Those of Inkling's vision tower are."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(*sizes) for sizes in torch.tensor([[32, 16], [16, 6]])))
+    theirs = adapted_by_peft(base, ["0", "1"])
+    theirs.save_pretrained(tmp_path)
+    plain, expected = first(base, {"input": HIDDEN}), first(theirs, {"input": HIDDEN})
+    model = RoadModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_close(first(model, {"input": HIDDEN}), expected, "float32", moved_from=plain)
+    assert_close(first(model.merge_and_unload(), {"input": HIDDEN}), expected, "float32", moved_from=plain)
+    RoadModel(base, config(group_size=2))
+    assert {type(size) for layer in base for size in (layer.in_features, layer.out_features)} == {int}
+
+
 def test_a_layer_without_sizes_yet():
     base = nn.Sequential(nn.Linear(8, 16), nn.LazyLinear(8))
     with pytest.raises(AdapterError, match="1: expected a layer whose sizes are known, found a LazyLinear"):
