@@ -375,13 +375,16 @@ class Routing:
                 self._tensors[key] = torch.tensor(rows, device=device).repeat_interleave(repeats)
         return self._tensors[key]
 
-    def repeats(self, y: Tensor, path: str, batch: int | None = None) -> int:
+    def repeats(
+        self, y: Tensor, path: str, batch: int | None = None, remedy: str = "; exclude_modules leaves it out"
+    ) -> int:
         """Returns how many successive rows of ``y`` belong to one name (beams, returned sequences, flattened tokens).
 
         Args:
             y: a layer's output.
             path: the layer's path, for errors.
             batch: the number of names, where a compiled graph knows it as a tensor's size; ``self.batch`` if None.
+            remedy: the end of the error, whose cause is the layer, as the names of all rows were counted before.
 
         Raises:
             AdapterError: the number of rows is not a multiple of the number of names.
@@ -392,7 +395,7 @@ class Routing:
         if rest != 0 or repeats < 1:
             raise AdapterError(
                 f"{path}: expected a multiple of the {batch} rows that adapter_names has, "
-                f"found a tensor of shape {list(y.shape)}"
+                f"found a tensor of shape {list(y.shape)}{remedy}"
             )
         return repeats
 

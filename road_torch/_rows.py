@@ -13,9 +13,9 @@ from road_torch._routing import BASE, Name, parts
 from road_torch._saved import SavedModule, saved_modules
 
 # By class in transformers: the children that are called, or call others, with another axis first, such as that of
-# tokens, queries or a decoder's layers.
+# tokens, queries or a decoder's layers, with only some of the rows' tokens, or with other rows behind the batch's.
 _GLOBAL = ("query", "key", "value", "query_global", "key_global", "value_global")
-_OTHER_AXIS_FIRST = {
+_OUT_OF_ORDER = {
     "LongformerSelfAttention": _GLOBAL,
     "LEDEncoderSelfAttention": _GLOBAL,
     "XLNetFeedForward": ("layer_1", "layer_2"),
@@ -28,7 +28,11 @@ _OTHER_AXIS_FIRST = {
     "Mask2FormerMaskedAttentionDecoderLayer": ("fc1", "fc2"),
     "OneFormerTransformerDecoderFFNLayer": ("linear1", "linear2"),
     "OneFormerTransformerDecoderQueryTransformerDecoderLayer": ("linear1", "linear2"),
+    "OneFormerTextTransformer": ("layers",),
     "DabDetrForObjectDetection": ("bbox_predictor",),
+    "MLCDAttention": ("out_proj",),
+    "HiggsAudioV2DecoderLayer": ("mlp", "audio_mlp"),
+    "SegGptEncoder": ("layers",),
 }
 
 # Inputs in transformers of which a row of text may have any number, and the kind of their placeholders in the text.
@@ -50,8 +54,8 @@ def stray(base: nn.Module, path: str) -> str | None:
     module = base
     for name in names:
         for kind in type(module).__mro__:
-            if name in _OTHER_AXIS_FIRST.get(kind.__name__, ()):
-                return f"one in {kind.__name__}, which puts another axis first"
+            if name in _OUT_OF_ORDER.get(kind.__name__, ()):
+                return f"one in {kind.__name__}, which doesn't keep them in order"
         inner = module.original_module if isinstance(module, SavedModule) else module
         module = inner.get_submodule(name)
     return None

@@ -59,7 +59,7 @@ class SavedModule(nn.Module):
                 f"found {len(args)} arguments and {len(kwargs)} by name; give rows with one such module alone"
             )
         x = args[0]
-        repeats = routing.repeats(x, self.module_path)
+        repeats = routing.repeats(x, self.module_path, remedy="")
         kinds = [kind for kind in kinds for _ in range(repeats)]
         result = None
         for kind in dict.fromkeys(kinds):

@@ -1,5 +1,7 @@
 """Layers whose first axis isn't the batch are refused in mixed batches, where rows would get wrong adapters."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -100,11 +102,12 @@ def mask2former():
 
 
 def oneformer():
-    text = {"width": 32, "num_layers": 1, "vocab_size": 64, "context_length": 8, "n_ctx": 4}
-    config = transformers.OneFormerConfig(
-        mask_dim=32, conv_dim=32, task_seq_len=8, **{f"text_encoder_{key}": v for key, v in text.items()}, **masks()
-    )
-    return transformers.OneFormerForUniversalSegmentation(config), {"pixel_values": IMAGES, "task_inputs": IDS.float()}
+    text = {"width": 64, "num_layers": 1, "vocab_size": 64, "context_length": 8, "n_ctx": 0}
+    # With texts as in training, but without its dropout.
+    sizes = {"mask_dim": 32, "conv_dim": 32, "task_seq_len": 8, "is_training": True, "dropout": 0.0}
+    config = transformers.OneFormerConfig(**{f"text_encoder_{key}": v for key, v in text.items()}, **sizes, **masks())
+    inputs = {"pixel_values": IMAGES, "task_inputs": IDS.float(), "text_inputs": IDS[:, None].repeat(1, 4, 1)}
+    return transformers.OneFormerForUniversalSegmentation(config), inputs
 
 
 def dab_detr():
@@ -113,6 +116,42 @@ def dab_detr():
     del sizes["d_model"]
     config = transformers.DabDetrConfig(backbone_config=transformers.ResNetConfig(**stages), **NO_TIMM, **sizes)
     return transformers.DabDetrForObjectDetection(config), {"pixel_values": IMAGES}
+
+
+def mlcd():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MLCDVisionConfig(image_size=64, patch_size=16, **sizes)
+    return transformers.MLCDVisionModel(config), {"pixel_values": IMAGES}
+
+
+def higgs(audio=(1, 6, 6, 6)):
+    """The rows have as many audio tokens each; all other tokens are text."""
+    config = transformers.HiggsAudioV2Config(
+        num_key_value_heads=2, head_dim=16, codebook_size=8, audio_token_id=90, pad_token_id=0, **TEXT
+    )
+    ids = torch.where(torch.arange(8) < torch.tensor(audio)[:, None], 90, IDS)
+    return transformers.HiggsAudioV2ForConditionalGeneration(config), {"input_ids": ids}
+
+
+def higgs_audio():
+    return higgs((6, 1, 1, 1))
+
+
+def seggpt():
+    config = transformers.SegGptConfig(
+        image_size=[128, 64],
+        patch_size=16,
+        pretrain_image_size=64,
+        hidden_size=32,
+        mlp_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_hidden_state_indices=[0, 1],
+        merge_index=0,
+        decoder_hidden_size=16,
+    )
+    images = dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), IMAGES)
+    return transformers.SegGptForImageSegmentation(config), images
 
 
 @torch.no_grad()
@@ -129,13 +168,12 @@ def outputs(model, paths, inputs):
     return {path: calls[0] for path, calls in given.items()}
 
 
-def adapted(base, target):
+def adapted(base, target, **more):
     model = RoadModel(base)
     for name in "ab":
         torch.manual_seed(ord(name))
-        model.add_adapter(
-            name, RoadConfig(target_modules=target, group_size=2, init_weights=False, inference_mode=True)
-        )
+        config = RoadConfig(target_modules=target, group_size=2, init_weights=False, inference_mode=True, **more)
+        model.add_adapter(name, config)
     return model.eval()
 
 
@@ -159,13 +197,18 @@ LAYERS = {
         "model.transformer_module.decoder.query_transformer.decoder.layers.0.linear2": (
             "OneFormerTransformerDecoderQueryTransformerDecoderLayer"
         ),
+        "model.text_mapper.text_encoder.transformer.layers.0.mlp.fc1": "OneFormerTextTransformer",
     },
     dab_detr: {"bbox_predictor.layers.0": "DabDetrForObjectDetection"},
+    mlcd: {"encoder.layers.0.self_attn.out_proj": "MLCDAttention"},
+    higgs: {"model.layers.0.mlp.down_proj": "HiggsAudioV2DecoderLayer"},
+    higgs_audio: {"model.layers.0.audio_mlp.down_proj": "HiggsAudioV2DecoderLayer"},
+    seggpt: {"model.encoder.layers.0.attention.qkv": "SegGptEncoder"},
 }
 
 
 @pytest.mark.parametrize("build", LAYERS)
-def test_layers_of_transformers_with_another_axis_first(build):
+def test_layers_of_transformers_with_another_order(build):
     torch.manual_seed(0)
     base, inputs = build()
     base.eval()
@@ -175,8 +218,8 @@ def test_layers_of_transformers_with_another_axis_first(build):
                 parameter.normal_(std=0.2)
     # Changing one row of the batch changes rows of the layer beyond that row's share.
     other = dict(inputs)
-    for key in ("input_ids", "decoder_input_ids", "pixel_values", "bbox"):
-        if key in inputs:
+    for key in inputs:
+        if key != "global_attention_mask":
             other[key] = inputs[key].clone()
             other[key][0] = inputs[key][0].flip(-1)
     before, after = (outputs(base, LAYERS[build], given) for given in (inputs, other))
@@ -360,6 +403,18 @@ def test_speech_of_which_rows_end_in_different_segments():
         expected = plain[name][1][row]
         length = min(mixed.shape[1], len(expected))
         assert torch.equal(mixed[row, :length], expected[:length])
+
+
+def test_a_layer_of_distances_instead_of_rows():
+    base = transformers.DebertaForMaskedLM(
+        transformers.DebertaConfig(relative_attention=True, pos_att_type=["p2c", "c2p"], **TEXT)
+    )
+    both = r".*(pos_proj|output.dense)"
+    with pytest.raises(
+        AdapterError, match=r"pos_proj: expected a multiple of .* \[1, .*; exclude_modules leaves it out$"
+    ):
+        adapted(copy.deepcopy(base), both)(IDS, adapter_names=list("abab"))
+    check_rows(adapted(base, both, exclude_modules=["pos_proj"]), list("abab"), input_ids=IDS)
 
 
 @pytest.mark.parametrize("trained", [False, True])
