@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,16 +62,22 @@ def median_ratios(times: Mapping[str, Sequence[float]], of: str) -> dict[str, tu
 class Arm:
     """A separate process for one arm; if arms shared a process, OpenMP wouldn't keep its threads ready."""
 
-    def __init__(self, serve: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Starts ``serve(pipe, *args, **kwargs)``, which first sends None, or the reason why it can't start."""
+    def __init__(
+        self, serve: Callable[..., None], *args: Any, environ: Mapping[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        """Starts ``serve(pipe, *args, **kwargs)``, which first sends None, or the reason why it can't start.
+
+        ``environ`` has further variables for its environment.
+        """
         import torch
 
         # Forked from a process that has imported everything but computed nothing. With a GPU some imports ask CUDA for
         # its devices, and after that a fork can't use them.
         on_gpu = torch.cuda.is_available()
-        context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
+        context = multiprocessing.get_context("spawn" if on_gpu or environ else "forkserver")
         self._pipe, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, *args), kwargs=kwargs, daemon=True).start()
+        with mock.patch.dict(os.environ, environ or {}):
+            context.Process(target=serve, args=(theirs, *args), kwargs=kwargs, daemon=True).start()
         # So that waiting for an answer ends if the arm dies.
         theirs.close()
         if not on_gpu:

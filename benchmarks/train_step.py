@@ -8,12 +8,13 @@ The model is SmolLM2-135M-Instruct in float32 with adapters on all linear layers
 
 In both, all arms' first losses are checked to be equal.
 
-PEFT's arms run eagerly and, if every step has the same shape, also through ``torch.compile``. They run on a GPU if both
-frameworks have one, and otherwise on the CPU. Each arm is a separate process. In each round every arm takes some steps,
-in random order, so that a busy machine slows all of them. The first of them isn't timed: where memory that a process
-has freed goes back to the host while other arms run, it is slower than a step that follows another, as in training. A
-figure is an arm's time divided by that of ``Flax RoAd`` in the same round, as the median over rounds; for ``a task`` it
-is time per line. Writes ``benchmarks/results/train_step.json`` and ``.png``.
+The Flax arm has glibc's huge pages, as ``road-train`` has. PEFT's arms run eagerly and, if every step has the same
+shape, also through ``torch.compile``. They run on a GPU if both frameworks have one, and otherwise on the CPU. Each arm
+is a separate process. In each round every arm takes some steps, in random order, so that a busy machine slows all of
+them. The first of them isn't timed: where memory that a process has freed goes back to the host while other arms run,
+it is slower than a step that follows another, as in training. A figure is an arm's time divided by that of ``Flax
+RoAd`` in the same round, as the median over rounds; for ``a task`` it is time per line. Writes
+``benchmarks/results/train_step.json`` and ``.png``.
 
 With ``--random-weights`` the model has SmolLM2-135M's shape and random weights. Nothing is fetched then, so ``a task``
 is left out, and the files are named ``train_step_random``.
@@ -46,6 +47,7 @@ from benchmarks._common import RESULTS, Arm, bars, device, median_ratios, reason
 from benchmarks._lines import lines_of, pad
 from benchmarks._model import checkpoint, described
 from examples.demo import tasks
+from road_core._command import HUGE_PAGES
 from road_jax import RoadConfig, models
 from road_jax.train import _data, _step
 
@@ -104,7 +106,11 @@ def measure(
     Batch i has ``lines[i]`` lines. Every arm goes through the batches in the same order. The first step of all, and of
     each round, isn't timed.
     """
-    begun = {arm: Arm(_serve, make, args) for arm, (make, args) in makers.items()}
+    begun = {
+        # As road-train starts. PyTorch takes longer with it.
+        arm: Arm(_serve, make, args, environ=HUGE_PAGES if arm == OURS else None)
+        for arm, (make, args) in makers.items()
+    }
     arms, failed = sort_out(begun)
     if OURS in failed:
         raise SystemExit(f"{name}: expected {OURS} to run, found {failed[OURS]}")

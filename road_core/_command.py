@@ -1,6 +1,8 @@
 """Runs commands so that bad input ends with one line, never with a traceback."""
 
 import io
+import os
+import platform
 import signal
 import sys
 from collections.abc import Callable
@@ -34,6 +36,20 @@ def run(command: Callable[[], None]) -> None:
         sys.exit(_fail("interrupted", 130))
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# With it, glibc's malloc asks for huge pages. glibc reads it when a process starts, and at no other time.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+def with_huge_pages() -> None:
+    """Starts this process anew with `HUGE_PAGES`; returns if it is set already, to whatever, or there is no glibc.
+
+    On CPUs XLA returns its scratch memory after each step, and the system clears it again page by page.
+    """
+    if platform.libc_ver()[0] == "glibc" and not HUGE_PAGES.keys() & os.environ.keys():
+        os.environ.update(HUGE_PAGES)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _fail(sentence: str, code: int) -> int:

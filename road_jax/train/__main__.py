@@ -2,13 +2,19 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import tyro
 from rich.console import Console
 
-from road_core._command import run
+from road_core._command import run, with_huge_pages
 from road_jax.train import TrainOptions, train
+
+
+def command() -> None:
+    """Like `main`, but trains in a process with huge pages."""
+    run(lambda: _main(with_huge_pages))
 
 
 def main() -> None:
@@ -16,8 +22,9 @@ def main() -> None:
     run(_main)
 
 
-def _main() -> None:
+def _main(before: Callable[[], None] = lambda: None) -> None:
     options = tyro.cli(TrainOptions, prog="road-train")
+    before()
     _import_transformers_alone()
     result = train(options)
     console = Console()
@@ -49,4 +56,4 @@ def _import_transformers_alone() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command()

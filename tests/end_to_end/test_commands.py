@@ -3,6 +3,7 @@
 import json
 import os
 import pkgutil
+import platform
 import re
 import shutil
 import subprocess
@@ -57,6 +58,25 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return small_checkpoint(tmp_path_factory.mktemp("base"), num_hidden_layers=LAYERS, vocab_size=len(WORDS))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_process_starts_anew_once_with_huge_pages():
+    code = "import os, sys; from road_core import _command; print(os.getpid()); _command.with_huge_pages()\n"
+    code += "print(sys.argv, os.environ['GLIBC_TUNABLES'])"
+
+    def run(**more):
+        environ = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | more
+        with subprocess.Popen(
+            [sys.executable, "-uc", code, "a b", "-c"], env=environ, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout
+            return process.pid, process.stdout.read().splitlines()
+
+    pid, lines = run()
+    assert lines == [str(pid), str(pid), "['-c', 'a b', '-c'] glibc.malloc.hugetlb=1"]
+    pid, lines = run(GLIBC_TUNABLES="glibc.malloc.check=0")
+    assert lines == [str(pid), "['-c', 'a b', '-c'] glibc.malloc.check=0"]
 
 
 def test_from_lines_to_answers(base, tmp_path):
