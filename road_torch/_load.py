@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.quantizers.base import HfQuantizer
 
 from road_core import AdapterError
 from road_core._errors import listed
@@ -103,6 +102,9 @@ def _left_plain(directory: str | os.PathLike, auto: Any) -> list[str]:
 
     These are gates with one output, with which bitsandbytes fails on CPUs (nf4).
     """
+    # Imports torchao if it is there, whose warnings are silent by now.
+    from transformers.quantizers.base import HfQuantizer
+
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     with torch.device("meta"):
         shell = auto.from_config(config)
