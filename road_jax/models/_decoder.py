@@ -265,8 +265,8 @@ class Mixture(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         m, types = self.mixture, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         probabilities = Router(m.experts, **types, name="gate")(x)
-        experts = Experts(m, _ACTIVATIONS[self.config.hidden_act], **types, mesh=self.mesh, name="experts")
-        y = experts(x, probabilities)
+        activation = _ACTIVATIONS[self.config.hidden_act]
+        y = Experts(m, activation, self.param_dtype, self.mesh, name="experts")(x, probabilities)
         if m.shared_width is None:
             return y
         gate = nn.Dense(1, use_bias=False, **types, name="shared_expert_gate")(x)

@@ -201,14 +201,12 @@ class Experts(nn.Module):
     Attributes:
         mixture: how many there are and how many each token takes.
         activation: act.
-        dtype: the dtype of the computation.
         param_dtype: the dtype of the params.
         mesh: if given, each device computes its own rows of the batch, with its share of the experts' widths.
     """
 
     mixture: MixtureConfig
     activation: Callable[[jax.Array], jax.Array]
-    dtype: Any
     param_dtype: Any
     mesh: Mesh | None
 
