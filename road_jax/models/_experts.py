@@ -230,8 +230,9 @@ class Experts(nn.Module):
         # shard_map has no unequal shares, which a batch may have in evaluation; XLA then places what it computes.
         if mesh is None or len(x) % (mesh.shape["data"] * mesh.shape["fsdp"]):
             return self._mixed(x, probabilities, kernels)
-        places = _mesh.computed({(name, "kernel"): kernel for name, kernel in kernels.items()}, mesh)
-        specs = jax.tree.map(lambda place: place.spec, {name: places[name, "kernel"] for name in kernels})
+        params = {name: {"kernel": kernel} for name, kernel in kernels.items()}
+        places = _mesh.shardings({"params": params}, mesh, stored=False)["params"]
+        specs = {name: jax.tree.map(lambda place: place.spec, places[name]["kernel"]) for name in kernels}
         for name, kernel in kernels.items():
             _check_blocks(f"{'.'.join(self.path)}.{name}", kernel, specs[name], mesh)
         rows = _mesh.rows_sharding(mesh).spec

@@ -165,11 +165,6 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh, *, stored: bool = True) 
     return {"params": unflatten(found)}
 
 
-def computed(leaves: Mapping[Path, Any], mesh: Mesh) -> dict[Path, Any]:
-    """Returns how leaves that a rule names are sharded while a program computes with them."""
-    return {path: _where(path, leaf, mesh, stored=False) for path, leaf in leaves.items()}
-
-
 def placed(array: Any, where: NamedSharding) -> jax.Array:
     """Places an array that every process holds whole; each places its own devices' part, without communication."""
     host = np.asarray(array)
